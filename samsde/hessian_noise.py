@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'centred', 'columns', 'product', 'sgd_covariance', 'cross_covariance', 'resolve', 'noise_covariance',
-           'noise_dim', 'weighted_sum', 'linear_sample', 'noise_sample']
+           'noise_dim', 'values', 'weighted_sum', 'combination', 'batch_formula', 'batch_sample', 'noise_sample']
 
 # %% ../nbs/04_hessian_noise.ipynb #c860d67e
 import torch
 from torch import Tensor
 
-from .algorithm import Algorithm, Linear, pair
-from .implicit_regularizer import along, closed_form, expectation, hessian_perturbation, over, pieces, response
+from .algorithm import USAM, Algorithm, Linear, pair
+from .implicit_regularizer import all_samples, along, closed_form, expectation, hessian_perturbation, over, pieces, response
 from .objective import Additive, FiniteSum, Objective, Quadratic, Support, per_path, psd_root
 
-# %% ../nbs/04_hessian_noise.ipynb #ed3d813e
-def centred(values:Tensor, exact:bool) -> Tensor:
+# %% ../nbs/04_hessian_noise.ipynb #61fae02d
+def centred(v:Tensor, exact:bool) -> Tensor:
     "Deviations from the mean over the first axis, scaled such that their products add up to a covariance"
-    K = len(values)
-    return (values - values.mean(0)) / (K if exact or K == 1 else K - 1)**.5
+    K = len(v)
+    return (v - v.mean(0)) / (K if exact or K == 1 else K - 1)**.5
 
 def columns(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int=1024, seed:int=0) -> tuple[Tensor, Tensor]:
     "The columns G_k and Q_k, each (m, ..., d)"
@@ -26,11 +26,11 @@ def columns(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int=1024, 
         eye = along(torch.eye(objective.dim, dtype=x.dtype, device=x.device), x).expand(-1, *x.shape)
         to = response(algorithm, objective, x, objective.grad(x), draws, seed).to
         return objective.law(eye), objective.hvp(x, to(eye))
-    if not isinstance(algorithm, Linear):
+    if not (isinstance(algorithm, Linear) and isinstance(objective, FiniteSum)):
         s = over(objective, x, draws, seed)
         g = objective.sample_grad(x, s.gammas)
         return centred(g, s.exact), centred(hessian_perturbation(algorithm, objective, x, s.gammas), s.exact)
-    singles, law, grad = along(torch.arange(objective.n, device=x.device)[:, None], x), objective.law, objective.grad(x)
+    singles, law, grad = all_samples(objective, x), objective.law, objective.grad(x)
     ratio = law.kappa / law.tau if law.tau else 0.0
     g = objective.sample_grad(x, singles)
     Hg, Hgrad = (objective.sample_hvp(x, singles, v) for v in (g, grad))
@@ -41,14 +41,16 @@ def product(a:Tensor, b:Tensor) -> Tensor:
     "Σ_k a_k b_kᵀ, (m, ..., d) -> (..., d, d)"
     return torch.einsum("k...i,k...j->...ij", a, b)
 
-# %% ../nbs/04_hessian_noise.ipynb #047c2d89
-def sgd_covariance(objective:Objective, # of any kind
-                   x:Tensor # (..., d)
+# %% ../nbs/04_hessian_noise.ipynb #3a4a7907
+def sgd_covariance(objective:Objective,
+                   x:Tensor, # (..., d)
+                   *, draws:int=1024, # γ drawn where there is no closed form: neither additive noise nor a finite sum
+                   seed:int=0 # of those draws
                   ) -> Tensor: # (..., d, d)
     "Σ(x) = Cov(∇f_γ(x)), for minibatches of the objective's size"
     if isinstance(objective, Additive): return objective.law.matrix(x.dtype, x.device).expand(*objective.check(x).shape[:-1], -1, -1)
-    singles = along(torch.arange(objective.n, device=x.device)[:, None], x)
-    g = objective.law.tau**.5 * centred(objective.sample_grad(x, singles), True)
+    if isinstance(objective, FiniteSum): g = objective.law.tau**.5 * centred(objective.sample_grad(x, all_samples(objective, x)), True)
+    else: g = (lambda s: centred(objective.sample_grad(x, s.gammas), s.exact))(over(objective, x, draws, seed))
     return product(g, g)
 
 def cross_covariance(algorithm:Algorithm, objective:Objective,
@@ -59,14 +61,14 @@ def cross_covariance(algorithm:Algorithm, objective:Objective,
                     ) -> Tensor: # (..., d, d), not symmetric in general
     "S(x) = Cov(g, Hu), Theorem 1, Eq. (1)"
     pair(algorithm, objective)
-    additive = isinstance(objective, Additive)
-    if closed_form(algorithm, objective) if additive else isinstance(algorithm, Linear): S, sem = product(*columns(algorithm, objective, x)), 0
+    linear = isinstance(objective, FiniteSum) and isinstance(algorithm, Linear)
+    if linear or (isinstance(objective, Additive) and closed_form(algorithm, objective)): S, sem = product(*columns(algorithm, objective, x)), 0
     else:
         s, grad = over(objective, x, draws, seed), objective.grad(x)
-        def values(c):
+        def outer(c):
             Hu = hessian_perturbation(algorithm, objective, x, c)
             return (objective.sample_grad(x, c) - grad)[..., :, None] * Hu[..., None, :]
-        S, sem = expectation(values, s, x[..., None] * x[..., None, :])
+        S, sem = expectation(outer, s, x[..., None] * x[..., None, :])
     return (S, torch.zeros_like(S) + sem) if return_sem else S
 
 # %% ../nbs/04_hessian_noise.ipynb #fcde6a98
@@ -76,6 +78,8 @@ def resolve(algorithm:Algorithm, objective:Objective, form:str) -> str:
     "The cheapest form with the same value. Raises ValueError on an unknown form."
     if form not in FORMS: raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     own = type(algorithm).direction is not Algorithm.direction
+    if own and form in ("factor", "truncated"):
+        raise ValueError(f"{type(algorithm).__name__} overrides `direction` and so has no {form} form: use form='exact'")
     if objective.law.silent: return "none"
     if algorithm.still and not own and form != "none": return "sgd"
     if form == "exact" and isinstance(objective, Quadratic) and isinstance(algorithm, Linear) and not own: return "factor"
@@ -91,7 +95,7 @@ def noise_covariance(algorithm:Algorithm, objective:Objective,
     pair(algorithm, objective)
     form, rho = resolve(algorithm, objective, form), per_path(per_path(algorithm.rho, x), x)
     if form == "none": return torch.zeros(*objective.check(x).shape, objective.dim, dtype=x.dtype, device=x.device)
-    if form == "sgd": return sgd_covariance(objective, x)
+    if form == "sgd": return sgd_covariance(objective, x, draws=draws, seed=seed)
     if form == "exact":
         s = over(objective, x, draws, seed)
         G = centred(algorithm.direction(objective, x, s.gammas), s.exact)
@@ -107,24 +111,44 @@ def noise_covariance(algorithm:Algorithm, objective:Objective,
 def noise_dim(objective:Objective, algorithm:Algorithm|None=None, form:str="factor", draws:int=1024) -> int:
     "The length of ξ that `noise_sample` takes; without an algorithm, that of SGD's noise"
     form = resolve(algorithm, objective, form) if algorithm else "sgd"
-    if form == "exact" or (form == "factor" and not isinstance(objective, Additive) and not isinstance(algorithm, Linear)):
-        return objective.law.size(draws)
-    return objective.n if isinstance(objective, FiniteSum) and form in ("sgd", "factor") else objective.dim
+    if isinstance(objective, Additive): return objective.law.size(draws) if form == "exact" else objective.dim
+    if form in ("none", "truncated"): return objective.dim
+    if isinstance(objective, FiniteSum) and (form == "sgd" or (form == "factor" and isinstance(algorithm, Linear))): return objective.n
+    return objective.law.size(draws)
+
+def values(algorithm:Algorithm, objective:Objective, x:Tensor, form:str, draws:int, seed:int) -> tuple[Support, float]:
+    "The γ that ξ weighs, and the factor of their weights"
+    if isinstance(objective, FiniteSum) and (form == "sgd" or (form == "factor" and isinstance(algorithm, Linear))):
+        return Support(all_samples(objective, x), True), (objective.law.tau / objective.n)**.5
+    s = over(objective, x, draws, seed)
+    return s, max(len(s.gammas) - (not s.exact), 1)**-.5
 
 def weighted_sum(fn, gammas:Tensor, w:Tensor, x:Tensor) -> Tensor:
     "Σ_k w_k fn(γ_k) for weights (..., K), a piece of the γ at a time"
     w = w.movedim(-1, 0)[..., None]
     return sum((w[s] * fn(gammas[s])).sum(0) for s in pieces(gammas, x))
 
-def linear_sample(algorithm:Linear, objective:FiniteSum, x:Tensor, xi:Tensor, form:str) -> Tensor:
-    "Eq. (2), for minibatches and u = c g"
-    law, w = objective.law, objective.law.tau**.5 * (xi - xi.mean(-1, keepdim=True)) / objective.n**.5
-    a = objective.weighted_grad(x, w)
+def combination(algorithm:Algorithm, objective:Objective, x:Tensor,
+                w:Tensor, # (..., K)
+                form:str, # "sgd", "factor" or "exact"
+                gammas:Tensor # K values, from `over` or `all_samples`
+               ) -> Tensor: # (..., d)
+    "Σ_k w_k c_k, where c_k is g_k, g_k + ρ H_k u_k, or G_ρ, for the k-th γ"
+    if form == "exact": return weighted_sum(lambda c: algorithm.direction(objective, x, c), gammas, w, x)
+    single = isinstance(objective, FiniteSum) and gammas.shape[-1] == 1 and len(gammas) == objective.n
+    a = objective.weighted_grad(x, w) if single else weighted_sum(lambda c: objective.sample_grad(x, c), gammas, w, x)
     if form == "sgd": return a
-    grad, ratio = objective.grad(x), law.kappa / law.tau
-    singles = along(torch.arange(objective.n, device=x.device)[:, None], x)
-    Hu = ratio * weighted_sum(lambda c: hessian_perturbation(USAM(), objective, x, c), singles, w, x) if ratio else 0
-    if ratio != 1: Hu = Hu + (1 - ratio) * (objective.hvp(x, a) + objective.weighted_hvp(x, w, grad))
+    return a + per_path(algorithm.rho, x) * weighted_sum(lambda c: hessian_perturbation(algorithm, objective, x, c), gammas, w, x)
+
+def batch_formula(algorithm:Algorithm, objective:Objective, form:str) -> bool:
+    "Does Eq. (2) apply, with more than its last sum?"
+    return form == "factor" and isinstance(algorithm, Linear) and isinstance(objective, FiniteSum) and objective.law.batch_size > 1
+
+def batch_sample(algorithm:Linear, objective:FiniteSum, x:Tensor, w:Tensor) -> Tensor:
+    "Eq. (2), for minibatches of any size and u = c g"
+    a, grad, ratio = objective.weighted_grad(x, w), objective.grad(x), objective.law.kappa / objective.law.tau
+    Hg = weighted_sum(lambda c: hessian_perturbation(USAM(), objective, x, c), all_samples(objective, x), w, x)
+    Hu = ratio * Hg + (1 - ratio) * (objective.hvp(x, a) + objective.weighted_hvp(x, w, grad))
     return a + per_path(algorithm.rho, x) * algorithm.scale(grad) * Hu
 
 # %% ../nbs/04_hessian_noise.ipynb #adb98bac
@@ -148,9 +172,7 @@ def noise_sample(algorithm:Algorithm, objective:Objective,
         a = objective.law(xi)
         if form == "sgd": return a
         return a + per_path(algorithm.rho, x) * objective.hvp(x, response(algorithm, objective, x, objective.grad(x), draws, seed).to(xi))
-    if form == "sgd" or (form == "factor" and isinstance(algorithm, Linear)): return linear_sample(algorithm, objective, x, xi, form)
-    s = over(objective, x, draws, seed)
-    rho, K = per_path(algorithm.rho, x), len(s.gammas)
-    first_order = lambda c: objective.sample_grad(x, c) + rho * hessian_perturbation(algorithm, objective, x, c)
-    w = (xi - xi.mean(-1, keepdim=True)) / (K if s.exact or K == 1 else K - 1)**.5
-    return weighted_sum(first_order if form == "factor" else lambda c: algorithm.direction(objective, x, c), s.gammas, w, x)
+    support, scale = values(algorithm, objective, x, form, draws, seed)
+    w = scale * (xi - xi.mean(-1, keepdim=True))
+    if batch_formula(algorithm, objective, form): return batch_sample(algorithm, objective, x, w)
+    return combination(algorithm, objective, x, w, form, support.gammas)
