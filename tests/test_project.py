@@ -1,0 +1,49 @@
+"What holds for the package as a whole."
+import re
+import subprocess
+import sys
+import warnings
+from configparser import ConfigParser
+from importlib.resources import files
+from pathlib import Path
+
+import samsde
+
+ROOT = Path(__file__).parent.parent
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"nbdev", "fastcore", "execnb"}: raise ImportError(f"{name} is a tool for developers")
+
+def stop(name): raise
+
+sys.meta_path.insert(0, Blocked())
+import samsde
+for module in pkgutil.walk_packages(samsde.__path__, "samsde.", onerror=stop):
+    if not module.name.endswith("__main__"): importlib.import_module(module.name)
+"""
+
+
+def test_imports_without_the_tools_of_developers():
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ships_its_types():
+    assert files(samsde).joinpath("py.typed").is_file()
+    assert '"py.typed"' in (ROOT/"setup.py").read_text(encoding="utf-8")
+
+
+def test_one_version():
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT/"settings.ini", encoding="utf-8")
+    cited = re.search(r"^version: (\S+)", (ROOT/"CITATION.cff").read_text(encoding="utf-8"), re.M)[1]
+    assert samsde.__version__ == settings["DEFAULT"]["version"] == cited
+
+
+def test_compiles_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a TeX command in a docstring that isn't raw, say
+        for path in (ROOT/"samsde").rglob("*.py"): compile(path.read_text(encoding="utf-8"), path, "exec")
