@@ -38,8 +38,8 @@ def time_grid(eta, # learning rate of the process, one number
 
 # %% ../nbs/02_ensemble.ipynb #78f166de
 def block_size(n_paths:int, # number of paths
-               size:int, # numbers in the state of one path
-               target:int=2**15 # numbers in the state of a block
+               size:int, # random numbers that one path takes a step
+               target:int=2**15 # random numbers that a block takes a step
               ) -> int:
     "Paths in a block: about `target` numbers, and a multiple of four blocks if one is not enough"
     blocks = math.ceil(n_paths * size / target)
@@ -142,9 +142,9 @@ def observed(fn, name:str, x:Tensor) -> tuple[Tensor, Tensor]:
     raise ValueError(f"observable {name!r} must keep the leading axes {tuple(lead)}, got shape {tuple(value.shape)}")
 
 @torch.no_grad()
-def run_chunk(process, x:Tensor, stream:Streams, grid:tuple, observe:dict, tick) -> tuple:
+def run_chunk(process, x:Tensor, stream:Streams, shape:tuple, grid:tuple, observe:dict, tick) -> tuple:
     "Final points, which paths are alive, and name -> values (T, paths, *batch, ...)"
-    (steps, marks), shape = grid, x.shape[1:-1]
+    steps, marks = grid
     values, alive = {name: [] for name in observe}, torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
     one = lambda shape, generator: process.draw(shape, generator, dtype=x.dtype, device=x.device)
     for k, mark in enumerate(marks):
@@ -237,7 +237,8 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
              seed:int=0, # decides all random numbers
              observe=None, # what to average: a function of points (..., d) that keeps the leading axes, or a dict of them; the point itself if None
              every:int=1, # record every so many eta
-             chunk:int|None=None, # paths in memory at once (for each thread); decided by the size of a path if None
+             share:bool=False, # do the members of a sweep see the same noise?
+             chunk:int|None=None, # paths in memory at once (for each thread); decided by the noise of a path if None
              threads:int|None=None, # torch's number if None
              keep:bool=False, # keep the observables of every path, in `.paths`
              checkpoint:str|Path|None=None, # an .npz file to write results to, and to resume from
@@ -246,11 +247,12 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
     "Run `n_paths` independent paths of a process. Raises ValueError or TypeError on bad input, DivergenceError if no path stays finite."
     grid, x = time_grid(process.eta, t_end, dt, every), starts(process, x0, whole("n_paths", n_paths, least=2))
     observe = observe if isinstance(observe, dict) else {"x" if observe is None else getattr(observe, "__name__", "observable"): observe or (lambda x: x)}
-    block = block_size(n_paths, x[0].numel())
+    shape = tuple(1 if share else n for n in x.shape[1:-1])
+    block = block_size(n_paths, process.noise_dim * math.prod(shape))
     chunk = block if chunk is None else whole("chunk", chunk)
     threads = whole("threads", threads) if threads else torch.get_num_threads() if x.device.type == "cpu" else 1
     path = Path(checkpoint) if checkpoint else None
-    mark = fingerprint(process, x, seed, grid, list(observe), chunk, keep) if path else ""
+    mark = fingerprint(process, x, seed, grid, list(observe), shape, chunk, keep) if path else ""
     total, saved = Partial.load(path, mark, x.device) if path and path.exists() else None, time.monotonic()
     with tqdm(total=n_paths * grid[1][-1], initial=(len(total.final) if total else 0) * grid[1][-1], unit="step", unit_scale=True, disable=not progress) as bar:
         def work(lo, stop):
@@ -258,7 +260,7 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
             def tick(n):
                 if stop.is_set(): raise InterruptedError
                 bar.update(n * (hi - lo))
-            final, alive, values = run_chunk(process, x[lo:hi], Streams(seed, block, lo, hi, n_paths, x.device), grid, observe, tick)
+            final, alive, values = run_chunk(process, x[lo:hi], Streams(seed, block, lo, hi, n_paths, x.device), shape, grid, observe, tick)
             return Partial(final, alive, {k: Moments.of(v, alive) for k, v in values.items()}, values if keep else {})
         try:
             for part in in_order(work, list(range(len(total.final) if total else 0, n_paths, chunk)), threads):
