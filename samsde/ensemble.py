@@ -38,10 +38,10 @@ def time_grid(eta, # learning rate of the process, one number
 
 # %% ../nbs/02_ensemble.ipynb #78f166de
 def block_size(n_paths:int, # number of paths
-               size:int, # random numbers that one path takes a step
-               target:int=2**15 # random numbers that a block takes a step
+               size:int, # numbers that one path needs
+               target:int=2**15 # numbers that a block may have
               ) -> int:
-    "Paths in a block: about `target` numbers, and a multiple of four blocks if one is not enough"
+    "Paths in a block: at most `target` numbers, and a multiple of four blocks if one is not enough"
     blocks = math.ceil(n_paths * size / target)
     return math.ceil(n_paths / (blocks if blocks == 1 else min(4 * math.ceil(blocks / 4), n_paths)))
 
@@ -114,7 +114,7 @@ class Ensemble:
         "Mean over time, with a band of two standard errors; returns the Axes"
         import matplotlib.pyplot as plt
         ax, name = ax or plt.gca(), name or next(iter(self.mean))
-        mean, sem = (s[name].flatten(1).numpy() for s in (self.mean, self.sem))
+        mean, sem = (s[name].reshape(len(self.times), -1).cpu() for s in (self.mean, self.sem))
         for j in range(mean.shape[1]):
             line, = ax.plot(self.times, mean[:, j], **style)
             ax.fill_between(self.times, mean[:, j] - 2 * sem[:, j], mean[:, j] + 2 * sem[:, j], color=line.get_color(), alpha=.25, lw=0)
@@ -238,7 +238,7 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
              observe=None, # what to average: a function of points (..., d) that keeps the leading axes, or a dict of them; the point itself if None
              every:int=1, # record every so many eta
              share:bool=False, # do the members of a sweep see the same noise?
-             chunk:int|None=None, # paths in memory at once (for each thread); decided by the noise of a path if None
+             chunk:int|None=None, # paths in memory at once (for each thread); decided by the size of a path if None
              threads:int|None=None, # torch's number if None
              keep:bool=False, # keep the observables of every path, in `.paths`
              checkpoint:str|Path|None=None, # an .npz file to write results to, and to resume from
@@ -249,7 +249,7 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
     observe = observe if isinstance(observe, dict) else {"x" if observe is None else getattr(observe, "__name__", "observable"): observe or (lambda x: x)}
     shape = tuple(1 if share else n for n in x.shape[1:-1])
     block = block_size(n_paths, process.noise_dim * math.prod(shape))
-    chunk = block if chunk is None else whole("chunk", chunk)
+    chunk = block_size(n_paths, x[0].numel()) if chunk is None else whole("chunk", chunk)
     threads = whole("threads", threads) if threads else torch.get_num_threads() if x.device.type == "cpu" else 1
     path = Path(checkpoint) if checkpoint else None
     mark = fingerprint(process, x, seed, grid, list(observe), shape, chunk, keep) if path else ""
