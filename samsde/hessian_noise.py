@@ -58,7 +58,7 @@ def cross_covariance(algorithm:Algorithm, objective:Objective,
                      seed:int=0, # of those draws
                      return_sem:bool=False # also return the standard error that the draws leave, 0 for a closed form?
                     ) -> Tensor: # (..., d, d), not symmetric in general
-    "S(x) = Cov(g, Hu), Theorem 1, Eq. (1)"
+    "S = Cov(g, Hu) of Theorem 1, Eq. (1), at every point"
     pair(algorithm, objective)
     linear = isinstance(objective, FiniteSum) and isinstance(algorithm, Linear)
     if linear or (isinstance(objective, Additive) and closed_form(algorithm, objective)): S, sem = product(*columns(algorithm, objective, x)), 0
