@@ -133,7 +133,18 @@ def starts(process, # has .shape, the axes of a sweep over rho or eta
     batch = torch.broadcast_shapes(lead[1:], process.shape)
     return x0.reshape(lead[0] if x0.ndim > 1 else 1, *(1,) * (len(batch) - len(lead[1:])), *lead[1:], x0.shape[-1]).expand(n_paths, *batch, -1)
 
-# %% ../nbs/02_ensemble.ipynb #9590fbf7
+# %% ../nbs/02_ensemble.ipynb #50ab8311
+def checked(process, observe) -> dict:
+    "The observables by name. Raises TypeError if one is no function, or the process is none."
+    for what in ("eta", "shape", "objective", "draw", "noise_dim", "advance"):
+        if not hasattr(process, what): raise TypeError(f"process must be a Chain, an SDE, or alike, got {type(process).__name__} without {what!r}")
+    if observe is None: return {"x": lambda x: x}
+    observe = observe if isinstance(observe, dict) else {getattr(observe, "__name__", "observable"): observe}
+    for name, fn in observe.items():
+        if not callable(fn): raise TypeError(f"observable {name!r} must be a function of points, got {type(fn).__name__}")
+    return observe
+
+# %% ../nbs/02_ensemble.ipynb #6dd61fda
 def observed(fn, name:str, x:Tensor) -> tuple[Tensor, Tensor]:
     "An observable's values, and at which paths they are finite. Raises ValueError if it mixes paths."
     value, lead = torch.as_tensor(fn(x)), x.shape[:-1]
@@ -156,21 +167,23 @@ def run_chunk(process, x:Tensor, stream:Streams, shape:tuple, grid:tuple, observ
         tick(mark - marks[k - 1] if k else 0)
     return x, alive, {name: torch.stack(v) for name, v in values.items()}
 
-# %% ../nbs/02_ensemble.ipynb #a83907e2
+# %% ../nbs/02_ensemble.ipynb #ec254468
 @dataclass
 class Partial:
-    "What some of the paths contribute"
-    final: Tensor
-    alive: Tensor
+    "What some of the paths contribute; their own values come in a list, a tensor for each chunk"
+    final: list
+    alive: list
     moments: dict # name -> Moments
-    paths: dict # name -> (T, paths, *batch, ...), empty unless kept
+    paths: dict # name -> list of (T, paths, *batch, ...), empty unless kept
 
     def __add__(self, other):
-        return Partial(torch.cat([self.final, other.final]), torch.cat([self.alive, other.alive]),
-                       {k: m + other.moments[k] for k, m in self.moments.items()},
-                       {k: torch.cat([v, other.paths[k]], 1) for k, v in self.paths.items()})
+        return Partial(self.final + other.final, self.alive + other.alive, {k: m + other.moments[k] for k, m in self.moments.items()},
+                       {k: v + other.paths[k] for k, v in self.paths.items()})
+    def __len__(self): return sum(map(len, self.final))
+    def joined(self) -> tuple[Tensor, Tensor, dict]: return torch.cat(self.final), torch.cat(self.alive), {k: torch.cat(v, 1) for k, v in self.paths.items()}
     def save(self, path:Path, mark:str):
-        arrays = {"final": self.final, "alive": self.alive, **{f"paths:{k}": v for k, v in self.paths.items()}}
+        final, alive, paths = self.joined()
+        arrays = {"final": final, "alive": alive, **{f"paths:{k}": v for k, v in paths.items()}}
         for k, m in self.moments.items(): arrays |= {f"n:{k}": m.n, f"mean:{k}": m.mean, f"m2:{k}": m.m2}
         part = path.with_name(path.name + ".part")
         with part.open("wb") as f: np.savez(f, fingerprint=np.array(mark), **{k: v.cpu().numpy() for k, v in arrays.items()})
@@ -182,10 +195,10 @@ class Partial:
             raise ValueError(f"{path} belongs to a run with other settings: give another checkpoint, or delete it")
         t = {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}
         names = lambda kind: [k.partition(":")[2] for k in t if k.startswith(kind + ":")]
-        return cls(t["final"], t["alive"], {k: Moments(t[f"n:{k}"], t[f"mean:{k}"], t[f"m2:{k}"]) for k in names("n")},
-                   {k: t[f"paths:{k}"] for k in names("paths")})
+        return cls([t["final"]], [t["alive"]], {k: Moments(t[f"n:{k}"], t[f"mean:{k}"], t[f"m2:{k}"]) for k in names("n")},
+                   {k: [t[f"paths:{k}"]] for k in names("paths")})
 
-# %% ../nbs/02_ensemble.ipynb #10078bde
+# %% ../nbs/02_ensemble.ipynb #7e892448
 def fingerprint(process, x:Tensor, *settings) -> str:
     "A text that two runs share if they compute the same thing"
     draw = lambda: process.draw(x[:1].shape[:-1], torch.Generator(x.device).manual_seed(0), dtype=x.dtype, device=x.device)
@@ -193,7 +206,7 @@ def fingerprint(process, x:Tensor, *settings) -> str:
     numbers = [t.double().abs().sum().item() for t in (x, after)]
     return json.dumps([type(process).__name__, str(x.dtype), list(x.shape), numbers, settings])
 
-# %% ../nbs/02_ensemble.ipynb #8fac86cb
+# %% ../nbs/02_ensemble.ipynb #72b26a12
 def in_order(work, # a function of one job and stop, an Event after which it should give up
              jobs:list, threads:int):
     "Results of `work` in the order of `jobs`, computed on `threads` threads"
@@ -209,18 +222,35 @@ def in_order(work, # a function of one job and stop, an Event after which it sho
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(torch_threads)
 
-# %% ../nbs/02_ensemble.ipynb #227c187d
+# %% ../nbs/02_ensemble.ipynb #e562ea8d
+def accumulate(parts, # Partials, as they come
+               total:Partial|None, # what a file had already
+               path:Path|None, mark:str, pause:float=5. # seconds between two writes
+              ) -> Partial:
+    "The sum of partial results; what there is of it is written to `path` now and then, and when an interrupt ends it"
+    saved = time.monotonic()
+    try:
+        for part in parts:
+            total = part if total is None else total + part
+            if path and time.monotonic() - saved > pause:
+                total.save(path, mark)
+                saved = time.monotonic()
+    finally:
+        if path and total: total.save(path, mark)
+    return total
+
+# %% ../nbs/02_ensemble.ipynb #05201a32
 class DivergenceError(ArithmeticError):
     "No path of an ensemble stayed finite"
 
-# %% ../nbs/02_ensemble.ipynb #33552a47
+# %% ../nbs/02_ensemble.ipynb #ee65ada4
 def summary(total:Partial, eta:float, grid:tuple) -> Ensemble:
     "The statistics of an ensemble. Raises DivergenceError if no path stayed finite; warns if some did not."
-    dead, times = (~total.alive).sum().item(), torch.tensor(grid[1], dtype=torch.float64) * eta
-    if dead == total.alive.numel(): raise DivergenceError(f"all {dead} paths diverged before t={times[-1]:g}: lower eta or rho")
-    if dead: warnings.warn(f"{dead} of {total.alive.numel()} paths diverged before t={times[-1]:g} and are left out", stacklevel=3)
-    final = torch.where(total.alive[..., None], total.final, torch.nan)
-    result = Ensemble(times, {}, {}, {}, final, total.alive, total.paths)
+    ends, alive, paths = total.joined()
+    dead, times = (~alive).sum().item(), torch.tensor(grid[1], dtype=torch.float64) * eta
+    if dead == alive.numel(): raise DivergenceError(f"all {dead} paths diverged before t={times[-1]:g}: they, or what was observed of them, are not finite; lower eta or rho")
+    if dead: warnings.warn(f"{dead} of {alive.numel()} paths diverged before t={times[-1]:g} and are left out", stacklevel=3)
+    result = Ensemble(times, {}, {}, {}, torch.where(alive[..., None], ends, torch.nan), alive, paths)
     for name, m in total.moments.items():
         n = m.n.reshape(1, *m.n.shape, *(1,) * (m.mean.ndim - 1 - m.n.ndim))
         result.mean[name] = torch.where(n > 0, m.mean, torch.nan)
@@ -228,7 +258,7 @@ def summary(total:Partial, eta:float, grid:tuple) -> Ensemble:
         result.sem[name] = result.std[name] / n.sqrt()
     return result
 
-# %% ../nbs/02_ensemble.ipynb #c39c0d80
+# %% ../nbs/02_ensemble.ipynb #65e8fdb9
 def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and advance
              x0:Tensor, # start: (d,), or (n_paths, *batch, d) with one for each path
              t_end:float, # end time, a whole number of steps eta
@@ -245,27 +275,23 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
              progress:bool=False # show a progress bar
             ) -> Ensemble:
     "Run `n_paths` independent paths of a process. Raises ValueError or TypeError on bad input, DivergenceError if no path stays finite."
+    observe, seed = checked(process, observe), whole("seed", seed, least=0)
     grid, x = time_grid(process.eta, t_end, dt, every), starts(process, x0, whole("n_paths", n_paths, least=2))
-    observe = observe if isinstance(observe, dict) else {"x" if observe is None else getattr(observe, "__name__", "observable"): observe or (lambda x: x)}
     shape = tuple(1 if share else n for n in x.shape[1:-1])
     block = block_size(n_paths, process.noise_dim * math.prod(shape))
     chunk = block_size(n_paths, x[0].numel()) if chunk is None else whole("chunk", chunk)
-    threads = whole("threads", threads) if threads else torch.get_num_threads() if x.device.type == "cpu" else 1
+    threads = whole("threads", threads) if threads is not None else torch.get_num_threads() if x.device.type == "cpu" else 1
     path = Path(checkpoint) if checkpoint else None
     mark = fingerprint(process, x, seed, grid, list(observe), shape, chunk, keep) if path else ""
-    total, saved = Partial.load(path, mark, x.device) if path and path.exists() else None, time.monotonic()
-    with tqdm(total=n_paths * grid[1][-1], initial=(len(total.final) if total else 0) * grid[1][-1], unit="step", unit_scale=True, disable=not progress) as bar:
+    total = Partial.load(path, mark, x.device) if path and path.exists() else None
+    done, steps = len(total or ()), grid[1][-1]
+    with tqdm(total=n_paths * steps, initial=done * steps, unit="step", unit_scale=True, disable=not progress) as bar:
         def work(lo, stop):
             hi = min(lo + chunk, n_paths)
             def tick(n):
                 if stop.is_set(): raise InterruptedError
                 bar.update(n * (hi - lo))
             final, alive, values = run_chunk(process, x[lo:hi], Streams(seed, block, lo, hi, n_paths, x.device), shape, grid, observe, tick)
-            return Partial(final, alive, {k: Moments.of(v, alive) for k, v in values.items()}, values if keep else {})
-        try:
-            for part in in_order(work, list(range(len(total.final) if total else 0, n_paths, chunk)), threads):
-                total = part if total is None else total + part
-                if path and time.monotonic() - saved > 5: total.save(path, mark); saved = time.monotonic()
-        finally:
-            if path and total: total.save(path, mark)
+            return Partial([final], [alive], {k: Moments.of(v, alive) for k, v in values.items()}, {k: [v] for k, v in values.items()} if keep else {})
+        total = accumulate(in_order(work, list(range(done, n_paths, chunk)), threads), total, path, mark)
     return summary(total, float(process.eta), grid)

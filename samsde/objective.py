@@ -230,9 +230,9 @@ class Minibatches:
         if not replace and batch_size > n:
             raise ValueError(f"batch_size must be at most n without replacement, got batch_size={batch_size} and n={n}")
         N, B = self.n, self.batch_size
-        self.tau = 1 / B if replace else (N - B) / (B * max(N - 1, 1))
-        self.kappa = 1 / B**2 if replace else (N - B) * (N - 2 * B) / (B**2 * (N - 1) * (N - 2)) if N > 2 else 0.0
-        self.silent, self.count = N == 1 or self.tau == 0, N**B if replace else math.comb(N, B)
+        self.tau = 0.0 if N == 1 else 1 / B if replace else (N - B) / (B * (N - 1))
+        self.kappa = 0.0 if N <= 2 else 1 / B**2 if replace else (N - B) * (N - 2 * B) / (B**2 * (N - 1) * (N - 2))
+        self.silent, self.count = self.tau == 0, N**B if replace else math.comb(N, B)
 
     def draw(self, shape, generator=None, *, dtype=None, device=None) -> Tensor:
         n, B = self.n, self.batch_size

@@ -79,6 +79,9 @@ TABLE = {
     "every 0": (lambda: run(every=0), ValueError, "every must be at least 1, got 0"),
     "chunk of 0": (lambda: run(chunk=0), ValueError, "chunk must be at least 1, got 0"),
     "several eta in one run": (lambda: run(Chain(SGD(), bowl, torch.tensor([.1, .2]))), ValueError, "different eta share no time grid"),
+    "negative seed": (lambda: run(seed=-1), ValueError, "seed must be at least 0, got -1"),
+    "algorithm for a process": (lambda: run(SAM(.1)), TypeError, "process must be a Chain, an SDE, or alike, got SAM without 'eta'"),
+    "observable that is a number": (lambda: run(observe={"m": 3.}), TypeError, "observable 'm' must be a function of points, got float"),
     "observable that mixes paths": (lambda: run(observe={"m": lambda x: x.mean()}), ValueError, r"observable 'm' must keep the leading axes \(4,\), got shape \(\)"),
 }
 

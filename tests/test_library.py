@@ -1,4 +1,5 @@
 """What runs through all modules: kinds of tensors, threads, progress, objectives of a user's own, the command line."""
+import itertools
 import math
 import subprocess
 import sys
@@ -100,3 +101,22 @@ def test_command_line_as_a_module(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "the error of SGD's SDE is" in done.stdout, done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"error_vs_rho.csv", "error_vs_rho.png"}
+
+@pytest.mark.parametrize("n, B, replace", [(1, 1, True), (1, 1, False), (2, 1, True), (2, 2, False), (5, 1, False), (5, 2, True), (5, 3, False), (5, 4, True), (5, 5, False)])
+def test_moments_by_enumeration(n, B, replace):
+    """Drift and covariances of random quadratic samples against plain sums over all minibatches; another batch size is the control."""
+    generator = torch.Generator().manual_seed(n)
+    g, H = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in [(n, 3), (n, 3, 3)])
+    H = H + H.mT
+    objective = lambda B: FiniteSum(lambda x: g @ x + (H @ x @ x) / 2, n, 3, B, replace)
+    batches = torch.tensor(list(itertools.product(range(n), repeat=B) if replace else itertools.combinations(range(n), B)))
+    gB, HB, x = g[batches].mean(1), H[batches].mean(1), torch.zeros(3, dtype=torch.float64)
+    cov = lambda a, b: (a - a.mean(0)).T @ (b - b.mean(0)) / len(a)
+    for algorithm, u in {USAM(.3): gB, DNSAM(.3): gB / g.mean(0).norm(), SAM(.3): gB / gB.norm(dim=-1, keepdim=True)}.items():
+        Hu = (HB @ u[..., None])[..., 0]
+        def ours(o): return [-drift(algorithm, o, x), -drift(algorithm, o, x, "exact"), sgd_covariance(o, x), cross_covariance(algorithm, o, x),
+                             noise_covariance(algorithm, o, x, "exact")]
+        G = gB + .3 * Hu
+        expected = [G.mean(0), G.mean(0), cov(gB, gB), cov(gB, Hu), cov(G, G)]
+        for a, b in zip(ours(objective(B)), expected): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        if n == 5: assert not any(torch.allclose(a, b, rtol=1e-3) for a, b in zip(ours(objective(B % 5 + 1))[2:], expected[2:]))
