@@ -76,26 +76,47 @@ def linear_mean(algorithm:Linear, objective:FiniteSum, x:Tensor, grad:Tensor) ->
         mean = mean + tau * expectation(lambda c: hessian_perturbation(USAM(), objective, x, c), Support(all_samples(objective, x), True), x)[0]
     return algorithm.scale(grad) * mean
 
-# %% ../nbs/03_implicit_regularizer.ipynb #79329b99
+# %% ../nbs/03_implicit_regularizer.ipynb #bbf1c3a6
+def gaussian_integrals(r:Tensor, # ‖∇f‖ in units of the noise's standard deviation, (...), double precision
+                       d:int # dimension
+                      ) -> tuple[Tensor, Tensor]: # (...)
+    "A and A_∥ of Eq. (3) for s = 1, by quadrature"
+    nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(48))
+    z, m = r.square()[..., None] / 2, max(d - 2, 0)
+    cut = (math.pi / 2 * (40 / (z + m / 2)).sqrt()).clamp(max=math.pi / 2)
+    theta = cut * (nodes + 1) / 2
+    s2, const = theta.sin().square(), math.sqrt(2 / math.pi)
+    bell = cut / 2 * weights * torch.exp(-z * s2) * theta.cos()**m
+    A = const * (bell * theta.cos()**(d - m)).sum(-1)
+    return A, const * (d - 1) * (bell * s2).sum(-1) if d > 1 else const * torch.exp(-z[..., 0])
+
+# %% ../nbs/03_implicit_regularizer.ipynb #2e648981
 @functools.cache
-def legendre(n:int=48) -> tuple: return tuple(torch.from_numpy(t) for t in np.polynomial.legendre.leggauss(n))
+def factor_table(d:int, device:str, cells:int=256, degree:int=7) -> Tensor: # (cells, 2, degree + 1), highest power first
+    "Coefficients of A √(z + d/2) and A_∥ (z + d/2)^{3/2} in the position within a cell of y"
+    t = (torch.cos(torch.pi * (torch.arange(degree + 1, dtype=torch.float64) + .5) / (degree + 1)) + 1) / 2
+    y = (torch.arange(cells)[:, None] + t) / cells
+    z = d / 2 * y / (1 - y)
+    A, along = gaussian_integrals((2 * z).sqrt(), d)
+    values = torch.stack([A * (z + d / 2)**.5, along * (z + d / 2)**1.5], -1)
+    return torch.linalg.solve(torch.linalg.vander(t).flip(-1), values).mT.contiguous().to(device)
 
 def gaussian_factors(r:Tensor, # ‖∇f‖, (...)
                      sigma:float, # standard deviation of each coordinate, positive
                      d:int # dimension
                     ) -> tuple[Tensor, Tensor]: # (...), in double precision
-    "A and A_∥ of Eq. (3)"
-    nodes, weights = (t.to(r.device) for t in legendre())
-    z, m = (r.double() / sigma).square()[..., None] / 2, max(d - 2, 0)
-    cut = (math.pi / 2 * (40 / (z + m / 2)).sqrt()).clamp(max=math.pi / 2)
-    theta = cut * (nodes + 1) / 2
-    s2 = theta.sin().square()
-    bell = cut / 2 * weights * torch.exp(-z * s2) * theta.cos()**m
-    const = math.sqrt(2 / math.pi) / sigma
-    A = const * (bell * theta.cos()**(d - m)).sum(-1)
-    return A, const * (d - 1) * (bell * s2).sum(-1) if d > 1 else const * torch.exp(-z[..., 0])
+    "A and A_∥ of Eq. (3), from a table"
+    table, z = factor_table(d, str(r.device)), (r.double() / sigma).square() / 2
+    scale = z + d / 2
+    y = (z / scale * len(table)).nan_to_num(nan=len(table) - 1.) # r = ∞ on a path that diverges
+    cell = y.long().clamp(max=len(table) - 1)
+    coefficients, t = table[cell], (y - cell)[..., None]
+    value = coefficients[..., 0]
+    for k in range(1, coefficients.shape[-1]): value = torch.addcmul(coefficients[..., k], value, t)
+    A, along = value.unbind(-1)
+    return A / scale.sqrt() / sigma, along / scale**1.5 / sigma
 
-# %% ../nbs/03_implicit_regularizer.ipynb #886b9d7f
+# %% ../nbs/03_implicit_regularizer.ipynb #5cc535f5
 class GaussianDirection(NamedTuple):
     "Moments of u = g/‖g‖ for g = ḡ + Z, Z ~ N(0, σ² I)"
     norm: Tensor # E‖g‖, (...)
@@ -112,7 +133,7 @@ def gaussian_direction(g:Tensor, # ḡ, (..., d)
     A, along = (t.to(g.dtype) for t in gaussian_factors(r, sigma, g.shape[-1]))
     return GaussianDirection(A * r**2 + sigma**2 * ((g.shape[-1] - 1) * A + along), A[..., None] * g, sigma**2 * along, sigma**2 * A)
 
-# %% ../nbs/03_implicit_regularizer.ipynb #bbdeb319
+# %% ../nbs/03_implicit_regularizer.ipynb #fae7b753
 def closed_form(algorithm:Algorithm, objective:Additive) -> bool:
     "Is E u known without draws?"
     return isinstance(algorithm, Linear) or objective.law.silent or (type(algorithm) is SAM and objective.law.cov is None)
@@ -142,7 +163,7 @@ def response(algorithm:Algorithm, objective:Additive, x:Tensor, grad:Tensor, # �
     to = lambda xi: sum(((xi @ zeta[s].T)[..., None, :] @ u(along(zeta[s], x)).movedim(0, -2))[..., 0, :] for s in pieces(zeta, xi)) / len(zeta)
     return Response(*expectation(u, Support(along(zeta, x), False, True), x), to)
 
-# %% ../nbs/03_implicit_regularizer.ipynb #352fe4c6
+# %% ../nbs/03_implicit_regularizer.ipynb #2e681310
 def mean_hessian_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # ∇f(x)
                               draws:int, seed:int) -> tuple[Tensor, Tensor]:
     "E[Hu] and its standard error"
@@ -152,7 +173,7 @@ def mean_hessian_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor
         return linear_mean(algorithm, objective, x, grad), torch.zeros_like(x)
     return expectation(lambda c: hessian_perturbation(algorithm, objective, x, c), over(objective, x, draws, seed), x)
 
-# %% ../nbs/03_implicit_regularizer.ipynb #9284eb8b
+# %% ../nbs/03_implicit_regularizer.ipynb #a960ff3c
 def drift(algorithm:Algorithm, objective:Objective,
           x:Tensor, # (..., d)
           expansion:str="first", # "first": −(ḡ + ρ E[Hu]), or "exact": −E ∇f_γ(x + ρu)
@@ -175,14 +196,14 @@ def drift(algorithm:Algorithm, objective:Objective,
         b, sem = grad + rho * Hu, rho * sem
     return (-b, sem) if return_sem else -b
 
-# %% ../nbs/03_implicit_regularizer.ipynb #af2d2756
+# %% ../nbs/03_implicit_regularizer.ipynb #bb9fd67d
 def noise_trace(objective:Additive|FiniteSum, x:Tensor, grad:Tensor):
     "tr Cov(g), of a minibatch of the objective's size"
     if isinstance(objective, Additive): return objective.law.trace
     spread = lambda c: (objective.sample_grad(x, c) - grad).square().sum(-1)
     return objective.law.tau * expectation(spread, Support(all_samples(objective, x), True), x)[0]
 
-# %% ../nbs/03_implicit_regularizer.ipynb #38b293bf
+# %% ../nbs/03_implicit_regularizer.ipynb #d63126d4
 def regularized_loss(algorithm:Algorithm, objective:Objective,
                      x:Tensor, # (..., d)
                      *, draws:int=1024, # γ drawn where the expectation has no closed form
