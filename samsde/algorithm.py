@@ -17,6 +17,15 @@ class Algorithm:
     def __init__(self, rho=0.0 # ρ, in the units of x for normalised u; a number, or a tensor that broadcasts over the paths
                 ): self.rho = positive("rho", rho, zero=True)
 
+    scale = None # see `Linear`
+
+    def __init_subclass__(cls):
+        "What a subclass defines replaces all that it inherits of the same kind: its potential, its perturbation, its scale"
+        own = cls.__dict__.keys() & {"potential", "perturbation", "scale"}
+        if own & {"potential", "perturbation"} and "scale" not in own: cls.scale = None
+        if own == {"perturbation"}: cls.potential = Algorithm.potential
+        if own == {"potential"}: cls.perturbation = Algorithm.perturbation
+
     def potential(self, g:Tensor) -> Tensor:
         "ψ(g), (..., d) -> (...)"
         raise TypeError(f"{type(self).__name__} has no potential: define `potential` or `perturbation`")
@@ -77,7 +86,7 @@ class SAM(Algorithm):
 # %% ../nbs/01_algorithm.ipynb #e207e4ca
 colours = {"SGD": "#949494", "USAM": "#0173b2", "DNSAM": "#de8f05", "SAM": "#029e73"} # one colour-blind-safe colour each, in all figures
 
-# %% ../nbs/01_algorithm.ipynb #19bc9197
+# %% ../nbs/01_algorithm.ipynb #aa92eb4b
 def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
     "Both, if they are what their names say; else a TypeError"
     if not isinstance(algorithm, Algorithm): raise TypeError(f"algorithm must be an Algorithm, such as SAM(0.05), got {algorithm!r}")
@@ -88,7 +97,11 @@ def broadcast_shape(*values) -> tuple:
     "The common shape of numbers and tensors"
     return tuple(torch.broadcast_shapes(*[v.shape if isinstance(v, Tensor) else () for v in values]))
 
-# %% ../nbs/01_algorithm.ipynb #3438e429
+def spread(x:Tensor, *values) -> Tensor:
+    "`x` with the axes of a sweep over `values` (numbers, or tensors with one value for each path) before its last"
+    return x.expand(*torch.broadcast_shapes(x.shape[:-1], broadcast_shape(*values)), -1)
+
+# %% ../nbs/01_algorithm.ipynb #6f1f120e
 class Chain:
     "The discrete process x⁺ = x − η G_ρ(x). Raises ValueError if `eta` is not positive, TypeError on arguments of the wrong kind."
     def __init__(self, algorithm:Algorithm, # what steps

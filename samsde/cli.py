@@ -36,8 +36,8 @@ def count(name:str, least:int):
 
 def device(text:str) -> torch.device:
     "A parser of a device that is there"
-    try: return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError): raise argparse.ArgumentTypeError(f"device must be one that torch sees here, such as cpu, got {text!r}")
+    try: return torch.device(text) if torch.ones(1, device=text).item() else None
+    except (RuntimeError, AssertionError, NotImplementedError): raise argparse.ArgumentTypeError(f"device must be one that torch sees here, such as cpu, got {text!r}")
 
 # %% ../nbs/09_cli.ipynb #fab4a853
 def parser() -> argparse.ArgumentParser:
@@ -71,10 +71,11 @@ def show(table:pd.DataFrame) -> str:
 def reproduce(options:argparse.Namespace) -> pd.DataFrame:
     "The main job: measure, print, and write error_vs_rho.csv and error_vs_rho.png. Returns the table."
     options.out.mkdir(parents=True, exist_ok=True)
+    problems, algorithms, rhos = (list(dict.fromkeys(given)) if given else None for given in (options.problem, options.algorithm, options.rho))
     runs, begin, tables = options.runs or (8 if options.quick else 32), time.perf_counter(), []
-    for name in options.problem:
+    for name in problems:
         problem = PROBLEMS[name](getattr(torch, options.dtype), options.device)
-        tables.append(error_vs_rho(problem, options.algorithm, options.eta, options.rho, runs, options.seed, progress=sys.stderr.isatty(),
+        tables.append(error_vs_rho(problem, algorithms, options.eta, rhos, runs, options.seed, progress=sys.stderr.isatty(),
                                    t_end=problem.t_end / 4 if options.quick else None))
     table = pd.concat(tables, ignore_index=True)
     table.to_csv(options.out / "error_vs_rho.csv", index=False)
@@ -88,7 +89,7 @@ def main(argv:list|None=None) -> int:
     "The console script; returns the exit status"
     options = parser().parse_args(argv)
     try: reproduce(options)
-    except (DivergenceError, OSError) as e:
+    except (DivergenceError, ValueError, OSError) as e:
         print(f"samsde: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt: return 130

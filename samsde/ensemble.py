@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Ensemble', 'DivergenceError', 'simulate']
 
-# %% ../nbs/02_ensemble.ipynb #1e0f9cf9
-import json, math, os, threading, time, warnings
+# %% ../nbs/02_ensemble.ipynb #c9f67aa9
+import json, math, os, threading, time, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,27 +37,19 @@ def time_grid(eta, # learning rate of the process, one number
 
 # %% ../nbs/02_ensemble.ipynb #a6cad47f
 def block_size(n_paths:int, # number of paths
-               size:int, # numbers that one path needs
-               target:int=2**15 # numbers that a block may have
+               size:int, # numbers that one path needs: its state, or its noise, whichever is larger
+               target:int=2**16 # numbers that a block may have
               ) -> int:
-    "Paths in a block: at most `target` numbers, and a multiple of four blocks if one is not enough"
+    "Paths in a block: at most `target` numbers (but at least one path), and an even number of blocks if one is not enough"
     blocks = math.ceil(n_paths * size / target)
-    return math.ceil(n_paths / (blocks if blocks == 1 else min(4 * math.ceil(blocks / 4), n_paths)))
+    return math.ceil(n_paths / (blocks if blocks == 1 else min(blocks + blocks % 2, n_paths)))
 
-class Streams:
-    "Random numbers for the paths `lo` to `hi` of `n_paths`, from one generator for each block"
-    def __init__(self, seed:int, block:int, lo:int, hi:int, n_paths:int, device):
-        base = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        self.parts = []
-        for b in range(lo // block, -(-hi // block)):
-            first, last = b * block, min((b + 1) * block, n_paths)
-            generator = torch.Generator(device).manual_seed((base + b) % 2**32)
-            self.parts.append((generator, last - first, slice(max(lo - first, 0), hi - first)))
-    def __call__(self, draw, shape:tuple) -> Tensor:
-        "`draw(shape, generator)` for the paths of the chunk; `shape` is what follows the path axis"
-        return torch.cat([draw((size, *shape), generator)[rows] for generator, size, rows in self.parts])
+def stream(seed:int, block:int, device) -> torch.Generator:
+    "The random stream of a block"
+    base = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return torch.Generator(device).manual_seed((base + block) % 2**32)
 
-# %% ../nbs/02_ensemble.ipynb #83b3dc6d
+# %% ../nbs/02_ensemble.ipynb #785d251e
 @dataclass
 class Moments:
     "Count, mean and sum of squared deviations over paths, in double precision"
@@ -70,6 +62,9 @@ class Moments:
            alive:Tensor # (paths, *batch), which count
           ):
         n = alive.sum(0)
+        if alive.all():
+            mean = values.mean(1, dtype=torch.float64)
+            return cls(n, mean, (values - mean[:, None]).square().sum(1))
         mask = alive.reshape(1, *alive.shape, *(1,) * (values.ndim - 1 - alive.ndim))
         values = values.double()
         mean = torch.where(mask, values, 0).sum(1) / mask.sum(1).clamp(min=1)
@@ -80,7 +75,7 @@ class Moments:
         total = (a + b).clamp(min=1)
         return Moments(self.n + other.n, self.mean + gap * b / total, self.m2 + other.m2 + gap**2 * a * b / total)
 
-# %% ../nbs/02_ensemble.ipynb #8b270e3d
+# %% ../nbs/02_ensemble.ipynb #07846ca8
 @dataclass(repr=False)
 class Ensemble:
     "Statistics of an ensemble at the recorded times. T times, *batch members of a sweep, and the shape of the observable follow one another."
@@ -120,7 +115,7 @@ class Ensemble:
         ax.set(xlabel="time $t = k\\eta$", ylabel=f"mean of {name}")
         return ax
 
-# %% ../nbs/02_ensemble.ipynb #73929345
+# %% ../nbs/02_ensemble.ipynb #ef89ae17
 def starts(process, # has .shape, the axes of a sweep over rho or eta
            x0:Tensor, # (d,), or (n_paths, *batch, d)
            n_paths:int # number of paths
@@ -133,7 +128,7 @@ def starts(process, # has .shape, the axes of a sweep over rho or eta
     batch = torch.broadcast_shapes(lead[1:], process.shape)
     return x0.reshape(lead[0] if x0.ndim > 1 else 1, *(1,) * (len(batch) - len(lead[1:])), *lead[1:], x0.shape[-1]).expand(n_paths, *batch, -1)
 
-# %% ../nbs/02_ensemble.ipynb #50ab8311
+# %% ../nbs/02_ensemble.ipynb #9b356a99
 def checked(process, observe) -> dict:
     "The observables by name. Raises TypeError if one is no function, or the process is none."
     for what in ("eta", "shape", "objective", "draw", "noise_dim", "advance"):
@@ -144,21 +139,22 @@ def checked(process, observe) -> dict:
         if not callable(fn): raise TypeError(f"observable {name!r} must be a function of points, got {type(fn).__name__}")
     return observe
 
-# %% ../nbs/02_ensemble.ipynb #6dd61fda
+# %% ../nbs/02_ensemble.ipynb #9590fbf7
 def observed(fn, name:str, x:Tensor) -> tuple[Tensor, Tensor]:
     "An observable's values, and at which paths they are finite. Raises ValueError if it mixes paths."
     value, lead = torch.as_tensor(fn(x)), x.shape[:-1]
+    if value.is_complex(): raise TypeError(f"observable {name!r} must be real, got {value.dtype}: observe its parts")
     if value.shape[:len(lead)] == lead: return value, torch.isfinite(value).reshape(*lead, -1).all(-1)
     raise ValueError(f"observable {name!r} must keep the leading axes {tuple(lead)}, got shape {tuple(value.shape)}")
 
 @torch.no_grad()
-def run_chunk(process, x:Tensor, stream:Streams, shape:tuple, grid:tuple, observe:dict, tick) -> tuple:
+def run_block(process, x:Tensor, generator:torch.Generator, shape:tuple, grid:tuple, observe:dict, tick) -> tuple:
     "Final points, which paths are alive, and name -> values (T, paths, *batch, ...)"
     steps, marks = grid
     values, alive = {name: [] for name in observe}, torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-    one = lambda shape, generator: process.draw(shape, generator, dtype=x.dtype, device=x.device)
+    draw = lambda: process.draw((len(x), *shape), generator, dtype=x.dtype, device=x.device)
     for k, mark in enumerate(marks):
-        for _ in range(mark - marks[k - 1] if k else 0): x = process.advance(x, lambda: stream(one, shape), steps)
+        for _ in range(mark - marks[k - 1] if k else 0): x = process.advance(x, draw, steps)
         alive = alive & torch.isfinite(x).all(-1)
         for name, fn in observe.items():
             value, finite = observed(fn, name, x)
@@ -167,10 +163,10 @@ def run_chunk(process, x:Tensor, stream:Streams, shape:tuple, grid:tuple, observ
         tick(mark - marks[k - 1] if k else 0)
     return x, alive, {name: torch.stack(v) for name, v in values.items()}
 
-# %% ../nbs/02_ensemble.ipynb #ec254468
+# %% ../nbs/02_ensemble.ipynb #a83907e2
 @dataclass
 class Partial:
-    "What some of the paths contribute; their own values come in a list, a tensor for each chunk"
+    "What some of the paths contribute; their own values come in a list, a tensor for each block"
     final: list
     alive: list
     moments: dict # name -> Moments
@@ -190,23 +186,27 @@ class Partial:
         os.replace(part, path)
     @classmethod
     def load(cls, path:Path, mark:str, device):
-        with np.load(path, allow_pickle=False) as f: arrays = dict(f)
-        if str(arrays.pop("fingerprint")) != mark:
+        try:
+            with np.load(path, allow_pickle=False) as f: arrays = dict(f)
+            known = str(arrays.pop("fingerprint"))
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile): raise ValueError(f"{path} is no checkpoint of simulate")
+        if known != mark:
             raise ValueError(f"{path} belongs to a run with other settings: give another checkpoint, or delete it")
         t = {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}
         names = lambda kind: [k.partition(":")[2] for k in t if k.startswith(kind + ":")]
         return cls([t["final"]], [t["alive"]], {k: Moments(t[f"n:{k}"], t[f"mean:{k}"], t[f"m2:{k}"]) for k in names("n")},
                    {k: [t[f"paths:{k}"]] for k in names("paths")})
 
-# %% ../nbs/02_ensemble.ipynb #7e892448
-def fingerprint(process, x:Tensor, *settings) -> str:
+# %% ../nbs/02_ensemble.ipynb #663db230
+def fingerprint(process, x:Tensor, observe:dict, *settings) -> str:
     "A text that two runs share if they compute the same thing"
     draw = lambda: process.draw(x[:1].shape[:-1], torch.Generator(x.device).manual_seed(0), dtype=x.dtype, device=x.device)
     with torch.no_grad(): after = process.advance(x[:1], draw, [process.eta])
+    seen = {name: observed(fn, name, after)[0].double().sum().item() for name, fn in observe.items()}
     numbers = [t.double().abs().sum().item() for t in (x, after)]
-    return json.dumps([type(process).__name__, str(x.dtype), list(x.shape), numbers, settings])
+    return json.dumps([type(process).__name__, str(x.dtype), list(x.shape), numbers, seen, settings])
 
-# %% ../nbs/02_ensemble.ipynb #72b26a12
+# %% ../nbs/02_ensemble.ipynb #8fac86cb
 def in_order(work, # a function of one job and stop, an Event after which it should give up
              jobs:list, threads:int):
     "Results of `work` in the order of `jobs`, computed on `threads` threads"
@@ -222,7 +222,7 @@ def in_order(work, # a function of one job and stop, an Event after which it sho
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(torch_threads)
 
-# %% ../nbs/02_ensemble.ipynb #e562ea8d
+# %% ../nbs/02_ensemble.ipynb #911e2707
 def accumulate(parts, # Partials, as they come
                total:Partial|None, # what a file had already
                path:Path|None, mark:str, pause:float=5. # seconds between two writes
@@ -239,11 +239,11 @@ def accumulate(parts, # Partials, as they come
         if path and total: total.save(path, mark)
     return total
 
-# %% ../nbs/02_ensemble.ipynb #05201a32
+# %% ../nbs/02_ensemble.ipynb #9bb9b8c6
 class DivergenceError(ArithmeticError):
     "No path of an ensemble stayed finite"
 
-# %% ../nbs/02_ensemble.ipynb #ee65ada4
+# %% ../nbs/02_ensemble.ipynb #67ae27bc
 def summary(total:Partial, eta:float, grid:tuple) -> Ensemble:
     "The statistics of an ensemble. Raises DivergenceError if no path stayed finite; warns if some did not."
     ends, alive, paths = total.joined()
@@ -258,7 +258,7 @@ def summary(total:Partial, eta:float, grid:tuple) -> Ensemble:
         result.sem[name] = result.std[name] / n.sqrt()
     return result
 
-# %% ../nbs/02_ensemble.ipynb #65e8fdb9
+# %% ../nbs/02_ensemble.ipynb #55128671
 def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and advance
              x0:Tensor, # start: (d,), or (n_paths, *batch, d) with one for each path
              t_end:float, # end time, a whole number of steps eta
@@ -268,7 +268,7 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
              observe=None, # what to average: a function of points (..., d) that keeps the leading axes, or a dict of them; the point itself if None
              every:int=1, # record every so many eta
              share:bool=False, # do the members of a sweep see the same noise?
-             chunk:int|None=None, # paths in memory at once (for each thread); decided by the size of a path if None
+             chunk:int|None=None, # paths that a thread takes on at a time, in whole blocks; one block if None
              threads:int|None=None, # torch's number if None
              keep:bool=False, # keep the observables of every path, in .paths
              checkpoint:str|Path|None=None, # an .npz file to write results to, and to resume from
@@ -278,20 +278,24 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
     observe, seed = checked(process, observe), whole("seed", seed, least=0)
     grid, x = time_grid(process.eta, t_end, dt, every), starts(process, x0, whole("n_paths", n_paths, least=2))
     shape = tuple(1 if share else n for n in x.shape[1:-1])
-    block = block_size(n_paths, process.noise_dim * math.prod(shape))
-    chunk = block_size(n_paths, x[0].numel()) if chunk is None else whole("chunk", chunk)
+    block = block_size(n_paths, max(process.noise_dim * math.prod(shape), x[0].numel()))
+    stride = block * math.ceil((block if chunk is None else whole("chunk", chunk)) / block)
     threads = whole("threads", threads) if threads is not None else torch.get_num_threads() if x.device.type == "cpu" else 1
-    path = Path(checkpoint) if checkpoint else None
-    mark = fingerprint(process, x, seed, grid, list(observe), shape, chunk, keep) if path else ""
-    total = Partial.load(path, mark, x.device) if path and path.exists() else None
-    done, steps = len(total or ()), grid[1][-1]
+    path, mark, total, steps = Path(checkpoint) if checkpoint else None, "", None, grid[1][-1]
+    if path:
+        if not path.parent.is_dir(): raise ValueError(f"checkpoint must be a file in a folder that exists, got {path}")
+        mark = fingerprint(process, x, observe, seed, grid, shape, block, keep)
+        total = Partial.load(path, mark, x.device) if path.exists() else None
+    done = len(total or ())
     with tqdm(total=n_paths * steps, initial=done * steps, unit="step", unit_scale=True, disable=not progress) as bar:
-        def work(lo, stop):
-            hi = min(lo + chunk, n_paths)
+        def one(lo, stop):
+            part = x[lo:lo + block]
             def tick(n):
                 if stop.is_set(): raise InterruptedError
-                bar.update(n * (hi - lo))
-            final, alive, values = run_chunk(process, x[lo:hi], Streams(seed, block, lo, hi, n_paths, x.device), shape, grid, observe, tick)
+                bar.update(n * len(part))
+            final, alive, values = run_block(process, part, stream(seed, lo // block, x.device), shape, grid, observe, tick)
             return Partial([final], [alive], {k: Moments.of(v, alive) for k, v in values.items()}, {k: [v] for k, v in values.items()} if keep else {})
-        total = accumulate(in_order(work, list(range(done, n_paths, chunk)), threads), total, path, mark)
+        work = lambda lo, stop: [one(first, stop) for first in range(lo, min(lo + stride, n_paths), block)]
+        parts = in_order(work, list(range(done, n_paths, stride)), threads)
+        total = accumulate((part for several in parts for part in several), total, path, mark)
     return summary(total, float(process.eta), grid)

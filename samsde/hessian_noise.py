@@ -9,38 +9,53 @@ __all__ = ['sgd_covariance', 'cross_covariance', 'noise_covariance', 'noise_dim'
 import torch
 from torch import Tensor
 
-from .algorithm import USAM, Algorithm, Linear, pair
-from .implicit_regularizer import all_samples, along, closed_form, expectation, hessian_perturbation, over, pieces, response
+from .algorithm import Algorithm, pair, spread
+from .implicit_regularizer import all_samples, closed_form, expectation, first_axis, gradient_product, hessian_perturbation, over, pieces, response
 from .objective import Additive, FiniteSum, Objective, Quadratic, Support, per_path, psd_root
 
-# %% ../nbs/04_hessian_noise.ipynb #244cdbfa
-def centred(v:Tensor, exact:bool) -> Tensor:
-    "Deviations from the mean over the first axis, scaled such that their products add up to a covariance"
+# %% ../nbs/04_hessian_noise.ipynb #5289c90f
+def centred(v:Tensor, # a value for each γ, (K, ...)
+            support:Support # the γ
+           ) -> Tensor: # (K, ...)
+    "Columns whose products add up to the covariance of `v`: without bias where γ was drawn, and pairs ±Z taken as pairs"
     K = len(v)
-    return (v - v.mean(0)) / (K if exact or K == 1 else K - 1)**.5
+    if not support.antithetic: return (v - v.mean(0)) / max(K - (not support.exact), 1)**.5
+    h, (plus, minus) = K // 2, v.chunk(2)
+    odd, even = (plus - minus) / 2, (plus + minus) / 2
+    return torch.cat([odd / h**.5, (even - even.mean(0)) / (h - 1)**.5])
 
-def columns(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int=1024, seed:int=0) -> tuple[Tensor, Tensor]:
-    "The columns G_k and Q_k, each (m, ..., d)"
-    if isinstance(objective, Additive):
-        eye = along(torch.eye(objective.dim, dtype=x.dtype, device=x.device), x).expand(-1, *x.shape)
-        to = response(algorithm, objective, x, objective.grad(x), draws, seed).to
-        return objective.law(eye), objective.hvp(x, to(eye))
-    if not (isinstance(algorithm, Linear) and isinstance(objective, FiniteSum)):
-        s = over(objective, x, draws, seed)
-        g = objective.sample_grad(x, s.gammas)
-        return centred(g, s.exact), centred(hessian_perturbation(algorithm, objective, x, s.gammas), s.exact)
-    singles, law, grad = all_samples(objective, x), objective.law, objective.grad(x)
-    ratio = law.kappa / law.tau if law.tau else 0.0
-    g = objective.sample_grad(x, singles)
-    Hg, Hgrad = (objective.sample_hvp(x, singles, v) for v in (g, grad))
-    q = ratio * Hg + (1 - ratio) * (objective.hvp(x, g) + Hgrad)
-    return law.tau**.5 * centred(g, True), law.tau**.5 * algorithm.scale(grad) * centred(q, True)
+def weights(xi:Tensor, # (..., K)
+            support:Support # the γ
+           ) -> Tensor: # (..., K)
+    "What each γ's value is multiplied by, such that the sum is that of ξ and the columns of `centred`"
+    K, centre = xi.shape[-1], lambda t: t - t.mean(-1, keepdim=True)
+    if not support.antithetic: return centre(xi) / max(K - (not support.exact), 1)**.5
+    h, (odd, even) = K // 2, xi.chunk(2, -1)
+    odd, even = odd / (2 * h**.5), centre(even) / (2 * (h - 1)**.5)
+    return torch.cat([even + odd, even - odd], -1)
 
 def product(a:Tensor, b:Tensor) -> Tensor:
     "Σ_k a_k b_kᵀ, (m, ..., d) -> (..., d, d)"
     return torch.einsum("k...i,k...j->...ij", a, b)
 
-# %% ../nbs/04_hessian_noise.ipynb #3a4a7907
+# %% ../nbs/04_hessian_noise.ipynb #10fccfb0
+def columns(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int=1024, seed:int=0) -> tuple[Tensor, Tensor]:
+    "The columns G_k and Q_k, each (m, ..., d)"
+    if isinstance(objective, Additive):
+        eye = first_axis(torch.eye(objective.dim, dtype=x.dtype, device=x.device), x).expand(-1, *x.shape)
+        to = response(algorithm, objective, x, objective.grad(x), draws, seed).to
+        return objective.law(eye), objective.hvp(x, to(eye))
+    if not (isinstance(objective, FiniteSum) and algorithm.scale is not None):
+        s = over(objective, x, draws, seed)
+        return centred(objective.sample_grad(x, s.gammas), s), centred(hessian_perturbation(algorithm, objective, x, s.gammas), s)
+    singles, law, grad = Support(all_samples(objective, x), True), objective.law, objective.grad(x)
+    ratio = law.kappa / law.tau if law.tau else 0.0
+    g = objective.sample_grad(x, singles.gammas)
+    Hg, Hgrad = (objective.sample_hvp(x, singles.gammas, v) for v in (g, grad))
+    q = ratio * Hg + (1 - ratio) * (objective.hvp(x, g) + Hgrad)
+    return law.tau**.5 * centred(g, singles), law.tau**.5 * algorithm.scale(grad) * centred(q, singles)
+
+# %% ../nbs/04_hessian_noise.ipynb #4fb18945
 def sgd_covariance(objective:Objective,
                    x:Tensor, # (..., d)
                    *, draws:int=1024, # γ drawn where there is no closed form: neither additive noise nor a finite sum
@@ -48,9 +63,10 @@ def sgd_covariance(objective:Objective,
                   ) -> Tensor: # (..., d, d)
     "Σ(x) = Cov(∇f_γ(x)), for minibatches of the objective's size"
     if isinstance(objective, Additive): return objective.law.matrix(x.dtype, x.device).expand(*objective.check(x).shape[:-1], -1, -1)
-    if isinstance(objective, FiniteSum): g = objective.law.tau**.5 * centred(objective.sample_grad(x, all_samples(objective, x)), True)
-    else: g = (lambda s: centred(objective.sample_grad(x, s.gammas), s.exact))(over(objective, x, draws, seed))
-    return product(g, g)
+    single = isinstance(objective, FiniteSum)
+    s = Support(all_samples(objective, x), True) if single else over(objective, x, draws, seed)
+    g = centred(objective.sample_grad(x, s.gammas), s)
+    return (objective.law.tau if single else 1) * product(g, g)
 
 def cross_covariance(algorithm:Algorithm, objective:Objective,
                      x:Tensor, # (..., d)
@@ -60,7 +76,7 @@ def cross_covariance(algorithm:Algorithm, objective:Objective,
                     ) -> Tensor: # (..., d, d), not symmetric in general
     "S = Cov(g, Hu) of Theorem 1, Eq. (1), at every point"
     pair(algorithm, objective)
-    linear = isinstance(objective, FiniteSum) and isinstance(algorithm, Linear)
+    linear = isinstance(objective, FiniteSum) and algorithm.scale is not None
     if linear or (isinstance(objective, Additive) and closed_form(algorithm, objective)): S, sem = product(*columns(algorithm, objective, x)), 0
     else:
         s, grad = over(objective, x, draws, seed), objective.grad(x)
@@ -70,7 +86,7 @@ def cross_covariance(algorithm:Algorithm, objective:Objective,
         S, sem = expectation(outer, s, x[..., None] * x[..., None, :])
     return (S, torch.zeros_like(S) + sem) if return_sem else S
 
-# %% ../nbs/04_hessian_noise.ipynb #e367a264
+# %% ../nbs/04_hessian_noise.ipynb #aee97e7c
 FORMS = ("factor", "truncated", "exact", "sgd", "none")
 
 def resolve(algorithm:Algorithm, objective:Objective, form:str) -> str:
@@ -81,10 +97,10 @@ def resolve(algorithm:Algorithm, objective:Objective, form:str) -> str:
         raise ValueError(f"{type(algorithm).__name__} overrides `direction` and so has no {form} form: use form='exact'")
     if objective.law.silent: return "none"
     if algorithm.still and not own and form != "none": return "sgd"
-    if form == "exact" and isinstance(objective, Quadratic) and isinstance(algorithm, Linear) and not own: return "factor"
+    if form == "exact" and isinstance(objective, Quadratic) and algorithm.scale is not None and not own: return "factor"
     return form
 
-# %% ../nbs/04_hessian_noise.ipynb #d1db86e6
+# %% ../nbs/04_hessian_noise.ipynb #999d11a0
 def noise_covariance(algorithm:Algorithm, objective:Objective,
                      x:Tensor, # (..., d)
                      form:str="factor", # "factor", "truncated", "exact", "sgd" or "none"
@@ -93,12 +109,13 @@ def noise_covariance(algorithm:Algorithm, objective:Objective,
                     ) -> Tensor: # (..., d, d)
     "a(x), the covariance of the noise without η. Raises ValueError on an unknown form, or a truncated one that is no covariance."
     pair(algorithm, objective)
-    form, rho = resolve(algorithm, objective, form), per_path(per_path(algorithm.rho, x), x)
-    if form == "none": return torch.zeros(*objective.check(x).shape, objective.dim, dtype=x.dtype, device=x.device)
+    x, rho = spread(objective.check(x), algorithm.rho), per_path(per_path(algorithm.rho, x), x)
+    form = resolve(algorithm, objective, form)
+    if form == "none": return torch.zeros(*x.shape, objective.dim, dtype=x.dtype, device=x.device)
     if form == "sgd": return sgd_covariance(objective, x, draws=draws, seed=seed)
     if form == "exact":
         s = over(objective, x, draws, seed)
-        G = centred(algorithm.direction(objective, x, s.gammas), s.exact)
+        G = centred(algorithm.direction(objective, x, s.gammas), s)
         return product(G, G)
     G, Q = columns(algorithm, objective, x, draws, seed)
     if form == "factor": return product(*[G + per_path(algorithm.rho, x) * Q] * 2)
@@ -107,22 +124,23 @@ def noise_covariance(algorithm:Algorithm, objective:Objective,
     psd_root("the truncated covariance Σ + ρ(S + Sᵀ)", a)
     return a
 
-# %% ../nbs/04_hessian_noise.ipynb #4da7a98b
+# %% ../nbs/04_hessian_noise.ipynb #3943df66
 def noise_dim(objective:Objective, algorithm:Algorithm|None=None, form:str="factor", draws:int=1024) -> int:
     "The length of ξ that `noise_sample` takes; without an algorithm, that of SGD's noise"
     form = resolve(algorithm, objective, form) if algorithm else "sgd"
     if isinstance(objective, Additive): return objective.law.size(draws) if form == "exact" else objective.dim
     if form in ("none", "truncated"): return objective.dim
-    if isinstance(objective, FiniteSum) and (form == "sgd" or (form == "factor" and isinstance(algorithm, Linear))): return objective.n
-    return objective.law.size(draws)
+    return objective.n if by_sample(algorithm, objective, form) else objective.law.size(draws)
 
-# %% ../nbs/04_hessian_noise.ipynb #8f4572f2
-def values(algorithm:Algorithm, objective:Objective, x:Tensor, form:str, draws:int, seed:int) -> tuple[Support, float]:
-    "The γ that ξ weighs, and the factor of their weights"
-    if isinstance(objective, FiniteSum) and (form == "sgd" or (form == "factor" and isinstance(algorithm, Linear))):
-        return Support(all_samples(objective, x), True), (objective.law.tau / objective.n)**.5
-    s = over(objective, x, draws, seed)
-    return s, max(len(s.gammas) - (not s.exact), 1)**-.5
+# %% ../nbs/04_hessian_noise.ipynb #4f905454
+def by_sample(algorithm:Algorithm|None, objective:Objective, form:str) -> bool:
+    "Does ξ weigh the samples of a finite sum, whatever the batch size?"
+    return isinstance(objective, FiniteSum) and (form == "sgd" or (form == "factor" and algorithm.scale is not None))
+
+def weighing(algorithm:Algorithm, objective:Objective, x:Tensor, form:str, draws:int, seed:int) -> tuple[Support, float]:
+    "The γ that ξ weighs, and a factor of the weights"
+    if by_sample(algorithm, objective, form): return Support(all_samples(objective, x), True), objective.law.tau**.5
+    return over(objective, x, draws, seed), 1.0
 
 def weighted_sum(fn, gammas:Tensor, w:Tensor, x:Tensor) -> Tensor:
     "Σ_k w_k fn(γ_k) for weights (..., K), a piece of the γ at a time"
@@ -143,16 +161,16 @@ def combination(algorithm:Algorithm, objective:Objective, x:Tensor,
 
 def batch_formula(algorithm:Algorithm, objective:Objective, form:str) -> bool:
     "Does Eq. (2) apply, with more than its last sum?"
-    return form == "factor" and isinstance(algorithm, Linear) and isinstance(objective, FiniteSum) and objective.law.batch_size > 1
+    return form == "factor" and by_sample(algorithm, objective, form) and objective.law.batch_size > 1
 
-def batch_sample(algorithm:Linear, objective:FiniteSum, x:Tensor, w:Tensor) -> Tensor:
+def batch_sample(algorithm:Algorithm, objective:FiniteSum, x:Tensor, w:Tensor) -> Tensor:
     "Eq. (2), for minibatches of any size and u = c g"
     a, grad, ratio = objective.weighted_grad(x, w), objective.grad(x), objective.law.kappa / objective.law.tau
-    Hg = weighted_sum(lambda c: hessian_perturbation(USAM(), objective, x, c), all_samples(objective, x), w, x)
+    Hg = weighted_sum(lambda c: gradient_product(objective, x, c), all_samples(objective, x), w, x)
     Hu = ratio * Hg + (1 - ratio) * (objective.hvp(x, a) + objective.weighted_hvp(x, w, grad))
     return a + per_path(algorithm.rho, x) * algorithm.scale(grad) * Hu
 
-# %% ../nbs/04_hessian_noise.ipynb #e7af21a7
+# %% ../nbs/04_hessian_noise.ipynb #b9f18219
 def noise_sample(algorithm:Algorithm, objective:Objective,
                  x:Tensor, # (..., d)
                  xi:Tensor, # standard normal, (..., m) with m = noise_dim(objective, algorithm, form, draws)
@@ -163,7 +181,8 @@ def noise_sample(algorithm:Algorithm, objective:Objective,
     "B(x) ξ with B Bᵀ = a(x), matrix-free but for the truncated form. Raises ValueError on an unknown form or a ξ of the wrong length."
     form, m = resolve(*pair(algorithm, objective), form), noise_dim(objective, algorithm, form, draws)
     if xi.shape[-1] != m: raise ValueError(f"xi must have shape (..., {m}), got {tuple(xi.shape)}")
-    lead = torch.broadcast_shapes(objective.check(x).shape[:-1], xi.shape[:-1])
+    x = spread(objective.check(x), algorithm.rho)
+    lead = torch.broadcast_shapes(x.shape[:-1], xi.shape[:-1])
     x, xi = x.expand(*lead, -1), xi.expand(*lead, -1)
     if form == "none": return torch.zeros_like(x)
     if form == "truncated":
@@ -173,7 +192,7 @@ def noise_sample(algorithm:Algorithm, objective:Objective,
         a = objective.law(xi)
         if form == "sgd": return a
         return a + per_path(algorithm.rho, x) * objective.hvp(x, response(algorithm, objective, x, objective.grad(x), draws, seed).to(xi))
-    support, scale = values(algorithm, objective, x, form, draws, seed)
-    w = scale * (xi - xi.mean(-1, keepdim=True))
+    support, factor = weighing(algorithm, objective, x, form, draws, seed)
+    w = factor * weights(xi, support)
     if batch_formula(algorithm, objective, form): return batch_sample(algorithm, objective, x, w)
     return combination(algorithm, objective, x, w, form, support.gammas)

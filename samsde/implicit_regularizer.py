@@ -13,23 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .algorithm import DNSAM, SAM, USAM, Algorithm, Linear, pair
+from .algorithm import DNSAM, SAM, USAM, Algorithm, Linear, pair, spread
 from .objective import Additive, FiniteSum, Objective, Quadratic, Support, gradient, per_path, positive, whole
 
 # %% ../nbs/03_implicit_regularizer.ipynb #b65c18e4
 def over(objective:Objective, x:Tensor, draws:int, seed:int) -> Support:
-    "The γ over which an expectation at `x` is taken, along a first axis in front of those of `x`"
+    "The γ over which an expectation at `x` is taken, along a first axis in front of those of `x`. Raises ValueError on fewer than 4 draws."
     generator = torch.Generator(x.device).manual_seed(seed)
-    s = objective.law.support(whole("draws", draws), generator, dtype=x.dtype, device=x.device)
-    return s._replace(gammas=along(s.gammas, x))
+    s = objective.law.support(whole("draws", draws, least=4), generator, dtype=x.dtype, device=x.device)
+    return s._replace(gammas=first_axis(s.gammas, x))
 
-def along(gammas:Tensor, x:Tensor) -> Tensor:
+def first_axis(gammas:Tensor, x:Tensor) -> Tensor:
     "γ values (K, b) with axes for the paths of `x`: (K, 1, ..., 1, b)"
     return gammas.reshape(len(gammas), *(1,) * (x.ndim - 1), -1)
 
 def all_samples(objective:FiniteSum, x:Tensor) -> Tensor:
     "Every sample as a minibatch of one, (n, 1, ..., 1, 1)"
-    return along(torch.arange(objective.n, device=x.device)[:, None], x)
+    return first_axis(torch.arange(objective.n, device=x.device)[:, None], x)
 
 def pieces(gammas:Tensor, x:Tensor, numbers:int=2**22) -> list:
     "Slices of the first axis such that `numbers` bounds what a piece times `x` holds"
@@ -52,19 +52,22 @@ def expectation(fn:Callable, # values of γ (k, 1, ..., 1, b) -> (k, ..., m)
         total, square = total + (values - shift).sum(0), square + (values - shift).detach().square().sum(0)
     mean = total / n
     if support.exact: return shift + mean, torch.zeros_like(mean)
-    return shift + mean, ((square / n - mean.detach()**2).clamp(min=0) / max(n - 1, 1)).sqrt()
+    return shift + mean, ((square / n - mean.detach()**2).clamp(min=0) / (n - 1)).sqrt()
 
-# %% ../nbs/03_implicit_regularizer.ipynb #3dd93cdd
-def has_potential(algorithm:Algorithm) -> bool: return type(algorithm).potential is not Algorithm.potential
+# %% ../nbs/03_implicit_regularizer.ipynb #866028d5
+def gradient_product(objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
+    "H_γ g_γ, the gradient of ½‖∇f_γ‖²"
+    x = x.expand(*torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1]), -1)
+    return gradient(lambda z: objective.sample_grad(z, gamma).square().sum(-1) / 2, x)
 
 def hessian_perturbation(algorithm:Algorithm, objective:Objective,
                          x:Tensor, # (..., d)
                          gamma:Tensor # broadcasts with the paths of `x`
                         ) -> Tensor: # (..., d)
     "H_γ u_γ, Theorem 1's Hessian-vector product"
-    if isinstance(algorithm, DNSAM): return algorithm.scale(objective.grad(x)) * hessian_perturbation(USAM(), objective, x, gamma)
+    if algorithm.scale is not None: return algorithm.scale(objective.grad(x)) * gradient_product(objective, x, gamma)
     x = x.expand(*torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1]), -1)
-    if not has_potential(algorithm): return objective.sample_hvp(x, gamma, algorithm.perturbation(objective, x, gamma))
+    if type(algorithm).potential is Algorithm.potential: return objective.sample_hvp(x, gamma, algorithm.perturbation(objective, x, gamma))
     return gradient(lambda z: algorithm.potential(objective.sample_grad(z, gamma)), x)
 
 # %% ../nbs/03_implicit_regularizer.ipynb #6d03f640
@@ -73,7 +76,7 @@ def linear_mean(algorithm:Linear, objective:FiniteSum, x:Tensor, grad:Tensor) ->
     tau = objective.law.tau
     mean = (1 - tau) * objective.hvp(x, grad) if tau != 1 else 0
     if not objective.law.silent:
-        mean = mean + tau * expectation(lambda c: hessian_perturbation(USAM(), objective, x, c), Support(all_samples(objective, x), True), x)[0]
+        mean = mean + tau * expectation(lambda c: gradient_product(objective, x, c), Support(all_samples(objective, x), True), x)[0]
     return algorithm.scale(grad) * mean
 
 # %% ../nbs/03_implicit_regularizer.ipynb #bbf1c3a6
@@ -136,7 +139,9 @@ def gaussian_direction(g:Tensor, # ḡ, (..., d)
 # %% ../nbs/03_implicit_regularizer.ipynb #fae7b753
 def closed_form(algorithm:Algorithm, objective:Additive) -> bool:
     "Is E u known without draws?"
-    return isinstance(algorithm, Linear) or objective.law.silent or (type(algorithm) is SAM and objective.law.cov is None)
+    return algorithm.scale is not None or objective.law.silent or (plain_sam(algorithm) and objective.law.cov is None)
+
+def plain_sam(algorithm:Algorithm) -> bool: return type(algorithm).perturbation is SAM.perturbation
 
 class Response(NamedTuple):
     "How the perturbation answers to additive noise"
@@ -148,7 +153,7 @@ def response(algorithm:Algorithm, objective:Additive, x:Tensor, grad:Tensor, # �
              draws:int=1024, seed:int=0) -> Response:
     "E u and J Σ^{1/2} under additive noise"
     law, zero = objective.law, torch.zeros_like(grad)
-    if isinstance(algorithm, Linear):
+    if algorithm.scale is not None:
         c = algorithm.scale(grad)
         return Response(c * grad, zero, lambda xi: c * law(xi))
     if law.silent: return Response(algorithm.perturbation(objective, x, zero), zero, torch.zeros_like)
@@ -160,8 +165,8 @@ def response(algorithm:Algorithm, objective:Additive, x:Tensor, grad:Tensor, # �
     half = torch.randn(law.size(draws) // 2, objective.dim, generator=generator, dtype=x.dtype, device=x.device)
     zeta = torch.cat([half, -half])
     u = lambda z: algorithm.perturbation(objective, x, law(z))
-    to = lambda xi: sum(((xi @ zeta[s].T)[..., None, :] @ u(along(zeta[s], x)).movedim(0, -2))[..., 0, :] for s in pieces(zeta, xi)) / len(zeta)
-    return Response(*expectation(u, Support(along(zeta, x), False, True), x), to)
+    to = lambda xi: sum(((xi @ zeta[s].T)[..., None, :] @ u(first_axis(zeta[s], x)).movedim(0, -2))[..., 0, :] for s in pieces(zeta, xi)) / len(zeta)
+    return Response(*expectation(u, Support(first_axis(zeta, x), False, True), x), to)
 
 # %% ../nbs/03_implicit_regularizer.ipynb #2e681310
 def mean_hessian_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # ∇f(x)
@@ -169,7 +174,7 @@ def mean_hessian_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor
     "E[Hu] and its standard error"
     if isinstance(objective, Additive) and closed_form(algorithm, objective):
         return objective.hvp(x, response(algorithm, objective, x, grad).mean), torch.zeros_like(x)
-    if isinstance(objective, FiniteSum) and isinstance(algorithm, Linear):
+    if isinstance(objective, FiniteSum) and algorithm.scale is not None:
         return linear_mean(algorithm, objective, x, grad), torch.zeros_like(x)
     return expectation(lambda c: hessian_perturbation(algorithm, objective, x, c), over(objective, x, draws, seed), x)
 
@@ -184,7 +189,7 @@ def drift(algorithm:Algorithm, objective:Objective,
     "The SDE's drift (Theorem 1, Eq. (1)). Raises ValueError on an unknown `expansion`."
     pair(algorithm, objective)
     if expansion not in ("first", "exact"): raise ValueError(f"expansion must be 'first' or 'exact', got {expansion!r}")
-    x, own = objective.check(x), type(algorithm).direction is not Algorithm.direction
+    x, own = spread(objective.check(x), algorithm.rho), type(algorithm).direction is not Algorithm.direction
     if own and expansion == "first":
         raise ValueError(f"{type(algorithm).__name__} overrides `direction` and so has no first-order expansion: use expansion='exact'")
     if algorithm.still and not own: b, sem = objective.grad(x), torch.zeros_like(x)
@@ -196,14 +201,14 @@ def drift(algorithm:Algorithm, objective:Objective,
         b, sem = grad + rho * Hu, rho * sem
     return (-b, sem) if return_sem else -b
 
-# %% ../nbs/03_implicit_regularizer.ipynb #bb9fd67d
+# %% ../nbs/03_implicit_regularizer.ipynb #cd09cbbc
 def noise_trace(objective:Additive|FiniteSum, x:Tensor, grad:Tensor):
     "tr Cov(g), of a minibatch of the objective's size"
     if isinstance(objective, Additive): return objective.law.trace
     spread = lambda c: (objective.sample_grad(x, c) - grad).square().sum(-1)
     return objective.law.tau * expectation(spread, Support(all_samples(objective, x), True), x)[0]
 
-# %% ../nbs/03_implicit_regularizer.ipynb #d63126d4
+# %% ../nbs/03_implicit_regularizer.ipynb #5746e462
 def regularized_loss(algorithm:Algorithm, objective:Objective,
                      x:Tensor, # (..., d)
                      *, draws:int=1024, # γ drawn where the expectation has no closed form
@@ -212,15 +217,16 @@ def regularized_loss(algorithm:Algorithm, objective:Objective,
                     ) -> Tensor: # (...)
     "f̃(x) = f + ρ E ψ(∇f_γ) (Theorem 1, Eq. (1)). Raises ValueError where there is none: DNSAM with noise that depends on x."
     pair(algorithm, objective)
-    law, rho, grad = objective.law, algorithm.rho, objective.grad(x)
+    law, rho, x = objective.law, algorithm.rho, spread(objective.check(x), algorithm.rho)
+    grad = objective.grad(x)
     sem = torch.zeros_like(grad[..., 0])
-    if isinstance(algorithm, DNSAM):
+    if type(algorithm).scale is DNSAM.scale:
         if not (isinstance(objective, Additive) or law.silent):
             raise ValueError("DNSAM with minibatch noise has no regularised loss: its drift is not a gradient")
         value = torch.linalg.vector_norm(grad, dim=-1)
-    elif isinstance(algorithm, USAM) and isinstance(objective, (Additive, FiniteSum)):
+    elif type(algorithm).scale is USAM.scale and isinstance(objective, (Additive, FiniteSum)):
         value = (grad.square().sum(-1) + noise_trace(objective, x, grad)) / 2
-    elif type(algorithm) is SAM and isinstance(objective, Additive) and law.cov is None: value = gaussian_direction(grad, law.sigma).norm
+    elif plain_sam(algorithm) and isinstance(objective, Additive) and law.cov is None: value = gaussian_direction(grad, law.sigma).norm
     else:
         psi = lambda c: algorithm.potential(objective.sample_grad(x, c))
         value, sem = expectation(psi, over(objective, x, draws, seed), x)

@@ -21,7 +21,7 @@ def positive(name:str, # what to call the value in the error message
     "`value` if it is a positive (or, with `zero`, non-negative) finite number or tensor; else a ValueError or TypeError"
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-    t = torch.as_tensor(value)
+    t = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
     if not (torch.isfinite(t) & ((t >= 0) if zero else (t > 0))).all():
         raise ValueError(f"{name} must be {'non-negative' if zero else 'positive'} and finite, got {value}")
     return value
@@ -197,9 +197,10 @@ def lift(fn:Callable, # takes one point, and what else belongs to it
          x:Tensor, # (..., d)
          *rest:Tensor # tensors with the same leading axes
         ) -> Tensor:
-    "Apply `fn` along all leading axes"
+    "Apply `fn` along all leading axes. Raises TypeError if the result has another dtype than `x`."
     lead = x.shape[:-1]
     out = vmap(fn)(*[t.reshape(-1, *t.shape[len(lead):]) for t in (x, *rest)])
+    if out.dtype != x.dtype: raise TypeError(f"x is {x.dtype}, but its loss is {out.dtype}: convert x, or the data of the loss")
     return out.reshape((*lead, *out.shape[1:]))
 
 # %% ../nbs/00_objective.ipynb #45417246
@@ -284,6 +285,9 @@ def module_losses(module:torch.nn.Module, # any network
                   y:Tensor # targets, (n, ...)
                  ) -> tuple[Callable, Tensor]: # the losses of samples `i` at a flat point, (d,), (b,) -> (b,), and the module's own point
     "A module as a function of its flat trainable parameters. Raises ValueError or TypeError if there is nothing to train or it has no sample losses."
+    for name, t in (("X", X), ("y", y)):
+        if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if len(X) == 0 or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
     params = {k: p for k, p in module.named_parameters() if p.requires_grad}
     if not params: raise ValueError(f"the module must have trainable parameters, got none in {type(module).__name__}")
     if len(kinds := {p.dtype for p in params.values()} | ({X.dtype} if X.is_floating_point() else set())) > 1:
@@ -309,12 +313,13 @@ def from_module(cls, module:torch.nn.Module, # any network without training-mode
                 replace:bool=True # draw minibatches with replacement?
                ) -> FiniteSum:
     "The finite sum over the data (X, y) of a module's losses, at flat parameters; `.x0` is the module's own point"
-    if len(X) == 0 or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
     losses, x0 = module_losses(module, loss, X, y)
     self = cls(losses, len(X), len(x0), batch_size, replace, select=losses)
     self.x0, self.dtype = x0, x0.dtype
     if (out := losses(x0)).shape != (len(X),):
         raise ValueError(f"the loss of a batch must be a scalar (its mean), got shape {tuple(out.shape[1:])}")
+    if not torch.allclose(losses(x0, torch.arange(1)), out[:1], rtol=1e-3, equal_nan=True):
+        raise ValueError("a sample's loss must not depend on the other samples, but the first one's changes when it is alone: does the module mix a batch?")
     return self
 
 FiniteSum.from_module = classmethod(from_module)

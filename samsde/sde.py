@@ -9,10 +9,10 @@ __all__ = ['SDE']
 import torch
 from torch import Tensor
 
-from .algorithm import Algorithm, Linear, broadcast_shape, pair
-from .hessian_noise import batch_formula, combination, noise_covariance, noise_dim, noise_sample, resolve, values
+from .algorithm import Algorithm, broadcast_shape, pair, spread
+from .hessian_noise import batch_formula, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
 from .implicit_regularizer import drift, response
-from .objective import Additive, FiniteSum, Objective, per_path, positive, whole
+from .objective import Additive, Objective, per_path, positive, whole
 
 # %% ../nbs/05_sde.ipynb #50a07ed7
 def along_itself(b, # a vector field, (..., d) -> (..., d)
@@ -22,6 +22,7 @@ def along_itself(b, # a vector field, (..., d) -> (..., d)
     with torch.enable_grad():
         z = x.detach().requires_grad_()
         value = b(z)
+        if not value.requires_grad: return value, torch.zeros_like(value)
         w = torch.zeros_like(value, requires_grad=True)
         back, = torch.autograd.grad(value, z, w, create_graph=True)
         return value.detach(), torch.autograd.grad(back, w, value.detach())[0]
@@ -39,8 +40,8 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float) -> Tensor:
         u = response(algorithm, objective, x, grad, sde.draws, sde.seed)
         return end - per_path(algorithm.rho, x) * objective.hvp(x, dt * u.mean + s * u.to(xi) if form == "factor" else dt * u.mean)
     if sde.order == 1 and form == ("sgd" if algorithm.still else "factor" if first else "exact") and not batch_formula(algorithm, objective, form):
-        support, scale = values(algorithm, objective, x, form, sde.draws, sde.seed)
-        w = dt / len(support.gammas) + s * scale * (xi - xi.mean(-1, keepdim=True))
+        support, factor = weighing(algorithm, objective, x, form, sde.draws, sde.seed)
+        w = dt / len(support.gammas) + s * factor * weights(xi, support)
         if support.exact or not first: return x - combination(algorithm, objective, x, w, form, support.gammas)
     return x + dt * sde.drift(x) + dt**.5 * sde.diffusion(x, xi)
 
@@ -68,25 +69,30 @@ class SDE:
     def shape(self) -> tuple: return broadcast_shape(self.algorithm.rho, self.eta)
     @property
     def settings(self) -> dict: return dict(draws=self.draws, seed=self.seed)
+    def spread(self, x:Tensor) -> Tensor: return spread(self.objective.check(x), self.algorithm.rho, self.eta)
     def drift(self, x:Tensor) -> Tensor:
         "b(x), (..., d) -> (..., d)"
+        x = self.spread(x)
         field = lambda z: drift(self.algorithm, self.objective, z, self.expansion, **self.settings)
         if self.order == 1: return field(x)
         b, derivative = along_itself(field, x)
         return b - per_path(self.eta, x) / 2 * derivative
     def diffusion(self, x:Tensor, xi:Tensor) -> Tensor:
         "−√η B(x) ξ, (..., d) and (..., noise_dim) -> (..., d)"
+        x = self.spread(x)
         return -per_path(self.eta, x)**.5 * noise_sample(self.algorithm, self.objective, x, xi, self.noise, **self.settings)
     def covariance(self, x:Tensor) -> Tensor:
         "η a(x), (..., d) -> (..., d, d): the covariance of the noise in one unit of time"
+        x = self.spread(x)
         return per_path(per_path(self.eta, x), x) * noise_covariance(self.algorithm, self.objective, x, self.noise, **self.settings)
     def draw(self, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
         return torch.randn(*shape, self.noise_dim, generator=generator, dtype=dtype, device=device)
     def step(self, x:Tensor, xi:Tensor, dt:float) -> Tensor:
         "Euler–Maruyama, x + dt b(x) + √dt · diffusion(x, ξ)"
+        if not dt > 0: raise ValueError(f"dt must be positive, got {dt}")
         if (torch.as_tensor(self.eta) < dt * (1 - 1e-9)).any(): raise ValueError(f"dt must be at most eta={self.eta}, got {dt}")
         if xi.shape[-1] != self.noise_dim: raise ValueError(f"xi must have shape (..., {self.noise_dim}), got {tuple(xi.shape)}")
-        return euler_step(self, x, xi, dt)
+        return euler_step(self, self.spread(x), xi, dt)
     def advance(self, x:Tensor, draw, steps:list) -> Tensor:
         for h in steps: x = self.step(x, draw(), h)
         return x

@@ -73,7 +73,7 @@ TABLE = {
     "order 2 of the first expansion": (lambda: SDE(SAM(.1), bowl, .1, order=2), ValueError, "order=2 needs expansion='exact', got 'first'"),
     "truncated and indefinite": (lambda: noise_covariance(USAM(9.), data(), torch.ones(2, **f64) / 9, "truncated"), ValueError, "got an eigenvalue of -"),
     "xi of the wrong length": (lambda: noise_sample(SAM(.1), bowl, x, torch.ones(3, **f64)), ValueError, r"xi must have shape \(..., 2\), got \(3,\)"),
-    "no draws": (lambda: cross_covariance(SAM(.1), data(2), x, draws=0), ValueError, "draws must be at least 1, got 0"),
+    "too few draws": (lambda: cross_covariance(SAM(.1), data(2), x, draws=3), ValueError, "draws must be at least 4, got 3"),
     "noise of a negative size": (lambda: gaussian_direction(x, -1.), ValueError, "sigma must be non-negative"),
     "one path": (lambda: run(n_paths=1), ValueError, "n_paths must be at least 2, got 1"),
     "every 0": (lambda: run(every=0), ValueError, "every must be at least 1, got 0"),

@@ -68,8 +68,11 @@ def error_vs_rho(problem:Problem,
     "Error of each model of each algorithm at each ρ. Raises ValueError on bad input."
     eta, runs = float(positive("eta", eta)), whole("runs", runs, least=3)
     rhos = [float(positive("rho", r, zero=True)) for r in (radii(eta) if rhos is None else rhos)]
-    objective, rho = problem.objective, torch.tensor(rhos).to(problem.x0)
-    steps = max(1, round((t_end or problem.t_end) / eta))
+    if not rhos or len(set(rhos)) < len(rhos): raise ValueError(f"rhos must be different radii, at least one, got {rhos}")
+    if eta > (t_end := t_end or problem.t_end): raise ValueError(f"eta must be at most the time of a run, {t_end:g}, got {eta:g}")
+    objective, rho = problem.objective, torch.tensor(rhos, dtype=torch.float64).to(problem.x0)
+    if not torch.isfinite(rho).all(): raise ValueError(f"rhos must be finite in {problem.x0.dtype}, got {rhos}")
+    steps = round(t_end / eta)
     settings = dict(t_end=steps * eta, n_paths=runs, dt=eta / substeps, seed=seed, share=True, keep=True,
                     observe={"statistic": problem.statistic}, every=max(1, steps // 100))
     rows, shared = [], None
@@ -117,15 +120,16 @@ def plot(table:pd.DataFrame, # from error_vs_rho(...)
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #1cade47c
 def conclusion(table:pd.DataFrame) -> str:
-    "What the table says at the ρ > 0 nearest to √η, and at the largest, in a sentence. Pairs that diverged are left out."
+    "What the table says at the ρ > 0 nearest to √η, in two sentences. Pairs that diverged are left out."
     root, moved = table.eta.iloc[0]**.5, table[table.rho > 0]
-    errors = moved.pivot(index=["rho", "problem", "algorithm"], columns="model", values="error").dropna()
-    if errors.empty: return "There is no ρ > 0 at which the runs stayed finite, so nothing to compare."
-    levels = errors.index.get_level_values("rho")
-    near, last = levels[abs(levels - root).argmin()], levels.max()
-    factor, noise = errors["SGD's SDE"] / errors["own SDE"], errors["Σ only"] / errors["own SDE"]
-    between = lambda ratio, rho: f"{ratio[rho].min():.2g} to {ratio[rho].max():.2g} times"
-    shows = [f"{algorithm} on {problem}" for problem, algorithm in noise[near].index[noise[near] > 1.4]]
-    text = f"At ρ = {near:g} (√η = {root:.3g}) the error of SGD's SDE is {between(factor, near)} that of an algorithm's own SDE, and with Σ as the only noise it is {between(noise, near)}"
-    text += f" (the noise's Hessian term shows for {', '.join(shows)})" if shows else " (this statistic does not tell the noises apart)"
-    return text + (f"; at ρ = {last:g} these are {between(factor, last)} and {between(noise, last)}." if last != near else ".")
+    if moved.empty: return "At ρ = 0 the three models are one, so there is nothing to compare."
+    rho = moved.rho.iloc[(moved.rho - root).abs().argmin()]
+    wide = moved[moved.rho == rho].pivot(index=["problem", "algorithm"], columns="model", values=["error", "se"]).dropna()
+    if wide.empty: return f"At ρ = {rho:g} no run stayed finite."
+    error, se = wide["error"], wide["se"]
+    factor, noise = error["SGD's SDE"] / error["own SDE"], error["Σ only"] / error["own SDE"]
+    differs = (error["Σ only"] - error["own SDE"]).abs() > 4 * (se["Σ only"]**2 + se["own SDE"]**2)**.5
+    times = lambda ratio: f"{ratio.min():.2g}" + (f" to {ratio.max():.2g}" if f"{ratio.min():.2g}" != f"{ratio.max():.2g}" else "") + " times"
+    named = lambda which: ", ".join(f"{algorithm} on {problem} ({noise[problem, algorithm]:.2g})" for problem, algorithm in which[which].index) or "nowhere"
+    return (f"At ρ = {rho:g} (√η = {root:.3g}) the error of SGD's SDE is {times(factor)} that of an algorithm's own SDE. With Σ as the only noise it is {times(noise)}: "
+            f"beyond four standard errors larger for {named(differs & (noise > 1))}, smaller for {named(differs & (noise < 1))}; this statistic sees the drift first.")
