@@ -37,12 +37,12 @@ def time_grid(eta, # learning rate of the process, one number
 
 # %% ../nbs/02_ensemble.ipynb #a6cad47f
 def block_size(n_paths:int, # number of paths
-               size:int, # numbers that one path needs: its state, or its noise, whichever is larger
+               size:int, # numbers that one path needs: its point or its noise, whichever is larger, for every member that has noise of its own
                target:int=2**16 # numbers that a block may have
               ) -> int:
-    "Paths in a block: at most `target` numbers (but at least one path), and an even number of blocks if one is not enough"
+    "Paths in a block: at most `target` numbers (but at least one path), and an even number of blocks unless there is little to do"
     blocks = math.ceil(n_paths * size / target)
-    return math.ceil(n_paths / (blocks if blocks == 1 else min(blocks + blocks % 2, n_paths)))
+    return n_paths if n_paths * size <= target / 16 else math.ceil(n_paths / min(blocks + blocks % 2, n_paths))
 
 def stream(seed:int, block:int, device) -> torch.Generator:
     "The random stream of a block"
@@ -210,11 +210,12 @@ def fingerprint(process, x:Tensor, observe:dict, *settings) -> str:
 def in_order(work, # a function of one job and stop, an Event after which it should give up
              jobs:list, threads:int):
     "Results of `work` in the order of `jobs`, computed on `threads` threads"
-    stop = threading.Event()
+    stop, torch_threads = threading.Event(), torch.get_num_threads()
     if threads == 1 or len(jobs) < 2:
-        yield from (work(job, stop) for job in jobs)
+        torch.set_num_threads(1)
+        try: yield from (work(job, stop) for job in jobs)
+        finally: torch.set_num_threads(torch_threads)
         return
-    torch_threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try: yield from pool.map(lambda job: work(job, stop), jobs)
         finally:
@@ -278,7 +279,7 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
     observe, seed = checked(process, observe), whole("seed", seed, least=0)
     grid, x = time_grid(process.eta, t_end, dt, every), starts(process, x0, whole("n_paths", n_paths, least=2))
     shape = tuple(1 if share else n for n in x.shape[1:-1])
-    block = block_size(n_paths, max(process.noise_dim * math.prod(shape), x[0].numel()))
+    block = block_size(n_paths, max(process.noise_dim, x.shape[-1]) * math.prod(shape))
     stride = block * math.ceil((block if chunk is None else whole("chunk", chunk)) / block)
     threads = whole("threads", threads) if threads is not None else torch.get_num_threads() if x.device.type == "cpu" else 1
     path, mark, total, steps = Path(checkpoint) if checkpoint else None, "", None, grid[1][-1]
