@@ -61,7 +61,7 @@ class Moments:
     def of(cls, values:Tensor, # (T, paths, *batch, ...)
            alive:Tensor # (paths, *batch), which count
           ):
-        n = alive.sum(0)
+        n, values = alive.sum(0), values if values.is_floating_point() else values.double()
         if alive.all():
             mean = values.mean(1, dtype=torch.float64)
             return cls(n, mean, (values - mean[:, None]).square().sum(1))
