@@ -17,7 +17,7 @@ class Algorithm:
     def __init__(self, rho=0.0 # ρ, in the units of x for normalised u; a number, or a tensor that broadcasts over the paths
                 ): self.rho = positive("rho", rho, zero=True)
 
-    scale = None # see `Linear`
+    scale = None # see Linear
 
     def __init_subclass__(cls):
         "What a subclass defines replaces all that it inherits of the same kind: its potential, its perturbation, its scale"

@@ -85,7 +85,7 @@ class Ensemble:
     sem: dict # standard error of the mean, std/√n
     final: Tensor # (n_paths, *batch, d), the paths at the last time; NaN where they diverged
     alive: Tensor # (n_paths, *batch), which paths did not diverge
-    paths: dict = field(default_factory=dict) # name -> (T, n_paths, *batch, ...), where `keep` was set
+    paths: dict = field(default_factory=dict) # name -> (T, n_paths, *batch, ...), where keep was set
 
     @property
     def n_paths(self) -> int: return len(self.final)

@@ -150,7 +150,7 @@ def weighted_sum(fn, gammas:Tensor, w:Tensor, x:Tensor) -> Tensor:
 def combination(algorithm:Algorithm, objective:Objective, x:Tensor,
                 w:Tensor, # (..., K)
                 form:str, # "sgd", "factor" or "exact"
-                gammas:Tensor # K values, from `over` or `all_samples`
+                gammas:Tensor # K values, from over or all_samples
                ) -> Tensor: # (..., d)
     "Σ_k w_k c_k, where c_k is g_k, g_k + ρ H_k u_k, or G_ρ, for the k-th γ"
     if form == "exact": return weighted_sum(lambda c: algorithm.direction(objective, x, c), gammas, w, x)
@@ -174,7 +174,7 @@ def batch_sample(algorithm:Algorithm, objective:FiniteSum, x:Tensor, w:Tensor) -
 def noise_sample(algorithm:Algorithm, objective:Objective,
                  x:Tensor, # (..., d)
                  xi:Tensor, # standard normal, (..., m) with m = noise_dim(objective, algorithm, form, draws)
-                 form:str="factor", # as in `noise_covariance`
+                 form:str="factor", # as in noise_covariance
                  *, draws:int=1024, # γ drawn where there is no closed form
                  seed:int=0 # of those draws
                 ) -> Tensor: # (..., d)

@@ -62,7 +62,7 @@ def gradient_product(objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
 
 def hessian_perturbation(algorithm:Algorithm, objective:Objective,
                          x:Tensor, # (..., d)
-                         gamma:Tensor # broadcasts with the paths of `x`
+                         gamma:Tensor # broadcasts with the paths of x
                         ) -> Tensor: # (..., d)
     "H_γ u_γ, Theorem 1's Hessian-vector product"
     if algorithm.scale is not None: return algorithm.scale(objective.grad(x)) * gradient_product(objective, x, gamma)
@@ -146,7 +146,7 @@ def plain_sam(algorithm:Algorithm) -> bool: return type(algorithm).perturbation 
 class Response(NamedTuple):
     "How the perturbation answers to additive noise"
     mean: Tensor # E u, (..., d)
-    sem: Tensor # standard error of `mean`, 0 where it has a closed form
+    sem: Tensor # standard error of mean, 0 where it has a closed form
     to: Callable # standard normal ξ (..., d) -> J Σ^{1/2} ξ (..., d)
 
 def response(algorithm:Algorithm, objective:Additive, x:Tensor, grad:Tensor, # ∇f(x)

@@ -135,7 +135,7 @@ class Gaussian:
     "The law N(0, Σ) on R^dim, with Σ = sigma² I or Σ = cov"
     def __init__(self, dim:int, # d
                  sigma:float=0.0, # standard deviation of each coordinate
-                 cov:Tensor|None=None # (d, d), positive semidefinite; instead of `sigma`
+                 cov:Tensor|None=None # (d, d), positive semidefinite; instead of sigma
                 ):
         self.dim, self.sigma, self.cov, self.root = dim, float(positive("sigma", sigma, zero=True)), cov, None
         if cov is None: return
@@ -283,7 +283,7 @@ def module_losses(module:torch.nn.Module, # any network
                   loss:Callable, # (output, target) of a batch -> scalar
                   X:Tensor, # inputs, (n, ...)
                   y:Tensor # targets, (n, ...)
-                 ) -> tuple[Callable, Tensor]: # the losses of samples `i` at a flat point, (d,), (b,) -> (b,), and the module's own point
+                 ) -> tuple[Callable, Tensor]: # the losses of samples i at a flat point, (d,), (b,) -> (b,), and the module's own point
     "A module as a function of its flat trainable parameters. Raises ValueError or TypeError if there is nothing to train or it has no sample losses."
     for name, t in (("X", X), ("y", y)):
         if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")

@@ -239,7 +239,7 @@ def logarithms(etas, errors, sem) -> tuple[np.ndarray, np.ndarray, np.ndarray]: 
 # %% ../nbs/06_weak_approximation.ipynb #4953d101
 def weak_order(etas, # learning rates
                errors, # weak errors, of either sign; none of them 0
-               sem=None # standard errors of `errors`, where these are simulated
+               sem=None # standard errors of errors, where these are simulated
               ) -> WeakOrder:
     "The slope of log |error| against log η by least squares, with a 95 % interval from the scatter, or from `sem`. Raises ValueError on bad input."
     x, y, w = logarithms(etas, errors, sem)
@@ -308,7 +308,7 @@ class Coupled:
     shape = ()
     def __init__(self, chain:Chain|None, sde:SDE):
         self.chain, self.sde, self.eta, self.noise_dim, self.parts = chain, sde, float(sde.eta), sde.noise_dim, 3 if chain else 2
-        self.objective = Objective() # tells `simulate` what a state looks like
+        self.objective = Objective() # tells simulate what a state looks like
         self.objective.dim, self.objective.dtype = self.parts * sde.objective.dim, sde.objective.dtype
 
     def draw(self, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
@@ -330,7 +330,7 @@ class WeakError:
     ci_low: float # of its 95 % confidence interval
     ci_high: float
     curve: pd.DataFrame # time, difference, sem, ci_low, ci_high at every recorded time
-    sem: float # standard error of `difference`
+    sem: float # standard error of difference
     euler: float # what Euler's method would have added to E test(SDE) without extrapolation
     n_paths: int
     n_diverged: int # paths that are left out, of either process
@@ -396,9 +396,9 @@ def validity_map(algorithm:Callable, # ρ -> Algorithm, such as the class SAM
                  objective:Objective, # any
                  etas, rhos, # the grid
                  t_end:float, # a whole number of steps for every eta
-                 test:Callable, # φ: of angles as in `circle_error` if exact, of points as in `weak_error` if simulated
+                 test:Callable, # φ: of angles as in circle_error if exact, of points as in weak_error if simulated
                  x0:Tensor|None=None, # start; without it, the exact supremum over starts on a circle_problem or torus_problem
-                 n_paths:int|None=None, # with `x0`
+                 n_paths:int|None=None, # with x0
                  seed:int=0, # of the simulations
                  **settings # of the SDE: expansion, noise, order, draws
                 ) -> pd.DataFrame: # eta, rho, error, sem (0 if exact), n_diverged
@@ -417,7 +417,7 @@ def validity_map(algorithm:Callable, # ρ -> Algorithm, such as the class SAM
     return pd.DataFrame(rows, columns=["eta", "rho", "error", "sem", "n_diverged"])
 
 # %% ../nbs/06_weak_approximation.ipynb #631b625e
-def plot_validity(table:pd.DataFrame, # from `validity_map`
+def plot_validity(table:pd.DataFrame, # from validity_map
                   ax=None, # Axes to draw on
                   **style # of pcolormesh, such as norm
                  ):
