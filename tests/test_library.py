@@ -61,6 +61,23 @@ def test_sweeps_are_their_members():
                     torch.testing.assert_close(one.step(x[i, j], xi[i, j], .05), steps[i, j], rtol=1e-9, atol=1e-11)
                     torch.testing.assert_close(one.covariance(x[i, j]), covariances[i, j], rtol=1e-9, atol=1e-11)
 
+class Twice(USAM):
+    def perturbation(self, objective, x, gamma): return 2 * objective.sample_grad(x, gamma)
+
+class TwiceSAM(SAM):
+    def perturbation(self, objective, x, gamma): return 2 * super().perturbation(objective, x, gamma)
+
+@pytest.mark.parametrize("name", ["noisy", "sum"])
+@pytest.mark.parametrize("kind", ["first", "exact"])
+def test_subclass_has_its_own_drift(name, kind):
+    """A subclass that replaces the perturbation does not inherit its parent's drift: twice the perturbation is twice the radius."""
+    objective, x = objectives(torch.float64, "cpu")[name], torch.tensor([.5, .3, -.2], dtype=torch.float64)
+    for twice, once in ((Twice, USAM), (TwiceSAM, SAM)):
+        b, sem = drift(twice(.1), objective, x, kind, draws=4_000, return_sem=True)
+        of = lambda rho: drift(once(rho), objective, x, kind, draws=4_000, seed=1, return_sem=True)
+        within = lambda other: ((b - other[0]).abs() <= 4.5 * (sem**2 + other[1]**2).sqrt() + 1e-12).all()
+        assert within(of(.2)) and not within(of(.1))
+
 def test_threads_share_a_module_safely():
     """A module's parameters are swapped while it runs; two threads must not see each other's."""
     objective = objectives(torch.float64, "cpu")["module"]
