@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .algorithm import Algorithm, pair, spread
-from .implicit_regularizer import all_samples, closed_form, expectation, first_axis, gradient_product, hessian_perturbation, over, pieces, response
+from .implicit_regularizer import (all_samples, closed_form, expectation, first_axis, gradient_product, hessian_perturbation,
+                                         over, pieces, response)
 from .objective import Additive, FiniteSum, Objective, Quadratic, Support, per_path, psd_root
 
 # %% ../nbs/04_hessian_noise.ipynb #5289c90f
@@ -68,6 +69,7 @@ def sgd_covariance(objective:Objective,
     g = centred(objective.sample_grad(x, s.gammas), s)
     return (objective.law.tau if single else 1) * product(g, g)
 
+# %% ../nbs/04_hessian_noise.ipynb #noise002
 def cross_covariance(algorithm:Algorithm, objective:Objective,
                      x:Tensor, # (..., d)
                      *, draws:int=1024, # γ drawn where there is no closed form
@@ -142,6 +144,7 @@ def weighing(algorithm:Algorithm, objective:Objective, x:Tensor, form:str, draws
     if by_sample(algorithm, objective, form): return Support(all_samples(objective, x), True), objective.law.tau**.5
     return over(objective, x, draws, seed), 1.0
 
+# %% ../nbs/04_hessian_noise.ipynb #noise002
 def weighted_sum(fn, gammas:Tensor, w:Tensor, x:Tensor) -> Tensor:
     "Σ_k w_k fn(γ_k) for weights (..., K), a piece of the γ at a time"
     w = w.movedim(-1, 0)[..., None]
@@ -159,6 +162,7 @@ def combination(algorithm:Algorithm, objective:Objective, x:Tensor,
     if form == "sgd": return a
     return a + per_path(algorithm.rho, x) * weighted_sum(lambda c: hessian_perturbation(algorithm, objective, x, c), gammas, w, x)
 
+# %% ../nbs/04_hessian_noise.ipynb #noise004
 def batch_formula(algorithm:Algorithm, objective:Objective, form:str) -> bool:
     "Does Eq. (2) apply, with more than its last sum?"
     return form == "factor" and by_sample(algorithm, objective, form) and objective.law.batch_size > 1

@@ -137,3 +137,10 @@ def test_moments_by_enumeration(n, B, replace):
         expected = [G.mean(0), G.mean(0), cov(gB, gB), cov(gB, Hu), cov(G, G)]
         for a, b in zip(ours(objective(B)), expected): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
         if n == 5: assert not any(torch.allclose(a, b, rtol=1e-3) for a, b in zip(ours(objective(B % 5 + 1))[2:], expected[2:]))
+
+def test_few_draws_in_pairs_are_unbiased():
+    """The covariance from a few drawn pairs ±Z has the mean of that from many; divided as if all were independent, it would not."""
+    cubic, x = NoisyLoss(lambda x: (x**3).sum() / 6 + x.sum(), 2, sigma=1.), torch.ones(2, dtype=torch.float64)
+    few = torch.stack([noise_covariance(USAM(.3), cubic, x, "exact", draws=8, seed=s) for s in range(1_000)])
+    many, sem = noise_covariance(USAM(.3), cubic, x, "exact", draws=100_000), few.std(0) / len(few)**.5
+    assert ((few.mean(0) - many).abs() < 4.5 * sem).all() and ((few.mean(0) * 8 / 7 - many).abs() > 4.5 * sem).diag().all()
