@@ -44,8 +44,8 @@ def columns(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int=1024, 
     "The columns G_k and Q_k, each (m, ..., d)"
     if isinstance(objective, Additive):
         eye = first_axis(torch.eye(objective.dim, dtype=x.dtype, device=x.device), x).expand(-1, *x.shape)
-        to = response(algorithm, objective, x, objective.grad(x), draws, seed).to
-        return objective.law(eye), objective.hvp(x, to(eye))
+        G, push = objective.law(eye), response(algorithm, objective, x, objective.grad(x), draws, seed).push
+        return G, objective.hvp(x, push(0.0, 1.0, eye, G))
     if not (isinstance(objective, FiniteSum) and algorithm.scale is not None):
         s = over(objective, x, draws, seed)
         return centred(objective.sample_grad(x, s.gammas), s), centred(hessian_perturbation(algorithm, objective, x, s.gammas), s)
@@ -195,7 +195,8 @@ def noise_sample(algorithm:Algorithm, objective:Objective,
     if isinstance(objective, Additive) and form != "exact":
         a = objective.law(xi)
         if form == "sgd": return a
-        return a + per_path(algorithm.rho, x) * objective.hvp(x, response(algorithm, objective, x, objective.grad(x), draws, seed).to(xi))
+        push = response(algorithm, objective, x, objective.grad(x), draws, seed).push
+        return a + per_path(algorithm.rho, x) * objective.hvp(x, push(0.0, 1.0, xi, a))
     support, factor = weighing(algorithm, objective, x, form, draws, seed)
     w = factor * weights(xi, support)
     if batch_formula(algorithm, objective, form): return batch_sample(algorithm, objective, x, w)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .algorithm import DNSAM, SAM, USAM, Algorithm, Linear, pair, spread
 from .objective import Additive, FiniteSum, Objective, Quadratic, Support, gradient, per_path, whole
-from .random_direction import gaussian_direction
+from .random_direction import gaussian_direction, gaussian_factors
 
 # %% ../nbs/03_implicit_regularizer.ipynb #b65c18e4
 def over(objective:Objective, x:Tensor, draws:int, seed:int) -> Support:
@@ -85,37 +85,46 @@ def closed_form(algorithm:Algorithm, objective:Additive) -> bool:
 
 def plain_sam(algorithm:Algorithm) -> bool: return type(algorithm).perturbation is SAM.perturbation
 
+def sam_push(grad:Tensor, sigma:float) -> Callable:
+    "`push` of a Response for SAM and noise of standard deviation `sigma`: A w − (A − A_∥)(ḡ·w/‖ḡ‖² − h) ḡ"
+    r = torch.linalg.vector_norm(grad, dim=-1)
+    A, along = gaussian_factors(r, sigma, grad.shape[-1])
+    turn, square = A - along, torch.where(r == 0, 1, r).double()**2
+    def push(h, s, xi, w):
+        projection = (turn * ((grad * w).sum(-1) / square - h)).to(w.dtype)
+        return torch.addcmul(A.to(w.dtype)[..., None] * w, projection[..., None], grad, value=-1)
+    return push
+
 class Response(NamedTuple):
     "How the perturbation answers to additive noise"
-    mean: Tensor # E u, (..., d)
-    sem: Tensor # standard error of mean, 0 where it has a closed form
-    to: Callable # standard normal ξ (..., d) -> J Σ^{1/2} ξ (..., d)
+    push: Callable # h, s, ξ (..., d), and w = h ḡ + s Σ^{1/2} ξ -> h E u + s J Σ^{1/2} ξ (..., d)
+    sem: Tensor|float # standard error of E u, 0 where it has a closed form
 
 def response(algorithm:Algorithm, objective:Additive, x:Tensor, grad:Tensor, # ∇f(x)
              draws:int=1024, seed:int=0) -> Response:
-    "E u and J Σ^{1/2} under additive noise"
-    law, zero = objective.law, torch.zeros_like(grad)
+    "E u and J Σ^{1/2} under additive noise, as their linear combinations"
+    law = objective.law
     if algorithm.scale is not None:
         c = algorithm.scale(grad)
-        return Response(c * grad, zero, lambda xi: c * law(xi))
-    if law.silent: return Response(algorithm.perturbation(objective, x, zero), zero, torch.zeros_like)
-    if closed_form(algorithm, objective):
-        m, unit = gaussian_direction(grad, law.sigma), gaussian_direction(grad, 0).mean
-        a, b = (m.across / law.sigma)[..., None], ((m.along - m.across) / law.sigma)[..., None]
-        return Response(m.mean, zero, lambda xi: a * xi + b * (unit * xi).sum(-1, keepdim=True) * unit)
+        return Response(lambda h, s, xi, w: c * w, 0.0)
+    if law.silent:
+        u = algorithm.perturbation(objective, x, torch.zeros_like(grad))
+        return Response(lambda h, s, xi, w: h * u, 0.0)
+    if closed_form(algorithm, objective): return Response(sam_push(grad, law.sigma), 0.0)
     generator = torch.Generator(x.device).manual_seed(seed)
     half = torch.randn(law.size(draws) // 2, objective.dim, generator=generator, dtype=x.dtype, device=x.device)
     zeta = torch.cat([half, -half])
     u = lambda z: algorithm.perturbation(objective, x, law(z))
     to = lambda xi: sum(((xi @ zeta[s].T)[..., None, :] @ u(first_axis(zeta[s], x)).movedim(0, -2))[..., 0, :] for s in pieces(zeta, xi)) / len(zeta)
-    return Response(*expectation(u, Support(first_axis(zeta, x), False, True), x), to)
+    mean, sem = expectation(u, Support(first_axis(zeta, x), False, True), x)
+    return Response(lambda h, s, xi, w: h * mean + s * to(xi), sem)
 
 # %% ../nbs/03_implicit_regularizer.ipynb #2e681310
 def mean_hessian_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # ∇f(x)
                               draws:int, seed:int) -> tuple[Tensor, Tensor]:
     "E[Hu] and its standard error"
     if isinstance(objective, Additive) and closed_form(algorithm, objective):
-        return objective.hvp(x, response(algorithm, objective, x, grad).mean), torch.zeros_like(x)
+        return objective.hvp(x, response(algorithm, objective, x, grad).push(1.0, 0.0, torch.zeros_like(x), grad)), torch.zeros_like(x)
     if isinstance(objective, FiniteSum) and algorithm.scale is not None:
         return linear_mean(algorithm, objective, x, grad), torch.zeros_like(x)
     return expectation(lambda c: hessian_perturbation(algorithm, objective, x, c), over(objective, x, draws, seed), x)

@@ -143,9 +143,9 @@ class Gaussian:
         if len(symmetric("cov", cov)) != dim: raise ValueError(f"cov must have shape ({dim}, {dim}), got {tuple(cov.shape)}")
         self.root = psd_root("cov", cov)
 
-    def __call__(self, xi:Tensor) -> Tensor:
-        "Σ^{1/2} ξ, (..., d) -> (..., d)"
-        return self.sigma * xi if self.root is None else xi @ self.root
+    def __call__(self, xi:Tensor, scale=1.0) -> Tensor:
+        "scale Σ^{1/2} ξ, (..., d) -> (..., d), for a number or a tensor (..., 1)"
+        return self.sigma * scale * xi if self.root is None else scale * (xi @ self.root)
     def draw(self, shape, generator=None, *, dtype=None, device=None) -> Tensor:
         return self(torch.randn(*shape, self.dim, generator=generator, dtype=dtype, device=device))
     def support(self, draws, generator=None, *, dtype=None, device=None) -> Support:

@@ -31,7 +31,7 @@ def gaussian_integrals(r:Tensor, # ‖∇f‖ in units of the noise's standard d
 
 # %% ../nbs/02b_random_direction.ipynb #885e1c76
 @functools.cache
-def factor_table(d:int, device:str, cells:int=256, degree:int=7) -> Tensor: # (cells, 2, degree + 1), highest power first
+def factor_table(d:int, device:str, cells:int=4096, degree:int=3) -> Tensor: # (cells, 2, degree + 1), highest power first
     "Coefficients of A √(z + d/2) and A_∥ (z + d/2)^{3/2} in the position within a cell of y"
     t = (torch.cos(torch.pi * (torch.arange(degree + 1, dtype=torch.float64) + .5) / (degree + 1)) + 1) / 2
     y = (torch.arange(cells)[:, None] + t) / cells

@@ -35,10 +35,11 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float) -> Tensor:
     if isinstance(objective, Additive):
         if not first or form not in ("factor", "sgd", "none"): return x + dt * sde.drift(x) + dt**.5 * sde.diffusion(x, xi)
         grad = objective.grad(x)
-        end = x - dt * grad if form == "none" else x - dt * grad - s * objective.law(xi)
-        if algorithm.still: return end
-        u = response(algorithm, objective, x, grad, sde.draws, sde.seed)
-        return end - per_path(algorithm.rho, x) * objective.hvp(x, dt * u.mean + s * u.to(xi) if form == "factor" else dt * u.mean)
+        w = dt * grad if form == "none" else torch.add(objective.law(xi, s), grad, alpha=dt)
+        if algorithm.still: return x - w
+        push = response(algorithm, objective, x, grad, sde.draws, sde.seed).push
+        v = push(dt, s, xi, w) if form == "factor" else push(dt, 0.0, torch.zeros_like(xi), dt * grad)
+        return (x - w).sub_(per_path(algorithm.rho, x) * objective.hvp(x, v))
     if sde.order == 1 and form == ("sgd" if algorithm.still else "factor" if first else "exact") and not batch_formula(algorithm, objective, form):
         support, factor = weighing(algorithm, objective, x, form, sde.draws, sde.seed)
         w = dt / len(support.gammas) + s * factor * weights(xi, support)
@@ -94,7 +95,8 @@ class SDE:
         if xi.shape[-1] != self.noise_dim: raise ValueError(f"xi must have shape (..., {self.noise_dim}), got {tuple(xi.shape)}")
         return euler_step(self, self.spread(x), xi, dt)
     def advance(self, x:Tensor, draw, steps:list) -> Tensor:
-        for h in steps: x = self.step(x, draw(), h)
+        x = self.spread(x)
+        for h in steps: x = euler_step(self, x, draw(), h)
         return x
     def to_torchsde(self): return ForTorchsde(self)
 
