@@ -69,6 +69,7 @@ class Experiment:
     plot: Callable # table -> matplotlib Figure
     verdicts: Callable # table -> Verdicts
     full: str # how long the full setting takes on two cores, in words
+    show: Callable|None = None # table -> text, where the numbers are few enough to be read
 
     def save(self, table:pd.DataFrame, # from measure
              folder:Path # made if it isn't there
