@@ -213,7 +213,7 @@ def exact_error(chain:Chain, # the algorithm
     "The largest weak error at `t_end`, in absolute value, over all starts at the nodes. Raises as `exact_difference`."
     return float(np.abs(exact_difference(chain, sde, t_end, test, nodes)[1]).max())
 
-# %% ../nbs/05b_weak_errors.ipynb #e40bc919
+# %% ../nbs/05b_weak_errors.ipynb #93e8688e
 def circle_error(algorithm:Algorithm, # any, on both sides
                  problem:TrigonometricSum, # a circle_problem
                  eta:float, # learning rate η
@@ -233,7 +233,7 @@ def torus_error(algorithm:Algorithm, # any, on both sides
                 expansion:str="first", noise:str="factor", order:int=1, # of the SDE
                 nodes:int=20 # along each axis, even
                ) -> float:
-    "The same on the 2-torus. Raises ValueError or TypeError on bad input."
+    "The exact weak error of an algorithm's own SDE on the 2-torus, as `circle_error`. Raises ValueError or TypeError on bad input."
     return periodic_error(algorithm, problem, eta, t_end, test, 2, nodes, expansion=expansion, noise=noise, order=order)
 
 # %% ../nbs/05b_weak_errors.ipynb #f5886ab1
