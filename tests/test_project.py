@@ -47,3 +47,10 @@ def test_compiles_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a TeX command in a docstring that isn't raw, say
         for path in (ROOT/"samsde").rglob("*.py"): compile(path.read_text(encoding="utf-8"), path, "exec")
+
+
+def test_names_of_the_weak_error_where_scripts_look_for_them():
+    names = {}
+    exec("from samsde.weak_approximation import *", names)
+    public = "weak_error weak_order circle_problem circle_error torus_problem torus_error linear_moments stationary_covariance"
+    assert set(public.split()) <= names.keys() and names["weak_error"] is samsde.weak_errors.weak_error
