@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'parser', 'chosen', 'own_options', 'reproduce', 'main']
 
-# %% ../nbs/09_cli.ipynb #ae79e717
+# %% ../nbs/09_cli.ipynb #6c715f2e
 import argparse, inspect, math, sys, time
 from pathlib import Path
 
@@ -13,12 +13,12 @@ import pandas as pd
 import torch
 
 from .ensemble import DivergenceError
-from .experiments import error_vs_rho
+from .experiments import error_vs_rho, scaling
 from .experiments.experiment import Experiment
 from .experiments.problems import PROBLEMS
 
-# %% ../nbs/09_cli.ipynb #77d154bd
-EXPERIMENTS = {e.name: e for e in (m.experiment for m in (error_vs_rho,))}
+# %% ../nbs/09_cli.ipynb #e6cadecf
+EXPERIMENTS = {e.name: e for e in (m.experiment for m in (error_vs_rho, scaling))}
 
 # %% ../nbs/09_cli.ipynb #11925593
 def number(name:str, zero:bool=False):
@@ -78,7 +78,7 @@ def own_options(experiment:Experiment, options:argparse.Namespace) -> dict:
         raise ValueError(f"{experiment.name} takes no --{name.rstrip('s') if name != 'runs' else name}")
     return {k: list(dict.fromkeys(v)) if isinstance(v, list) else v for k, v in given.items()}
 
-# %% ../nbs/09_cli.ipynb #2a1bbf35
+# %% ../nbs/09_cli.ipynb #16a9d9b7
 def reproduce(experiment:Experiment, options:argparse.Namespace) -> pd.DataFrame:
     "Measure, write NAME.csv and NAME.png, and print the verdicts. Returns the table."
     begin, own = time.perf_counter(), own_options(experiment, options)
@@ -86,7 +86,8 @@ def reproduce(experiment:Experiment, options:argparse.Namespace) -> pd.DataFrame
     table = experiment.measure(quick=options.quick, seed=options.seed, dtype=getattr(torch, options.dtype), device=options.device,
                                progress=sys.stderr.isatty(), **own)
     csv, png = experiment.save(table, options.out)
-    print(f"{experiment.name}: {experiment.question}\n\n{experiment.verdicts(table)}\n\n{csv} and {png} written in {time.perf_counter() - begin:.0f} s.")
+    numbers = f"{experiment.show(table)}\n\n" if experiment.show else ""
+    print(f"{experiment.name}: {experiment.question}\n\n{numbers}{experiment.verdicts(table)}\n\n{csv} and {png} written in {time.perf_counter() - begin:.0f} s.")
     return table
 
 def main(argv:list|None=None) -> int:
