@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'parser', 'chosen', 'own_options', 'reproduce', 'main']
 
-# %% ../nbs/09_cli.ipynb #6c715f2e
+# %% ../nbs/09_cli.ipynb #880b4a08
 import argparse, inspect, math, sys, time
 from pathlib import Path
 
@@ -13,12 +13,12 @@ import pandas as pd
 import torch
 
 from .ensemble import DivergenceError
-from .experiments import error_vs_rho, scaling
+from .experiments import error_vs_rho, flat_minima, saddles, scaling
 from .experiments.experiment import Experiment
 from .experiments.problems import PROBLEMS
 
-# %% ../nbs/09_cli.ipynb #e6cadecf
-EXPERIMENTS = {e.name: e for e in (m.experiment for m in (error_vs_rho, scaling))}
+# %% ../nbs/09_cli.ipynb #1177fb1e
+EXPERIMENTS = {e.name: e for e in (m.experiment for m in (error_vs_rho, scaling, saddles, flat_minima))}
 
 # %% ../nbs/09_cli.ipynb #11925593
 def number(name:str, zero:bool=False):
