@@ -265,7 +265,7 @@ def departure_study(s:Setting) -> list:
         for name in ("GD", "SAM"): rows += departure(s, name, "choice", 0., DIGITS["eta"] * slow, t_end=600 * slow, case=case)
     return rows
 
-# %% ../../nbs/experiments/saddles.ipynb #585714f4
+# %% ../../nbs/experiments/saddles.ipynb #d8986324
 def descent_study(s:Setting, sigma:float=1e-3) -> list:
     "Mean loss of the autoencoder over time, and the time at which half the way down is done"
     rows, n, (rho, eta) = [], s.runs(8), (DIGITS["rho"], DIGITS["eta"])
@@ -275,7 +275,7 @@ def descent_study(s:Setting, sigma:float=1e-3) -> list:
         objective = autoencoder(s.dtype, s.device, sigma=noise).objective
         x0 = s.put(DIGITS["radius"] * sphere(n, objective.dim, s.seed))
         chain = Stopped(named(name, rho), objective, eta, lambda x: torch.zeros_like(x[..., 0], dtype=torch.bool))
-        runs = simulate(chain, x0, t_end, n, seed=s.seed, observe={"loss": objective.loss}, keep=True)
+        runs = simulate(chain, x0, t_end, n, seed=s.seed, observe={"loss": objective.loss}, every=5, keep=True)
         loss, top = runs.paths["loss"].double().cpu(), objective.C.trace().item() / 2
         bottom = torch.linalg.eigvalsh(objective.C)[:-objective.hidden].sum().item() / 2
         marks = sorted({0, *np.geomspace(1, len(loss) - 1, 40).round().astype(int).tolist()})
