@@ -103,6 +103,7 @@ class Response(NamedTuple):
     push: Callable # h, s, ξ (..., d), and w = h ḡ + s Σ^{1/2} ξ -> h E u + s J Σ^{1/2} ξ (..., d)
     sem: Tensor|float # standard error of E u, 0 where it has a closed form
 
+# %% ../nbs/03_implicit_regularizer.ipynb #regulr02
 def response(algorithm:Algorithm, objective:Additive, x:Tensor, grad:Tensor, # ∇f(x)
              draws:int=1024, seed:int=0) -> Response:
     "E u and J Σ^{1/2} under additive noise, as their linear combinations"
