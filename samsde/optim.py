@@ -63,7 +63,7 @@ class Perturbed(Optimizer):
     def scale(self, terms:list # gradients of all parameters, in units of the parameters if adaptive
              ) -> float:
         "What the gradient is multiplied by to give u"
-        raise NotImplementedError(f"{type(self).__name__} must define `scale`")
+        raise TypeError(f"{type(self).__name__} must define `scale`")
     def first_step(self, zero_grad:bool=False):
         "Move to x + ρ u, by the gradients that the parameters hold. Raises ValueError if they have moved already."
         if self.moved: raise ValueError("first_step was called twice: second_step or restore has to come between")

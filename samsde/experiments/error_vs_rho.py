@@ -184,4 +184,4 @@ def show(table:pd.DataFrame) -> str:
             + (f"\n{lost} pairs of runs diverged and are left out" if lost else ""))
 
 experiment = Experiment("error_vs_rho", "how well does each SDE track its algorithm as ρ grows?", measure, lambda table: plot(table)[0][0].figure,
-                        verdicts, "about four minutes", show)
+                        verdicts, "about three minutes", show)

@@ -461,7 +461,8 @@ def plot(table:pd.DataFrame): # from measure -> Figure
         for ax in [*axes[:2, j]] * (j >= len(noises)) + [*axes[2:, j]] * (j >= len(kinds)): ax.set_axis_off()
     labels = ("trace against SGD's,\nat equal time, %", "trace against SGD's,\nat equal training loss, %", "share of time\nin the sharp valley", "sharp valley first,\nfrom the top")
     for ax, label in zip(axes[:, 0], labels): ax.set_ylabel(label)
-    for ax in (axes[0, 0], axes[2, 0]): ax.legend(fontsize=7, frameon=False)
+    axes[0, max(0, len(noises) - 2)].legend(fontsize=7, frameon=False, loc="lower left")
+    axes[2, 0].legend(fontsize=7, frameon=False, loc="lower right")
     return fig
 
 # %% ../../nbs/experiments/flat_minima.ipynb #fb62a121

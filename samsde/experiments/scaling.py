@@ -290,4 +290,4 @@ def verdicts(table:pd.DataFrame # from measure
 
 # %% ../../nbs/experiments/scaling.ipynb #1443fc8e
 experiment = Experiment("scaling", "how does the error of each SDE scale as η falls, for ρ = η, √η and η^(1/3)?", measure, plot, verdicts,
-                        "three to four minutes")
+                        "two and a half minutes")
