@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from scipy.special import ndtri
 from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -20,8 +19,7 @@ from tqdm.auto import tqdm
 from ..algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, colours
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, jackknife, plus_minus
-from ..hessian_noise import noise_covariance
-from ..implicit_regularizer import drift, hessian_perturbation
+from .two_valleys import FACTS, chain_facts, coefficients, constant, critical, minibatches, sde_facts
 from ..objective import FiniteSum, NoisyLoss, gradient, per_path
 from ..sde import SDE
 
@@ -258,9 +256,10 @@ class Study:
         self.x0 = starts(net, n, seed).repeat_interleave(seeds, 0)
         self.noise = f"σ = {sigma:g}" if sigma else f"B = {net.law.batch_size}"
     def run(self, process, members:int=1, times:int=1) -> Tensor: # the last WINDOW of records, or moving means of all if times > 1
-        model = not isinstance(process, Chain)
-        x = train(process, self.x0, members, times * self.t_end, self.seed, self.every, self.eta / 2 if model or self.sigma else None)
-        m = torch.cat([measures(self.net, self.held, z) for z in (x if times > 1 else x[-WINDOW:]).split(1 + 1024 // (members * len(self.x0)))])
+        dt = self.eta / 2 if self.sigma or not isinstance(process, Chain) else None
+        x = train(process, self.x0, members, times * self.t_end, self.seed, self.every, dt)
+        few = max(1, 64 // (members * len(self.x0))) # records at a time, such that they stay in the cache
+        m = torch.cat([measures(self.net, self.held, z) for z in (x if times > 1 else x[-WINDOW:]).split(few)])
         return moving_mean(m) if times > 1 else m.mean(0)
     def sde(self, algorithm:Algorithm, tau:float|None=None):
         if self.sigma: return SDE(algorithm, self.objective, self.eta)
@@ -295,83 +294,6 @@ def study(s:Study, radii:tuple, models:bool, # SDEs too?
             ends, chain = run(process, len(radii)), model == "algorithm"
             for j, r in enumerate(radii): rows += s.rows(name, r, model, ends[:, j], base if chain else plain, curve if chain else None)
     return rows
-
-# %% ../../nbs/experiments/flat_minima.ipynb #5b364a29
-def two_valleys(x:Tensor) -> Tensor:
-    "A sharp valley on the left, a flat one on the right; elementwise"
-    return -1.2 * torch.exp(-(x + 1)**2 / .25) - torch.exp(-(x - 1.2)**2 / 1.5) + .05 * x**2
-
-def constant(sigma:float) -> NoisyLoss: return NoisyLoss(lambda x: two_valleys(x[0]), 1, sigma)
-
-def minibatches(sigma:float, shift:float=.15, levels:int=64) -> FiniteSum:
-    "The valleys, each sample's shifted to the left or right by `shift` and tilted; the tilts have standard deviation sigma"
-    tilt = torch.from_numpy(ndtri((torch.arange(levels, dtype=torch.float64).numpy() + .5) / levels))
-    tilt, n = sigma * tilt / tilt.square().mean().sqrt(), 2 * levels
-    some = lambda x, i: two_valleys(x[0] + shift * (2 * (i % 2) - 1)) + tilt[i // 2] * x[0]
-    return FiniteSum(lambda x: some(x, torch.arange(n)), n, 1, select=some)
-
-# %% ../../nbs/experiments/flat_minima.ipynb #4aeada17
-FACTS = ("share of the sharp valley", "sharp valley first", "time to leave the sharp valley", "time to leave the flat valley")
-
-def support(objective) -> tuple: # γ (K, 1, ...) and their probabilities (K,)
-    "All noise of a finite sum; nodes for Gaussian noise"
-    if isinstance(objective, FiniteSum): return torch.arange(objective.n)[:, None, None], torch.full((objective.n,), 1 / objective.n, dtype=torch.float64)
-    z = torch.linspace(-7, 7, 81, dtype=torch.float64)
-    return objective.law.sigma * z[:, None, None], torch.exp(-z**2 / 2) / torch.exp(-z**2 / 2).sum()
-
-def critical(objective, line:Tensor) -> list: # the sharp valley's bottom, the top, the flat valley's bottom
-    g = objective.grad(line[:, None])[:, 0]
-    return [(line[k] - g[k] * (line[k + 1] - line[k]) / (g[k + 1] - g[k])).item() for k in torch.nonzero(g[:-1] * g[1:] <= 0)[:, 0]]
-
-def transitions(algorithm:Algorithm, objective, eta:float, grid:Tensor # n equidistant points
-               ) -> Tensor: # (n, n), rows add up to 1
-    "The chain's probabilities between the points of a grid"
-    gammas, p = support(objective)
-    ends, n = algorithm.step(objective, grid[:, None], eta, gammas)[..., 0], len(grid)
-    place = ((ends - grid[0]) / (grid[1] - grid[0])).clamp(0, n - 1.000001)
-    k, P = place.long(), torch.zeros(n * n, dtype=torch.float64)
-    for cell, weight in ((k, 1 - place + k), (k + 1, place - k)):
-        P.index_add_(0, (torch.arange(n) * n + cell).flatten(), (p[:, None] * weight).flatten())
-    return P.view(n, n)
-
-# %% ../../nbs/experiments/flat_minima.ipynb #9749a9c8
-def chain_facts(algorithm:Algorithm, objective, eta:float, grid:Tensor) -> tuple:
-    "The four FACTS of an algorithm, by linear systems"
-    P, (s, t, f) = transitions(algorithm, objective, eta, grid), critical(objective, grid)
-    A = torch.eye(len(grid), dtype=P.dtype) - P
-    balance, one = A.T.clone(), torch.zeros(len(grid), dtype=P.dtype)
-    balance[0], one[0] = 1, 1
-    share = torch.linalg.solve(balance, one)[grid < t].sum().item()
-    def inside(where, right, start): # (I − P)⁻¹ right on part of the grid, at a point of it
-        u, x = torch.linalg.solve(A[where][:, where], right[where]), grid[where]
-        k = torch.searchsorted(x, start).clamp(1, len(x) - 1)
-        return (u[k - 1] + (u[k] - u[k - 1]) * (start - x[k - 1]) / (x[k] - x[k - 1])).item()
-    ones, point = torch.ones_like(grid), lambda v: torch.tensor(v, dtype=grid.dtype)
-    first = inside((grid > s) & (grid < f), P[:, grid <= s].sum(1), point(t))
-    return share, first, eta * inside(grid < f, ones, point(s)), eta * inside(grid > s, ones, point(f))
-
-# %% ../../nbs/experiments/flat_minima.ipynb #ad679a91
-def coefficients(algorithm:Algorithm, objective, line:Tensor) -> tuple[Tensor, Tensor]: # (n,) each
-    "Drift b and noise a of an algorithm's SDE: mean and variance of g + ρHu over the samples, or closed forms for constant noise"
-    x = line[:, None]
-    if not isinstance(objective, FiniteSum): return drift(algorithm, objective, x)[:, 0], noise_covariance(algorithm, objective, x)[:, 0, 0]
-    gammas, _ = support(objective)
-    c = objective.sample_grad(x, gammas) + algorithm.rho * hessian_perturbation(algorithm, objective, x, gammas)
-    return -c.mean(0)[:, 0], c.var(0, correction=0)[:, 0]
-
-def sde_facts(b:Tensor, a:Tensor, eta:float, line:Tensor, # drift, noise and points, (n,) each
-              at:list # s, t and f
-             ) -> tuple:
-    "The four FACTS of an SDE, by quadrature"
-    (s, t, f), dx = at, (line[1] - line[0]).item()
-    slope = -2 * b / (eta * a)
-    W = torch.cat([slope.new_zeros(1), torch.cumulative_trapezoid(slope, dx=dx)])
-    density, scale = torch.exp(W.min() - W) / a, torch.exp(W - W.min())
-    between = (line > s) & (line < f)
-    share, first = (density[line < t].sum() / density.sum()).item(), (scale[between & (line > t)].sum() / scale[between].sum()).item()
-    left = density.cumsum(0)
-    times = [(scale * m)[between].sum().item() * 2 / eta * dx**2 for m in (left, left[-1] - left)]
-    return share, first, *times
 
 # %% ../../nbs/experiments/flat_minima.ipynb #aa140e1b
 RADII = {"SGD": (0.,), "USAM": (.02, .05, .1, .15), "SAM": (.05, .1, .2, .3, .4), "DNSAM": (.01, .02, .05)}
@@ -582,4 +504,4 @@ def verdicts(table:pd.DataFrame) -> Verdicts: # from measure
                      *elsewhere(network, rho), valley(line, "constant"), valley(line, "minibatches"), agreement(line)])
 
 experiment = Experiment("flat_minima", "Does SAM end in flatter minima, at equal loss too, and do the SDEs predict it?",
-                        measure, plot, verdicts, "about seven minutes")
+                        measure, plot, verdicts, "about nine minutes")
