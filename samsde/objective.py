@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['Support', 'Objective', 'Gaussian', 'Additive', 'Quadratic', 'NoisyLoss', 'Minibatches', 'FiniteSum', 'from_module']
 
-# %% ../nbs/00_objective.ipynb #5b0a44e2
+# %% ../nbs/00_objective.ipynb #d0003b53
 import copy, itertools, math, numbers, threading
 from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 # %% ../nbs/00_objective.ipynb #d8084a09
 def positive(name:str, # what to call the value in the error message
@@ -247,7 +249,7 @@ class Minibatches:
         return Support(torch.tensor(list(every), device=device).reshape(K, B), True)
     def size(self, draws:int) -> int: return self.count if self.count <= max(self.n, draws) else draws
 
-# %% ../nbs/00_objective.ipynb #f63144f0
+# %% ../nbs/00_objective.ipynb #1228d71c
 class FiniteSum(Objective):
     "The mean of `n` sample losses; γ is a minibatch of sample numbers. Raises ValueError on empty data or an impossible batch size."
     def __init__(self, sample_losses:Callable, # the losses of all samples at one point, (d,) -> (n,)
@@ -255,71 +257,143 @@ class FiniteSum(Objective):
                  dim:int, # d
                  batch_size:int=1, # B
                  replace:bool=True, # draw minibatches with replacement?
-                 *, select:Callable|None=None # the losses of chosen samples, (d,), (b,) -> (b,), where that is cheaper than all
+                 *, select:Callable|None=None, # the losses of chosen samples, (d,), (b,) -> (b,), where that is cheaper than all
+                 chunk:int|None=None # samples, times paths, in one pass over the data, to bound memory; all if None. Needs `select`.
                 ):
         if not callable(sample_losses): raise TypeError(f"sample_losses must be a function of one point, got {type(sample_losses).__name__}")
+        if chunk and not select: raise ValueError("chunk needs select, the losses of chosen samples, got none")
         self.n, self.dim, self.law = whole("n", n), whole("dim", dim), Minibatches(n, batch_size, replace)
+        self.chunk = chunk if chunk is None else whole("chunk", chunk)
         self.sample_losses, self.select = sample_losses, select or (lambda x, i: sample_losses(x)[i])
 
-    def losses(self, x:Tensor) -> Tensor:
-        "f_i(x) of all samples, (..., d) -> (..., n)"
-        out = lift(self.sample_losses, self.check(x))
+    def slices(self, x:Tensor # (..., d)
+              ) -> list:
+        "The samples of each pass over the data, such that samples times paths are at most `chunk`; at least one sample"
+        size = self.n if self.chunk is None else max(1, self.chunk // max(1, math.prod(x.shape[:-1])))
+        return [slice(i, min(i + size, self.n)) for i in range(0, self.n, size)]
+    def some(self, x:Tensor, s:slice) -> Tensor:
+        "f_i(x) of a slice of the samples, (..., d) -> (..., b)"
+        if len(range(self.n)[s]) < self.n: return lift(lambda z: self.select(z, torch.arange(s.start, s.stop, device=z.device)), x)
+        out = lift(self.sample_losses, x)
         if out.shape == (*x.shape[:-1], self.n): return out
         raise ValueError(f"sample_losses must return one loss for each sample, shape ({self.n},), got {tuple(out.shape[x.ndim - 1:])}")
+    def losses(self, x:Tensor) -> Tensor:
+        "f_i(x) of all samples, (..., d) -> (..., n)"
+        return torch.cat([self.some(self.check(x), s) for s in self.slices(x)], -1)
     def loss(self, x:Tensor) -> Tensor: return self.losses(x).mean(-1)
+    def grad(self, x:Tensor) -> Tensor: return self.weighted_grad(x, x.new_full((1,), 1 / self.n).expand(self.n))
+    def hvp(self, x:Tensor, v:Tensor) -> Tensor:
+        x, v = torch.broadcast_tensors(self.check(x), self.check(v, "v"))
+        return self.weighted_hvp(x, x.new_full((1,), 1 / self.n).expand(self.n), v)
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
         "The mean loss of the samples `gamma`, (..., d) and (..., b) -> (...); `b` need not be the batch size"
         lead = torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1])
         return lift(lambda x, i: self.select(x, i).mean(), x.expand(*lead, -1), gamma.expand(*lead, -1))
     def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor:
         "Σ_i w_i ∇f_i(x), (..., d) and (..., n) -> (..., d)"
-        return gradient(lambda z: (self.losses(z) * w).sum(-1), self.check(x))
+        return sum(gradient(lambda z: (self.some(z, s) * w[..., s]).sum(-1), self.check(x)) for s in self.slices(x))
     def weighted_hvp(self, x:Tensor, w:Tensor, v:Tensor) -> Tensor:
         "Σ_i w_i ∇²f_i(x) v"
-        return gradient(lambda z: (self.weighted_grad(z, w) * v).sum(-1), self.check(x))
+        pull = lambda z, s: gradient(lambda y: (self.some(y, s) * w[..., s]).sum(-1), z)
+        return sum(gradient(lambda z: (pull(z, s) * v).sum(-1), self.check(x)) for s in self.slices(x))
 
-# %% ../nbs/00_objective.ipynb #307bb51e
-def module_losses(module:torch.nn.Module, # any network
-                  loss:Callable, # (output, target) of a batch -> scalar
-                  X:Tensor, # inputs, (n, ...)
-                  y:Tensor # targets, (n, ...)
-                 ) -> tuple[Callable, Tensor]: # the losses of samples i at a flat point, (d,), (b,) -> (b,), and the module's own point
-    "A module as a function of its flat trainable parameters. Raises ValueError or TypeError if there is nothing to train or it has no sample losses."
-    for name, t in (("X", X), ("y", y)):
-        if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if len(X) == 0 or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
-    params = {k: p for k, p in module.named_parameters() if p.requires_grad}
-    if not params: raise ValueError(f"the module must have trainable parameters, got none in {type(module).__name__}")
-    if len(kinds := {p.dtype for p in params.values()} | ({X.dtype} if X.is_floating_point() else set())) > 1:
-        raise TypeError(f"parameters and inputs must share one dtype, got {sorted(map(str, kinds))}")
+# %% ../nbs/00_objective.ipynb #1b37fa19
+def random_layer(module:torch.nn.Module) -> str|None:
+    "A layer in training mode that mixes samples or draws numbers, in words; None if there is none"
+    mixing = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd)
     for name, layer in module.named_modules():
-        if layer.training and isinstance(layer, (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd)):
-            raise ValueError(f"layer {name!r} ({type(layer).__name__}) in training mode has no sample losses: call module.eval() first")
-    shapes, sizes, local = [p.shape for p in params.values()], [p.numel() for p in params.values()], threading.local()
+        if layer.training and (isinstance(layer, mixing) or (isinstance(getattr(layer, "dropout", 0), float) and layer.dropout > 0)):
+            return f"layer {name!r} ({type(layer).__name__})"
 
-    def losses(x, i=slice(None)):
-        if not hasattr(local, "module"): local.module = copy.deepcopy(module)
-        named = dict(zip(params, (p.view(s) for p, s in zip(x.split(sizes), shapes))))
-        out = functional_call(local.module, named, (X[i],))
-        return vmap(lambda o, t: loss(o[None], t[None]))(out, y[i])
-    return losses, torch.cat([p.detach().flatten() for p in params.values()])
+def unfused(module:torch.nn.Module) -> torch.nn.Module:
+    "Keep a module's attention in eval mode off torch's fused kernel for inference, which has no derivative"
+    fused = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerEncoder)
+    for layer in module.modules():
+        if isinstance(layer, fused) and not layer.training:
+            layer.training = True # of this layer alone; its dropout stays off
+            if isinstance(layer, torch.nn.MultiheadAttention): layer.dropout = 0.0
+    return module
 
-# %% ../nbs/00_objective.ipynb #b91ff647
+class Network:
+    "A module, its loss and its data, as a function of its flat trainable parameters. Raises ValueError or TypeError if it is none."
+    def __init__(self, module:torch.nn.Module, # any network
+                 loss:Callable, # (output, target) of a batch -> scalar, its mean
+                 X:Tensor, # inputs, (n, ...)
+                 y:Tensor # targets, (n, ...)
+                ):
+        for name, t in (("X", X), ("y", y)):
+            if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if len(X) == 0 or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
+        params = {k: p for k, p in module.named_parameters() if p.requires_grad}
+        if not params: raise ValueError(f"the module must have trainable parameters, got none in {type(module).__name__}")
+        if len(kinds := {p.dtype for p in params.values()} | ({X.dtype} if X.is_floating_point() else set())) > 1:
+            raise TypeError(f"parameters and inputs must share one dtype, got {sorted(map(str, kinds))}")
+        if layer := random_layer(module): raise ValueError(f"{layer} in training mode has no sample losses: call module.eval() first")
+        self.module, self.loss, self.X, self.y, self.local = module, loss, X, y, threading.local()
+        self.shapes, self.x0 = {k: p.shape for k, p in params.items()}, torch.cat([p.detach().flatten() for p in params.values()])
+
+    def own(self) -> torch.nn.Module:
+        "This thread's copy of the module"
+        if not hasattr(self.local, "module"): self.local.module = unfused(copy.deepcopy(self.module))
+        return self.local.module
+    def named(self, x:Tensor) -> dict:
+        "A flat point (d,) as parameters by name"
+        return dict(zip(self.shapes, (p.view(s) for p, s in zip(x.split([s.numel() for s in self.shapes.values()]), self.shapes.values()))))
+    def losses(self, x:Tensor, i=slice(None)) -> Tensor:
+        "f_i of samples i at a flat point, (d,), (b,) -> (b,)"
+        with sdpa_kernel(SDPBackend.MATH): out = functional_call(self.own(), self.named(x), (self.X[i],))
+        return vmap(lambda o, t: self.loss(o[None], t[None]))(out, self.y[i])
+
+# %% ../nbs/00_objective.ipynb #82d9f854
+def second_derivative(f:Callable, inputs:list):
+    "Try it, whatever the value, at one point among others"
+    inputs = [t.detach()[None].requires_grad_() for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
+    square = lambda out: sum(t.square().sum() for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad)
+    first = torch.autograd.grad(square(vmap(f)(*inputs)), inputs, create_graph=True, allow_unused=True)
+    total = square(first)
+    if isinstance(total, Tensor): torch.autograd.grad(total, inputs, allow_unused=True)
+
+def rough_layer(network:Network) -> str:
+    "The layer without a second derivative, in words"
+    calls, module = [], network.own()
+    def note(name): return lambda layer, args, out: calls.append((name, layer, args))
+    handles = [layer.register_forward_hook(note(name)) for name, layer in module.named_modules() if not [*layer.children()]]
+    try: network.losses(network.x0, torch.arange(1))
+    finally: [h.remove() for h in handles]
+    for name, layer, args in calls:
+        names, values = zip(*layer.named_parameters()) if [*layer.parameters()] else ((), ())
+        try: second_derivative(lambda *t: functional_call(layer, dict(zip(names, t)), t[len(names):]), [*values, *args])
+        except RuntimeError: return f"layer {name!r} ({type(layer).__name__})"
+    return f"the module ({type(network.module).__name__})"
+
+def check_network(network:Network):
+    "Raises ValueError if the network has no sample losses, none that stay the same, or none that can be differentiated twice"
+    x, losses = network.x0, network.losses
+    if (out := losses(x)).shape != (len(network.X),):
+        raise ValueError(f"the loss of a batch must be a scalar (its mean), got shape {tuple(out.shape[1:])}")
+    if not torch.allclose(losses(x), out, equal_nan=True):
+        raise ValueError("a sample's loss must not change from one call to the next: does the module draw random numbers?")
+    if not torch.allclose(losses(x, torch.arange(1)), out[:1], rtol=1e-3, equal_nan=True):
+        raise ValueError("a sample's loss must not depend on the other samples, but the first one's changes when it is alone: does the module mix a batch?")
+    try: second_derivative(lambda z: losses(z, torch.arange(1)), [x])
+    except RuntimeError as error:
+        raise ValueError(f"{rough_layer(network)} cannot be differentiated twice, or not at several points at once: "
+                         f"write it in plain torch operations ({str(error).splitlines()[0]})") from error
+
+# %% ../nbs/00_objective.ipynb #33d4ca28
 def from_module(cls, module:torch.nn.Module, # any network without training-mode batch normalisation or dropout
                 loss:Callable, # (output, target) of a batch -> scalar, e.g. torch.nn.CrossEntropyLoss()
                 X:Tensor, # inputs, (n, ...)
                 y:Tensor, # targets, (n, ...)
                 batch_size:int=1, # B
-                replace:bool=True # draw minibatches with replacement?
+                replace:bool=True, # draw minibatches with replacement?
+                chunk:int|None=None # samples, times paths, in one pass over the data, to bound memory; all if None
                ) -> FiniteSum:
-    "The finite sum over the data (X, y) of a module's losses, at flat parameters; `.x0` is the module's own point"
-    losses, x0 = module_losses(module, loss, X, y)
-    self = cls(losses, len(X), len(x0), batch_size, replace, select=losses)
-    self.x0, self.dtype = x0, x0.dtype
-    if (out := losses(x0)).shape != (len(X),):
-        raise ValueError(f"the loss of a batch must be a scalar (its mean), got shape {tuple(out.shape[1:])}")
-    if not torch.allclose(losses(x0, torch.arange(1)), out[:1], rtol=1e-3, equal_nan=True):
-        raise ValueError("a sample's loss must not depend on the other samples, but the first one's changes when it is alone: does the module mix a batch?")
+    "The finite sum over the data (X, y) of a module's losses, at flat parameters; `.x0` is the module's own point. Raises ValueError or TypeError on what is none."
+    network = Network(module, loss, X, y)
+    check_network(network)
+    self = cls(network.losses, len(X), len(network.x0), batch_size, replace, select=network.losses, chunk=chunk)
+    self.network, self.x0, self.dtype = network, network.x0, network.x0.dtype
     return self
 
 FiniteSum.from_module = classmethod(from_module)
