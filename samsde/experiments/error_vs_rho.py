@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['experiment', 'radii', 'error_vs_rho', 'plot', 'verdicts', 'measure', 'show']
 
-# %% ../../nbs/experiments/error_vs_rho.ipynb #91ee7da0
+# %% ../../nbs/experiments/error_vs_rho.ipynb #1657637e
 import warnings
 
 import pandas as pd
@@ -14,38 +14,60 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..algorithm import DNSAM, SAM, SGD, USAM, Chain, colours
-from ..ensemble import DivergenceError, simulate
+from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, jackknife, plus_minus
 from .problems import PROBLEMS, Problem
-from ..objective import positive, whole
+from ..objective import Quadratic, positive, whole
 from ..sde import SDE
 
-# %% ../../nbs/experiments/error_vs_rho.ipynb #5fd05542
-def relative_error(algorithm:Tensor, # mean statistic of the algorithm, (T, ...)
+# %% ../../nbs/experiments/error_vs_rho.ipynb #3eec0dd5
+def relative_error(algorithm:Tensor, # mean (or spread) of the statistic of the algorithm, (T, ...)
                    model:Tensor # of the model
                   ) -> Tensor: # (...)
     "Eq. (1), over the first axis"
     return (algorithm - model).abs().amax(0) / algorithm.abs().mean(0)
 
-# %% ../../nbs/experiments/error_vs_rho.ipynb #6bc1cc96
+STATISTICS = {"mean": lambda m: m[..., 0], "spread": lambda m: (m[..., 1] - m[..., 0]**2).clamp(min=0).sqrt()} # of means of φ and φ²
+
+# %% ../../nbs/experiments/error_vs_rho.ipynb #65f498ed
+class MeanField(SDE):
+    "The SDE with the drift −E ∇f(x + ρu), estimated in every step by one pair ±Z, the noise of another path"
+    def __init__(self, algorithm, objective, eta): super().__init__(algorithm, objective, eta, expansion="exact")
+    def advance(self, x:Tensor, draw, steps:list) -> Tensor:
+        if isinstance(self.objective, Quadratic): return super().advance(x, draw, steps)
+        x = self.spread(x)
+        for h in steps:
+            xi = draw()
+            z = self.objective.law(xi.roll(1, 0))
+            pair = sum(self.algorithm.direction(self.objective, x, c) for c in (z, -z))
+            x = x - h / 2 * pair + h**.5 * self.diffusion(x, xi)
+        return x
+
+# %% ../../nbs/experiments/error_vs_rho.ipynb #9bd0e891
 ALGORITHMS = {a.__name__: a for a in (USAM, DNSAM, SAM)}
 
-MODELS = {"own SDE": dict(), "Σ only": dict(noise="sgd"), "SGD's SDE": None, "exact mean field": dict(expansion="exact", draws=8)}
+MODELS = {"own SDE": SDE, "Σ only": lambda *args: SDE(*args, noise="sgd"),
+          "SGD's SDE": lambda algorithm, *args: SDE(SGD(), *args), "exact mean field": MeanField}
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #93fda2a5
 def radii(eta:float) -> list:
     "Seven ρ from 0 to 4√η"
     return [round(k * eta**.5, 6) for k in (0, .1, .25, .5, 1, 2, 4)]
 
-# %% ../../nbs/experiments/error_vs_rho.ipynb #8b93fd60
-def score(chain, model, column:int) -> dict:
-    "Error and standard error of a model at one ρ, over the runs that stayed finite in both"
-    alive = chain.alive[:, column] & model.alive[:, min(column, model.alive.shape[1] - 1)]
-    pair = [e.paths["statistic"].double()[:, alive, min(column, e.alive.shape[1] - 1)].cpu() for e in (chain, model)]
-    error, se = jackknife(relative_error, *pair) if alive.sum() > 1 else (None, None)
-    return dict(error=error, se=se, runs=int(alive.sum()), diverged=int((~alive).sum()))
+# %% ../../nbs/experiments/error_vs_rho.ipynb #300a46ab
+def score(chain, model, own, column:int, statistic:str) -> dict:
+    "Error of a model at one ρ, and its excess over the own SDE's, with standard errors, over the runs that stayed finite in all"
+    ensembles = [(e, min(column, e.alive.shape[1] - 1)) for e in (chain, model, own)]
+    alive = torch.stack([e.alive[:, k] for e, k in ensembles]).all(0)
+    runs = dict(runs=int(alive.sum()), diverged=int((~alive).sum()))
+    if alive.sum() < 3: return dict(error=None, se=None, excess=None, excess_se=None, **runs)
+    phi = [e.paths["statistic"].double()[:, alive, k].cpu() for e, k in ensembles]
+    a, m, o = (torch.stack([p, p**2], -1) for p in phi)
+    def error(a, m): return relative_error(*map(STATISTICS[statistic], (a, m)))
+    (value, se), (excess, excess_se) = jackknife(error, a, m), jackknife(lambda a, m, o: error(a, m) - error(a, o), a, m, o)
+    return dict(error=value, se=se, excess=excess, excess_se=excess_se, **runs)
 
-# %% ../../nbs/experiments/error_vs_rho.ipynb #93a92650
+# %% ../../nbs/experiments/error_vs_rho.ipynb #e8e78435
 def error_vs_rho(problem:Problem,
                  algorithms=tuple(ALGORITHMS), # names
                  eta:float=.05, # learning rate
@@ -56,8 +78,8 @@ def error_vs_rho(problem:Problem,
                  substeps:int=2, # Euler steps of an SDE within one η
                  models=tuple(MODELS), # names
                  progress:bool=False # show a progress bar
-                ) -> pd.DataFrame: # columns problem, algorithm, model, eta, rho, error, se, runs, diverged
-    "Error of each model of each algorithm at each ρ. Raises ValueError on bad input."
+                ) -> pd.DataFrame: # problem, algorithm, model, eta, rho, statistic, error, se, excess, excess_se, runs, diverged
+    "Error of each model of each algorithm at each ρ, and its excess over the own SDE's. Raises ValueError on bad input."
     eta, runs = float(positive("eta", eta)), whole("runs", runs, least=3)
     rhos = [float(positive("rho", r, zero=True)) for r in (radii(eta) if rhos is None else rhos)]
     if not rhos or len(set(rhos)) < len(rhos): raise ValueError(f"rhos must be different radii, at least one, got {rhos}")
@@ -67,29 +89,32 @@ def error_vs_rho(problem:Problem,
     steps = round(t_end / eta)
     settings = dict(t_end=steps * eta, n_paths=runs, dt=eta / substeps, seed=seed, share=True, keep=True,
                     observe={"statistic": problem.statistic}, every=max(1, steps // 100))
-    rows, own = [], [name for name in models if MODELS[name] is not None]
-    bar = tqdm(total=(1 + len(own)) * len(algorithms) + 1, desc=problem.name, unit="ensemble", disable=not progress)
+    rows, models = [], dict.fromkeys(["own SDE", *models]) # the others are compared to the own SDE
+    bar = tqdm(total=len(models) * len(algorithms) + 1, desc=problem.name, unit="ensemble", disable=not progress)
     def run(process, x0=problem.x0):
         bar.update()
         with warnings.catch_warnings(): # divergence is in the table
             warnings.simplefilter("ignore", UserWarning)
             return simulate(process, x0, **settings)
-    shared = run(SDE(SGD(), objective, eta), problem.x0.expand(runs, 1, -1))
+    shared = run(SDE(SGD(), objective, eta), problem.x0.expand(runs, 1, -1)) if "SGD's SDE" in models else None
     for name in algorithms:
         algorithm = ALGORITHMS[name](rho)
         chain = run(Chain(algorithm, objective, eta))
-        for model in models:
-            ensemble = run(SDE(algorithm, objective, eta, **MODELS[model])) if model in own else shared
-            rows += [dict(problem=problem.name, algorithm=name, model=model, eta=eta, rho=r, **score(chain, ensemble, j)) for j, r in enumerate(rhos)]
+        ensembles = {model: shared if model == "SGD's SDE" else run(MODELS[model](algorithm, objective, eta)) for model in models}
+        rows += [dict(problem=problem.name, algorithm=name, model=model, eta=eta, rho=r, statistic=statistic,
+                      **score(chain, ensemble, ensembles["own SDE"], j, statistic))
+                 for statistic in STATISTICS for model, ensemble in ensembles.items() for j, r in enumerate(rhos)]
     bar.close()
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/error_vs_rho.ipynb #3eb647f9
+# %% ../../nbs/experiments/error_vs_rho.ipynb #5ff948f7
 def plot(table:pd.DataFrame, # from error_vs_rho(...)
-         axes=None # one for each problem and algorithm, (problems, algorithms)
+         axes=None, # one for each problem and algorithm, (problems, algorithms)
+         statistic:str="mean" # or "spread"
         ):
     "Error against ρ on a log scale, a row of panels for each problem; returns the axes"
     import matplotlib.pyplot as plt
+    table = table[table.statistic == statistic]
     problems, algorithms = (list(table[c].unique()) for c in ("problem", "algorithm"))
     if axes is None:
         axes = plt.subplots(len(problems), len(algorithms), figsize=(1 + 3.3 * len(algorithms), .6 + 2.7 * len(problems)),
@@ -107,53 +132,58 @@ def plot(table:pd.DataFrame, # from error_vs_rho(...)
         if linear > 0: ax.set_xscale("symlog", linthresh=linear, linscale=.5)
         ax.set(xlim=(-linear / 4 if linear > 0 else None, None), yscale="log", title=f"{algorithm}, {problem}")
     for ax in axes[-1]: ax.set_xlabel("radius $\\rho$")
-    for row in axes: row[0].set_ylabel("relative error of the model")
+    for row in axes: row[0].set_ylabel("relative error" + " of the spread" * (statistic == "spread"))
     for ax in axes[0]: ax.legend(fontsize=8)
     return axes
 
-# %% ../../nbs/experiments/error_vs_rho.ipynb #evrho005
-def compared(table:pd.DataFrame, rho:str # "root" or "largest"
-            ) -> pd.DataFrame: # a row for each problem and algorithm; columns (error or se, model)
-    "Errors of the models at one ρ; pairs of runs that diverged are left out"
-    moved = table[(table.rho > 0) & table.error.notna()]
+# %% ../../nbs/experiments/error_vs_rho.ipynb #d9fa21f3
+def compared(table:pd.DataFrame, rho:str, # "root" or "largest"
+             statistic:str="mean"
+            ) -> pd.DataFrame: # a row for each problem and algorithm; columns (error, excess or excess_se, model)
+    "Errors of the models at one ρ, and their excess over the own SDE's; pairs of runs that diverged are left out"
+    moved = table[(table.statistic == statistic) & (table.rho > 0) & table.error.notna()]
     if moved.empty: return moved
     root = moved.eta.iloc[0]**.5
     if rho == "root": moved = moved[moved.rho == moved.rho.iloc[(moved.rho - root).abs().argmin()]]
     else: moved = moved[moved.rho == moved.groupby(["problem", "algorithm"])["rho"].transform("max")]
-    return moved.pivot(index=["problem", "algorithm"], columns="model", values=["error", "se"])
+    return moved.pivot(index=["problem", "algorithm"], columns="model", values=["error", "excess", "excess_se"])
 
 def contest(wide:pd.DataFrame, model:str, other:str) -> pd.DataFrame: # columns ratio, worse, better, same
-    "By what factor `model` is worse than `other`; beyond four standard errors, or the same within 10 %"
-    error, se = wide["error"], wide["se"]
-    gap, noise = error[model] - error[other], 4 * (se[model]**2 + se[other]**2)**.5
+    "By what factor `model` is worse than `other`, one of them the own SDE; beyond four standard errors, or the same within 10 %"
+    error, excess, se = wide["error"], wide["excess"], wide["excess_se"]
+    gap, noise = excess[model] - excess[other], 4 * (se[model]**2 + se[other]**2)**.5 # 0 for the own SDE
     return pd.DataFrame({"ratio": error[model] / error[other], "worse": gap > noise, "better": gap < -noise, "same": gap.abs() + noise < .1 * error[other]})
 
-# %% ../../nbs/experiments/error_vs_rho.ipynb #evrho006
+# %% ../../nbs/experiments/error_vs_rho.ipynb #2b9d8a46
 def judged(claim:str, wide:pd.DataFrame, model:str, other:str) -> Verdict:
     "The verdict on a claim that `model` is worse than `other`"
-    if wide.empty or not {model, other} <= set(wide["error"].columns): return Verdict(claim, "undecided", "nothing to compare: no run with ρ > 0 stayed finite in both.")
+    if wide.empty or not {model, other} <= set(wide["error"].columns):
+        return Verdict(claim, "undecided", "nothing to compare: no run with ρ > 0 stayed finite in both.")
     result = contest(wide.dropna(), model, other)
     worse, better = result[result.worse], result[result.better]
     if len(worse) == len(result): verdict = "holds"
     elif len(worse): verdict = "holds with a condition"
     else: verdict = "does not hold" if (result.better | result.same).all() else "undecided"
     named = lambda part: ", ".join(f"{algorithm} on {problem} ({part.ratio[problem, algorithm]:.3g})" for problem, algorithm in part.index)
-    text = f"The error of {model} is {result.ratio.min():.3g}" + (f" to {result.ratio.max():.3g}" if len(result) > 1 else "") + f" times that of {other}"
-    text += f"; beyond four standard errors it is larger in {len(worse)} of {len(result)} cases" + (f", {named(worse)}" if 0 < len(worse) <= len(result) / 2 else "")
-    text += f", and smaller in {len(better)}" + (f", {named(better)}" if len(better) else "")
-    return Verdict(claim, verdict, text + ".")
+    few = lambda part: f", {named(part)}" if 0 < len(part) <= len(result) / 2 else ""
+    low, high = result.ratio.min(), result.ratio.max()
+    text = f"The error of {model} is {low:.3g}" + (f" to {high:.3g}" if len(result) > 1 else "") + f" times that of {other}"
+    text += (f": larger in {(result.ratio > 1).sum()} of {len(result)} cases, beyond four standard errors in {len(worse)}{few(worse)}; "
+             f"smaller beyond them in {len(better)}{few(better)}.")
+    return Verdict(claim, verdict, text)
 
-# %% ../../nbs/experiments/error_vs_rho.ipynb #evrho007
+# %% ../../nbs/experiments/error_vs_rho.ipynb #ed63843d
 def verdicts(table:pd.DataFrame # from measure or error_vs_rho
             ) -> Verdicts:
-    "The paper's claims about these curves, and one beyond"
-    root, largest = compared(table, "root"), compared(table, "largest")
+    "The paper's claims about these curves, and two beyond"
+    root, largest, spread = compared(table, "root"), compared(table, "largest"), compared(table, "root", "spread")
     return Verdicts([
         judged("Each algorithm is closer to its own SDE than to SGD's (at ρ ≈ √η).", root, "SGD's SDE", "own SDE"),
         judged("The covariance term matters: with Σ as the only noise the model is worse (at ρ ≈ √η).", root, "Σ only", "own SDE"),
+        judged("Beyond the paper: it matters to the spread of the runs (at ρ ≈ √η).", spread, "Σ only", "own SDE"),
         judged("Beyond the paper: where ρ is large, the first-order drift is what fails, and the exact mean field does better.", largest, "own SDE", "exact mean field")])
 
-# %% ../../nbs/experiments/error_vs_rho.ipynb #evrho012
+# %% ../../nbs/experiments/error_vs_rho.ipynb #0416428a
 def measure(quick:bool=False, # fewer runs, for a first look
             seed:int=0, # of the noise
             dtype=torch.float64, device="cpu",
@@ -161,20 +191,21 @@ def measure(quick:bool=False, # fewer runs, for a first look
             problems=tuple(PROBLEMS), algorithms=tuple(ALGORITHMS), # names
             eta:float=.05, # learning rate
             rhos=None, # radii, those of radii(eta) if None
-            runs:int|None=None # of each algorithm and model; 8, or 4 if quick
+            runs:int|None=None # of each algorithm and model; 16, or 4 if quick
            ) -> pd.DataFrame: # as error_vs_rho
     "Errors of all models of all algorithms on all problems. Raises ValueError on bad input."
     tables = []
     rhos = [radii(eta)[k] for k in (0, 4, 6)] if quick and rhos is None else rhos
     for name in problems:
         problem = PROBLEMS[name](dtype, device)
-        tables.append(error_vs_rho(problem, algorithms, eta, rhos, runs or (4 if quick else 8), seed,
+        tables.append(error_vs_rho(problem, algorithms, eta, rhos, runs or (4 if quick else 16), seed,
                                    problem.t_end / 8 if quick else None, progress=progress))
     return pd.concat(tables, ignore_index=True)
 
 def show(table:pd.DataFrame) -> str:
     "The table as text: a row for each problem, algorithm and ρ; error ± standard error of each model"
     cell = lambda row: f"{row.error:.3g} ± {row.se:.1g}" if pd.notna(row.error) else "no finite run"
+    table = table[table.statistic == "mean"]
     wide = table.assign(text=table.apply(cell, axis=1)).pivot(index=["problem", "algorithm", "rho"], columns="model", values="text")
     order = [table[c].unique() for c in ("problem", "algorithm", "rho")]
     wide = wide.loc[pd.MultiIndex.from_product(order), list(table.model.unique())]
