@@ -11,18 +11,21 @@ from torch import Tensor
 
 from .objective import Additive, Objective, gradient, per_path, positive
 
-# %% ../nbs/01_algorithm.ipynb #e36fc73a
+# %% ../nbs/01_algorithm.ipynb #8452a3a8
 class Algorithm:
     "x⁺ = x − η ∇f_γ(x + ρ u_γ(x)). A subclass defines `potential` or `perturbation`. Raises ValueError if `rho` is negative or not finite."
     def __init__(self, rho=0.0 # ρ, in the units of x for normalised u; a number, or a tensor that broadcasts over the paths
                 ): self.rho = positive("rho", rho, zero=True)
 
     scale = None # see Linear
+    radial = None # ψ as a function of ‖g‖², where it is one (up to the factor c of a Linear)
 
     def __init_subclass__(cls):
         "What a subclass defines replaces all that it inherits of the same kind: its potential, its perturbation, its scale"
         own = cls.__dict__.keys() & {"potential", "perturbation", "scale"}
-        if own & {"potential", "perturbation"} and "scale" not in own: cls.scale = None
+        if own & {"potential", "perturbation"} and "scale" not in own:
+            cls.scale = None
+            if "radial" not in cls.__dict__: cls.radial = None
         if own == {"perturbation"}: cls.potential = Algorithm.potential
         if own == {"potential"}: cls.perturbation = Algorithm.perturbation
 
@@ -44,7 +47,7 @@ class Algorithm:
     def still(self) -> bool: return not isinstance(self.rho, Tensor) and self.rho == 0
     def __repr__(self): return f"{type(self).__name__}(rho={self.rho})"
 
-# %% ../nbs/01_algorithm.ipynb #d639b8cc
+# %% ../nbs/01_algorithm.ipynb #ed63a796
 class Linear(Algorithm):
     "An algorithm with u = c g, where c depends on the full gradient alone"
     def scale(self, grad:Tensor # ∇f(x), (..., d)
@@ -54,6 +57,8 @@ class Linear(Algorithm):
     def perturbation(self, objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
         g, grad = objective.grads(x, gamma)
         return self.scale(grad) * g
+    @staticmethod
+    def radial(square): return square / 2
 
 class SGD(Linear):
     "Stochastic gradient descent: no perturbation"
@@ -67,7 +72,7 @@ class USAM(Linear):
     def scale(self, grad): return 1.0
     def perturbation(self, objective, x, gamma): return objective.sample_grad(x, gamma)
 
-# %% ../nbs/01_algorithm.ipynb #c0a43462
+# %% ../nbs/01_algorithm.ipynb #4efae5ac
 class DNSAM(Linear):
     "SAM normalised by the full gradient: u = g/‖∇f‖. Raises ValueError where ∇f is exactly zero."
     def scale(self, grad):
@@ -82,6 +87,8 @@ class SAM(Algorithm):
         g = objective.sample_grad(x, gamma)
         norm = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
         return g / torch.where(norm == 0, 1, norm)
+    @staticmethod
+    def radial(square): return torch.where(square > 0, square, 1).sqrt() * (square > 0)
 
 # %% ../nbs/01_algorithm.ipynb #e207e4ca
 colours = {"SGD": "#949494", "USAM": "#0173b2", "DNSAM": "#de8f05", "SAM": "#029e73"} # one colour-blind-safe colour each, in all figures

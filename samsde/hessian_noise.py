@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['sgd_covariance', 'cross_covariance', 'noise_covariance', 'noise_dim', 'noise_sample']
 
-# %% ../nbs/04_hessian_noise.ipynb #c860d67e
+# %% ../nbs/04_hessian_noise.ipynb #4634edaf
 import torch
 from torch import Tensor
 
 from .algorithm import Algorithm, pair, spread
-from .implicit_regularizer import (all_samples, closed_form, expectation, first_axis, gradient_product, hessian_perturbation,
-                                         over, pieces, response)
+from .implicit_regularizer import (all_samples, closed_form, expectation, first_axis, hessian_perturbation, over,
+                                         perturbation_sum, response, weighted_sum)
 from .objective import Additive, FiniteSum, Objective, Quadratic, Support, per_path, psd_root
+from .sample_sums import pull, way_of
 
 # %% ../nbs/04_hessian_noise.ipynb #5289c90f
 def centred(v:Tensor, # a value for each γ, (K, ...)
@@ -144,37 +145,38 @@ def weighing(algorithm:Algorithm, objective:Objective, x:Tensor, form:str, draws
     if by_sample(algorithm, objective, form): return Support(all_samples(objective, x), True), objective.law.tau**.5
     return over(objective, x, draws, seed), 1.0
 
-# %% ../nbs/04_hessian_noise.ipynb #noise002
-def weighted_sum(fn, gammas:Tensor, w:Tensor, x:Tensor) -> Tensor:
-    "Σ_k w_k fn(γ_k) for weights (..., K), a piece of the γ at a time"
-    w = w.movedim(-1, 0)[..., None]
-    return sum((w[s] * fn(gammas[s])).sum(0) for s in pieces(gammas, x))
-
+# %% ../nbs/04_hessian_noise.ipynb #e8698cdd
 def combination(algorithm:Algorithm, objective:Objective, x:Tensor,
                 w:Tensor, # (..., K)
                 form:str, # "sgd", "factor" or "exact"
-                gammas:Tensor # K values, from over or all_samples
+                gammas:Tensor, # K values, from over or all_samples
+                v:Tensor|None=None # other weights for the H_k u_k, if any
                ) -> Tensor: # (..., d)
     "Σ_k w_k c_k, where c_k is g_k, g_k + ρ H_k u_k, or G_ρ, for the k-th γ"
-    if form == "exact": return weighted_sum(lambda c: algorithm.direction(objective, x, c), gammas, w, x)
-    single = isinstance(objective, FiniteSum) and gammas.shape[-1] == 1 and len(gammas) == objective.n
-    a = objective.weighted_grad(x, w) if single else weighted_sum(lambda c: objective.sample_grad(x, c), gammas, w, x)
-    if form == "sgd": return a
-    return a + per_path(algorithm.rho, x) * weighted_sum(lambda c: hessian_perturbation(algorithm, objective, x, c), gammas, w, x)
+    total = lambda fn, w: weighted_sum(objective, fn, gammas, w, x)
+    if form == "exact": return total(lambda c: algorithm.direction(objective, x, c), w)
+    single, v = isinstance(objective, FiniteSum) and gammas.shape[-1] == 1 and len(gammas) == objective.n, w if v is None else v
+    if not single:
+        a = total(lambda c: objective.sample_grad(x, c), w)
+        return a if form == "sgd" else a + per_path(algorithm.rho, x) * total(lambda c: hessian_perturbation(algorithm, objective, x, c), v)
+    if form == "sgd": return objective.weighted_grad(x, w)
+    factor = per_path(algorithm.rho, x) * (1 if algorithm.scale is None else algorithm.scale(objective.grad(x)))
+    if v is w and way_of(algorithm, objective) == "norms": return pull(objective, x, w, lambda f, square: f + factor * algorithm.radial(square))
+    return objective.weighted_grad(x, w) + factor * perturbation_sum(algorithm, objective, x, v)
 
-# %% ../nbs/04_hessian_noise.ipynb #noise004
+# %% ../nbs/04_hessian_noise.ipynb #fdb110e6
 def batch_formula(algorithm:Algorithm, objective:Objective, form:str) -> bool:
     "Does Eq. (2) apply, with more than its last sum?"
     return form == "factor" and by_sample(algorithm, objective, form) and objective.law.batch_size > 1
 
-def batch_sample(algorithm:Algorithm, objective:FiniteSum, x:Tensor, w:Tensor) -> Tensor:
-    "Eq. (2), for minibatches of any size and u = c g"
-    a, grad, ratio = objective.weighted_grad(x, w), objective.grad(x), objective.law.kappa / objective.law.tau
-    Hg = weighted_sum(lambda c: gradient_product(objective, x, c), all_samples(objective, x), w, x)
-    Hu = ratio * Hg + (1 - ratio) * (objective.hvp(x, a) + objective.weighted_hvp(x, w, grad))
-    return a + per_path(algorithm.rho, x) * algorithm.scale(grad) * Hu
+def batch_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor, w:Tensor, h:float=0.0) -> Tensor:
+    "h (ḡ + ρ E[Hu]) and Eq. (2) together, for minibatches of any size and u = c g"
+    a, grad, tau, ratio = objective.weighted_grad(x, w), objective.grad(x), objective.law.tau, objective.law.kappa / objective.law.tau
+    Hu = perturbation_sum(algorithm, objective, x, ratio * w + h * tau / objective.n)
+    Hu = Hu + objective.hvp(x, (1 - ratio) * a + h * (1 - tau) * grad) + (1 - ratio) * objective.weighted_hvp(x, w, grad)
+    return h * grad + a + per_path(algorithm.rho, x) * algorithm.scale(grad) * Hu
 
-# %% ../nbs/04_hessian_noise.ipynb #b9f18219
+# %% ../nbs/04_hessian_noise.ipynb #b0a6e8f3
 def noise_sample(algorithm:Algorithm, objective:Objective,
                  x:Tensor, # (..., d)
                  xi:Tensor, # standard normal, (..., m) with m = noise_dim(objective, algorithm, form, draws)
@@ -199,5 +201,5 @@ def noise_sample(algorithm:Algorithm, objective:Objective,
         return a + per_path(algorithm.rho, x) * objective.hvp(x, push(0.0, 1.0, xi, a))
     support, factor = weighing(algorithm, objective, x, form, draws, seed)
     w = factor * weights(xi, support)
-    if batch_formula(algorithm, objective, form): return batch_sample(algorithm, objective, x, w)
+    if batch_formula(algorithm, objective, form): return batch_sum(algorithm, objective, x, w)
     return combination(algorithm, objective, x, w, form, support.gammas)

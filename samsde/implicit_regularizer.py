@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['expectation', 'drift', 'regularized_loss', 'gaussian_direction']
 
-# %% ../nbs/03_implicit_regularizer.ipynb #eae342f7
+# %% ../nbs/03_implicit_regularizer.ipynb #0fe564f9
 from typing import Callable, NamedTuple
 
 import torch
@@ -13,16 +13,24 @@ from torch import Tensor
 
 from .algorithm import DNSAM, SAM, USAM, Algorithm, Linear, pair, spread
 from .objective import Additive, FiniteSum, Objective, Quadratic, Support, gradient, per_path, whole
+from .sample_sums import pull, signed_products, way_of
 from .random_direction import gaussian_direction, gaussian_factors
 
 # %% ../nbs/03_implicit_regularizer.ipynb #regula0a
 _all_ = ["gaussian_direction"]
 
-# %% ../nbs/03_implicit_regularizer.ipynb #b65c18e4
-def over(objective:Objective, x:Tensor, draws:int, seed:int) -> Support:
+# %% ../nbs/03_implicit_regularizer.ipynb #d4d866db
+def generator_of(seed, device) -> torch.Generator:
+    return seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(seed)
+
+def over(objective:Objective, x:Tensor, draws:int,
+         seed # of the draws: a number, then all points share them; or a generator, then each path has minibatches of its own
+        ) -> Support:
     "The γ over which an expectation at `x` is taken, along a first axis in front of those of `x`. Raises ValueError on fewer than 4 draws."
-    generator = torch.Generator(x.device).manual_seed(seed)
-    s = objective.law.support(whole("draws", draws, least=4), generator, dtype=x.dtype, device=x.device)
+    law, generator, K = objective.law, generator_of(seed, x.device), objective.law.size(whole("draws", draws, least=4))
+    if isinstance(objective, FiniteSum) and generator is seed and x.ndim > 1 and K < law.count:
+        return Support(law.draw((K, len(x), *(1,) * (x.ndim - 2)), generator, device=x.device), False)
+    s = law.support(draws, generator, dtype=x.dtype, device=x.device)
     return s._replace(gammas=first_axis(s.gammas, x))
 
 def first_axis(gammas:Tensor, x:Tensor) -> Tensor:
@@ -33,10 +41,18 @@ def all_samples(objective:FiniteSum, x:Tensor) -> Tensor:
     "Every sample as a minibatch of one, (n, 1, ..., 1, 1)"
     return first_axis(torch.arange(objective.n, device=x.device)[:, None], x)
 
-def pieces(gammas:Tensor, x:Tensor, numbers:int=2**22) -> list:
-    "Slices of the first axis such that `numbers` bounds what a piece times `x` holds"
-    size = max(1, numbers // max(x.numel(), 1))
-    return [slice(i, i + size) for i in range(0, len(gammas), size)]
+def pieces(gammas:Tensor, x:Tensor, numbers:int=2**22, # that a piece times x may hold
+           chunk:int|None=None # samples times paths in a piece, if bounded
+          ) -> list:
+    "Slices of the first axis such that pieces fit in memory, at least one value each"
+    size = numbers // max(x.numel(), 1)
+    if chunk: size = min(size, chunk // max(1, x[..., 0].numel() * gammas.shape[-1]))
+    return [slice(i, i + max(1, size)) for i in range(0, len(gammas), max(1, size))]
+
+def weighted_sum(objective:Objective, fn:Callable, gammas:Tensor, w:Tensor, x:Tensor) -> Tensor:
+    "Σ_k w_k fn(γ_k) for weights (..., K), a piece of the γ at a time"
+    w = w.expand(*x.shape[:-1], -1).movedim(-1, 0)[..., None]
+    return sum((w[s] * fn(gammas[s])).sum(0) for s in pieces(gammas, x, chunk=getattr(objective, "chunk", None)))
 
 # %% ../nbs/03_implicit_regularizer.ipynb #9ec5b4d7
 def expectation(fn:Callable, # values of γ (k, 1, ..., 1, b) -> (k, ..., m)
@@ -72,13 +88,23 @@ def hessian_perturbation(algorithm:Algorithm, objective:Objective,
     if type(algorithm).potential is Algorithm.potential: return objective.sample_hvp(x, gamma, algorithm.perturbation(objective, x, gamma))
     return gradient(lambda z: algorithm.potential(objective.sample_grad(z, gamma)), x)
 
-# %% ../nbs/03_implicit_regularizer.ipynb #6d03f640
+# %% ../nbs/03_implicit_regularizer.ipynb #db44851b
+def perturbation_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor,
+                     w:Tensor # (..., n)
+                    ) -> Tensor: # (..., d)
+    "Σ_i w_i H_i u_i over all samples; for u = c g, without the factor c"
+    way = way_of(algorithm, objective)
+    if way == "norms": return pull(objective, x, w, lambda f, square: algorithm.radial(square))
+    if way == "signs": return signed_products(objective, x, w)[0]
+    def product(c): return gradient_product(objective, x, c) if algorithm.scale is not None else hessian_perturbation(algorithm, objective, x, c)
+    return weighted_sum(objective, product, all_samples(objective, x), w, x)
+
+# %% ../nbs/03_implicit_regularizer.ipynb #f2dc9a2c
 def linear_mean(algorithm:Linear, objective:FiniteSum, x:Tensor, grad:Tensor) -> Tensor:
     "E[H_B u_B] for u = c g, by Eq. (4)"
     tau = objective.law.tau
     mean = (1 - tau) * objective.hvp(x, grad) if tau != 1 else 0
-    if not objective.law.silent:
-        mean = mean + tau * expectation(lambda c: gradient_product(objective, x, c), Support(all_samples(objective, x), True), x)[0]
+    if not objective.law.silent: mean = mean + tau * perturbation_sum(algorithm, objective, x, x.new_full((objective.n,), 1 / objective.n))
     return algorithm.scale(grad) * mean
 
 # %% ../nbs/03_implicit_regularizer.ipynb #fae7b753
@@ -103,7 +129,7 @@ class Response(NamedTuple):
     push: Callable # h, s, ξ (..., d), and w = h ḡ + s Σ^{1/2} ξ -> h E u + s J Σ^{1/2} ξ (..., d)
     sem: Tensor|float # standard error of E u, 0 where it has a closed form
 
-# %% ../nbs/03_implicit_regularizer.ipynb #regulr02
+# %% ../nbs/03_implicit_regularizer.ipynb #79bc37de
 def response(algorithm:Algorithm, objective:Additive, x:Tensor, grad:Tensor, # ∇f(x)
              draws:int=1024, seed:int=0) -> Response:
     "E u and J Σ^{1/2} under additive noise, as their linear combinations"
@@ -115,7 +141,7 @@ def response(algorithm:Algorithm, objective:Additive, x:Tensor, grad:Tensor, # �
         u = algorithm.perturbation(objective, x, torch.zeros_like(grad))
         return Response(lambda h, s, xi, w: h * u, 0.0)
     if closed_form(algorithm, objective): return Response(sam_push(grad, law.sigma), 0.0)
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = generator_of(seed, x.device)
     half = torch.randn(law.size(draws) // 2, objective.dim, generator=generator, dtype=x.dtype, device=x.device)
     zeta = torch.cat([half, -half])
     u = lambda z: algorithm.perturbation(objective, x, law(z))

@@ -249,9 +249,12 @@ class Minibatches:
         return Support(torch.tensor(list(every), device=device).reshape(K, B), True)
     def size(self, draws:int) -> int: return self.count if self.count <= max(self.n, draws) else draws
 
-# %% ../nbs/00_objective.ipynb #1228d71c
+# %% ../nbs/00_objective.ipynb #a6383675
 class FiniteSum(Objective):
     "The mean of `n` sample losses; γ is a minibatch of sample numbers. Raises ValueError on empty data or an impossible batch size."
+    network = None # where it was made from a module
+    way = None # of sums of Hessian-vector products over the samples, see sample_sums.way_of; the best if None
+
     def __init__(self, sample_losses:Callable, # the losses of all samples at one point, (d,) -> (n,)
                  n:int, # number of samples, N
                  dim:int, # d

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['SDE']
 
-# %% ../nbs/05_sde.ipynb #c860d67e
+# %% ../nbs/05_sde.ipynb #60246301
 import torch
 from torch import Tensor
 
 from .algorithm import Algorithm, broadcast_shape, pair, spread
-from .hessian_noise import batch_formula, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
+from .hessian_noise import batch_formula, batch_sum, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
 from .implicit_regularizer import drift, response
 from .objective import Additive, Objective, per_path, positive, whole
+from .sample_sums import seed_of
 
 # %% ../nbs/05_sde.ipynb #50a07ed7
 def along_itself(b, # a vector field, (..., d) -> (..., d)
@@ -27,26 +28,29 @@ def along_itself(b, # a vector field, (..., d) -> (..., d)
         back, = torch.autograd.grad(value, z, w, create_graph=True)
         return value.detach(), torch.autograd.grad(back, w, value.detach())[0]
 
-# %% ../nbs/05_sde.ipynb #b43d7b52
-def euler_step(sde, x:Tensor, xi:Tensor, dt:float) -> Tensor:
+# %% ../nbs/05_sde.ipynb #24f9504f
+def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
     "One Euler–Maruyama step, in one pass for drift and noise where they share their terms"
     algorithm, objective, form, first = sde.algorithm, sde.objective, sde.form, sde.expansion == "first"
     s = (per_path(sde.eta, x) * dt)**.5
     if isinstance(objective, Additive):
-        if not first or form not in ("factor", "sgd", "none"): return x + dt * sde.drift(x) + dt**.5 * sde.diffusion(x, xi)
+        if not first or form not in ("factor", "sgd", "none"): return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
         grad = objective.grad(x)
         w = dt * grad if form == "none" else torch.add(objective.law(xi, s), grad, alpha=dt)
         if algorithm.still: return x - w
-        push = response(algorithm, objective, x, grad, sde.draws, sde.seed).push
+        push = response(algorithm, objective, x, grad, sde.draws, seed).push
         v = push(dt, s, xi, w) if form == "factor" else push(dt, 0.0, torch.zeros_like(xi), dt * grad)
         return (x - w).sub_(per_path(algorithm.rho, x) * objective.hvp(x, v))
-    if sde.order == 1 and form == ("sgd" if algorithm.still else "factor" if first else "exact") and not batch_formula(algorithm, objective, form):
-        support, factor = weighing(algorithm, objective, x, form, sde.draws, sde.seed)
-        w = dt / len(support.gammas) + s * factor * weights(xi, support)
-        if support.exact or not first: return x - combination(algorithm, objective, x, w, form, support.gammas)
-    return x + dt * sde.drift(x) + dt**.5 * sde.diffusion(x, xi)
+    if sde.order == 1 and form == ("sgd" if algorithm.still else "factor" if first else "exact"):
+        support, factor = weighing(algorithm, objective, x, form, sde.draws, seed)
+        w = s * factor * weights(xi, support)
+        if batch_formula(algorithm, objective, form): return x - batch_sum(algorithm, objective, x, w, dt)
+        v = w + dt / len(support.gammas)
+        if support.exact or not first: return x - combination(algorithm, objective, x, v, form, support.gammas)
+        return x - dt * objective.grad(x) - combination(algorithm, objective, x, w, form, support.gammas, v)
+    return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
 
-# %% ../nbs/05_sde.ipynb #59ef4996
+# %% ../nbs/05_sde.ipynb #498e2b73
 class SDE:
     "dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 1). Raises ValueError or TypeError on arguments that make no SDE."
     def __init__(self, algorithm:Algorithm, # what it is a model of
@@ -56,7 +60,7 @@ class SDE:
                  noise:str="factor", # "factor", "truncated", "exact", "sgd" or "none"
                  order:int=1, # weak order in η; 2 needs expansion="exact"
                  *, draws:int=1024, # γ drawn where an expectation has no closed form
-                 seed:int=0 # of those draws
+                 seed:int|None=0 # of those draws; None: new ones in every step of a simulation
                 ):
         self.algorithm, self.objective, self.eta = *pair(algorithm, objective), positive("eta", eta)
         if expansion not in ("first", "exact"): raise ValueError(f"expansion must be 'first' or 'exact', got {expansion!r}")
@@ -68,24 +72,23 @@ class SDE:
 
     @property
     def shape(self) -> tuple: return broadcast_shape(self.algorithm.rho, self.eta)
-    @property
-    def settings(self) -> dict: return dict(draws=self.draws, seed=self.seed)
+    def settings(self, seed=None) -> dict: return dict(draws=self.draws, seed=self.seed or 0 if seed is None else seed)
     def spread(self, x:Tensor) -> Tensor: return spread(self.objective.check(x), self.algorithm.rho, self.eta)
-    def drift(self, x:Tensor) -> Tensor:
+    def drift(self, x:Tensor, seed=None) -> Tensor:
         "b(x), (..., d) -> (..., d)"
         x = self.spread(x)
-        field = lambda z: drift(self.algorithm, self.objective, z, self.expansion, **self.settings)
+        field = lambda z: drift(self.algorithm, self.objective, z, self.expansion, **self.settings(seed))
         if self.order == 1: return field(x)
         b, derivative = along_itself(field, x)
         return b - per_path(self.eta, x) / 2 * derivative
-    def diffusion(self, x:Tensor, xi:Tensor) -> Tensor:
+    def diffusion(self, x:Tensor, xi:Tensor, seed=None) -> Tensor:
         "−√η B(x) ξ, (..., d) and (..., noise_dim) -> (..., d)"
         x = self.spread(x)
-        return -per_path(self.eta, x)**.5 * noise_sample(self.algorithm, self.objective, x, xi, self.noise, **self.settings)
+        return -per_path(self.eta, x)**.5 * noise_sample(self.algorithm, self.objective, x, xi, self.noise, **self.settings(seed))
     def covariance(self, x:Tensor) -> Tensor:
         "η a(x), (..., d) -> (..., d, d): the covariance of the noise in one unit of time"
         x = self.spread(x)
-        return per_path(per_path(self.eta, x), x) * noise_covariance(self.algorithm, self.objective, x, self.noise, **self.settings)
+        return per_path(per_path(self.eta, x), x) * noise_covariance(self.algorithm, self.objective, x, self.noise, **self.settings())
     def draw(self, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
         return torch.randn(*shape, self.noise_dim, generator=generator, dtype=dtype, device=device)
     def step(self, x:Tensor, xi:Tensor, dt:float) -> Tensor:
@@ -93,10 +96,13 @@ class SDE:
         if not dt > 0: raise ValueError(f"dt must be positive, got {dt}")
         if (torch.as_tensor(self.eta) < dt * (1 - 1e-9)).any(): raise ValueError(f"dt must be at most eta={self.eta}, got {dt}")
         if xi.shape[-1] != self.noise_dim: raise ValueError(f"xi must have shape (..., {self.noise_dim}), got {tuple(xi.shape)}")
-        return euler_step(self, self.spread(x), xi, dt)
+        return euler_step(self, self.spread(x), xi, dt, self.seed or 0)
     def advance(self, x:Tensor, draw, steps:list) -> Tensor:
         x = self.spread(x)
-        for h in steps: x = euler_step(self, x, draw(), h)
+        for h in steps:
+            xi = draw()
+            seed = torch.Generator(x.device).manual_seed(seed_of(xi)) if self.seed is None else self.seed
+            x = euler_step(self, x, xi, h, seed)
         return x
     def to_torchsde(self): return ForTorchsde(self)
 
