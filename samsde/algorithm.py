@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .objective import Additive, Objective, gradient, per_path, positive
 
-# %% ../nbs/01_algorithm.ipynb #8452a3a8
+# %% ../nbs/01_algorithm.ipynb #2f2506ca
 class Algorithm:
     "x⁺ = x − η ∇f_γ(x + ρ u_γ(x)). A subclass defines `potential` or `perturbation`. Raises ValueError if `rho` is negative or not finite."
     def __init__(self, rho=0.0 # ρ, in the units of x for normalised u; a number, or a tensor that broadcasts over the paths
@@ -22,10 +22,11 @@ class Algorithm:
 
     def __init_subclass__(cls):
         "What a subclass defines replaces all that it inherits of the same kind: its potential, its perturbation, its scale"
-        own = cls.__dict__.keys() & {"potential", "perturbation", "scale"}
-        if own & {"potential", "perturbation"} and "scale" not in own:
+        own = cls.__dict__.keys() & {"potential", "perturbation", "scale", "constant", "radial"}
+        if own & {"potential", "perturbation"} and not own & {"scale", "constant"}:
             cls.scale = None
-            if "radial" not in cls.__dict__: cls.radial = None
+            if "radial" not in own: cls.radial = None
+        if "scale" in own and "constant" not in own: cls.constant = None
         if own == {"perturbation"}: cls.potential = Algorithm.potential
         if own == {"potential"}: cls.perturbation = Algorithm.perturbation
 
@@ -47,13 +48,18 @@ class Algorithm:
     def still(self) -> bool: return not isinstance(self.rho, Tensor) and self.rho == 0
     def __repr__(self): return f"{type(self).__name__}(rho={self.rho})"
 
-# %% ../nbs/01_algorithm.ipynb #ed63a796
+# %% ../nbs/01_algorithm.ipynb #1358a09f
 class Linear(Algorithm):
     "An algorithm with u = c g, where c depends on the full gradient alone"
+    constant = None # c, where it is a number
     def scale(self, grad:Tensor # ∇f(x), (..., d)
              ): # a number, or (..., 1)
         "c, from the full gradient"
-        raise TypeError(f"{type(self).__name__} must define `scale`")
+        if self.constant is None: raise TypeError(f"{type(self).__name__} must define `scale` or `constant`")
+        return self.constant
+    def scale_at(self, objective:Objective, x:Tensor):
+        "c, without a gradient where it is a number"
+        return self.scale(objective.grad(x)) if self.constant is None else self.constant
     def perturbation(self, objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
         g, grad = objective.grads(x, gamma)
         return self.scale(grad) * g
@@ -63,13 +69,13 @@ class Linear(Algorithm):
 class SGD(Linear):
     "Stochastic gradient descent: no perturbation"
     def __init__(self): super().__init__(0.0)
+    constant = 0.0
     def potential(self, g): return torch.zeros_like(g[..., 0])
-    def scale(self, grad): return 0.0
 
 class USAM(Linear):
     "SAM without normalisation: u = g"
+    constant = 1.0
     def potential(self, g): return (g * g).sum(-1) / 2
-    def scale(self, grad): return 1.0
     def perturbation(self, objective, x, gamma): return objective.sample_grad(x, gamma)
 
 # %% ../nbs/01_algorithm.ipynb #4efae5ac

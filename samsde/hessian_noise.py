@@ -40,7 +40,7 @@ def product(a:Tensor, b:Tensor) -> Tensor:
     "Σ_k a_k b_kᵀ, (m, ..., d) -> (..., d, d)"
     return torch.einsum("k...i,k...j->...ij", a, b)
 
-# %% ../nbs/04_hessian_noise.ipynb #10fccfb0
+# %% ../nbs/04_hessian_noise.ipynb #207fc26f
 def columns(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int=1024, seed:int=0) -> tuple[Tensor, Tensor]:
     "The columns G_k and Q_k, each (m, ..., d)"
     if isinstance(objective, Additive):
@@ -53,8 +53,8 @@ def columns(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int=1024, 
     singles, law, grad = Support(all_samples(objective, x), True), objective.law, objective.grad(x)
     ratio = law.kappa / law.tau if law.tau else 0.0
     g = objective.sample_grad(x, singles.gammas)
-    Hg, Hgrad = (objective.sample_hvp(x, singles.gammas, v) for v in (g, grad))
-    q = ratio * Hg + (1 - ratio) * (objective.hvp(x, g) + Hgrad)
+    q = ratio * objective.sample_hvp(x, singles.gammas, g)
+    if ratio != 1: q = q + (1 - ratio) * (objective.hvp(x, g) + objective.sample_hvp(x, singles.gammas, grad)) # n Hessian-vector products
     return law.tau**.5 * centred(g, singles), law.tau**.5 * algorithm.scale(grad) * centred(q, singles)
 
 # %% ../nbs/04_hessian_noise.ipynb #4fb18945
@@ -145,7 +145,7 @@ def weighing(algorithm:Algorithm, objective:Objective, x:Tensor, form:str, draws
     if by_sample(algorithm, objective, form): return Support(all_samples(objective, x), True), objective.law.tau**.5
     return over(objective, x, draws, seed), 1.0
 
-# %% ../nbs/04_hessian_noise.ipynb #e8698cdd
+# %% ../nbs/04_hessian_noise.ipynb #f6ec88e7
 def combination(algorithm:Algorithm, objective:Objective, x:Tensor,
                 w:Tensor, # (..., K)
                 form:str, # "sgd", "factor" or "exact"
@@ -160,7 +160,7 @@ def combination(algorithm:Algorithm, objective:Objective, x:Tensor,
         a = total(lambda c: objective.sample_grad(x, c), w)
         return a if form == "sgd" else a + per_path(algorithm.rho, x) * total(lambda c: hessian_perturbation(algorithm, objective, x, c), v)
     if form == "sgd": return objective.weighted_grad(x, w)
-    factor = per_path(algorithm.rho, x) * (1 if algorithm.scale is None else algorithm.scale(objective.grad(x)))
+    factor = per_path(algorithm.rho, x) * (1 if algorithm.scale is None else algorithm.scale_at(objective, x))
     if v is w and way_of(algorithm, objective) == "norms": return pull(objective, x, w, lambda f, square: f + factor * algorithm.radial(square))
     return objective.weighted_grad(x, w) + factor * perturbation_sum(algorithm, objective, x, v)
 

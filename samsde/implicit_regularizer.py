@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['expectation', 'drift', 'regularized_loss', 'gaussian_direction']
 
-# %% ../nbs/03_implicit_regularizer.ipynb #0fe564f9
+# %% ../nbs/03_implicit_regularizer.ipynb #5e8ce5d2
 from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .algorithm import DNSAM, SAM, USAM, Algorithm, Linear, pair, spread
+from .algorithm import DNSAM, SAM, Algorithm, Linear, pair, spread
 from .objective import Additive, FiniteSum, Objective, Quadratic, Support, gradient, per_path, whole
 from .sample_sums import pull, signed_products, way_of
 from .random_direction import gaussian_direction, gaussian_factors
@@ -72,7 +72,7 @@ def expectation(fn:Callable, # values of γ (k, 1, ..., 1, b) -> (k, ..., m)
     if support.exact: return shift + mean, torch.zeros_like(mean)
     return shift + mean, ((square / n - mean.detach()**2).clamp(min=0) / (n - 1)).sqrt()
 
-# %% ../nbs/03_implicit_regularizer.ipynb #866028d5
+# %% ../nbs/03_implicit_regularizer.ipynb #5189977e
 def gradient_product(objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
     "H_γ g_γ, the gradient of ½‖∇f_γ‖²"
     x = x.expand(*torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1]), -1)
@@ -83,7 +83,7 @@ def hessian_perturbation(algorithm:Algorithm, objective:Objective,
                          gamma:Tensor # broadcasts with the paths of x
                         ) -> Tensor: # (..., d)
     "H_γ u_γ, Theorem 1's Hessian-vector product"
-    if algorithm.scale is not None: return algorithm.scale(objective.grad(x)) * gradient_product(objective, x, gamma)
+    if algorithm.scale is not None: return algorithm.scale_at(objective, x) * gradient_product(objective, x, gamma)
     x = x.expand(*torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1]), -1)
     if type(algorithm).potential is Algorithm.potential: return objective.sample_hvp(x, gamma, algorithm.perturbation(objective, x, gamma))
     return gradient(lambda z: algorithm.potential(objective.sample_grad(z, gamma)), x)
@@ -189,7 +189,7 @@ def noise_trace(objective:Additive|FiniteSum, x:Tensor, grad:Tensor):
     spread = lambda c: (objective.sample_grad(x, c) - grad).square().sum(-1)
     return objective.law.tau * expectation(spread, Support(all_samples(objective, x), True), x)[0]
 
-# %% ../nbs/03_implicit_regularizer.ipynb #5746e462
+# %% ../nbs/03_implicit_regularizer.ipynb #79d94cf8
 def regularized_loss(algorithm:Algorithm, objective:Objective,
                      x:Tensor, # (..., d)
                      *, draws:int=1024, # γ drawn where the expectation has no closed form
@@ -205,8 +205,8 @@ def regularized_loss(algorithm:Algorithm, objective:Objective,
         if not (isinstance(objective, Additive) or law.silent):
             raise ValueError("DNSAM with minibatch noise has no regularised loss: its drift is not a gradient")
         value = torch.linalg.vector_norm(grad, dim=-1)
-    elif type(algorithm).scale is USAM.scale and isinstance(objective, (Additive, FiniteSum)):
-        value = (grad.square().sum(-1) + noise_trace(objective, x, grad)) / 2
+    elif algorithm.scale is not None and algorithm.constant is not None and isinstance(objective, (Additive, FiniteSum)):
+        value = algorithm.constant * (grad.square().sum(-1) + noise_trace(objective, x, grad)) / 2
     elif plain_sam(algorithm) and isinstance(objective, Additive) and law.cov is None: value = gaussian_direction(grad, law.sigma).norm
     else:
         psi = lambda c: algorithm.potential(objective.sample_grad(x, c))

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['SDE']
 
-# %% ../nbs/05_sde.ipynb #60246301
+# %% ../nbs/05_sde.ipynb #c0697dc1
 import torch
 from torch import Tensor
 
 from .algorithm import Algorithm, broadcast_shape, pair, spread
 from .hessian_noise import batch_formula, batch_sum, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
-from .implicit_regularizer import drift, response
+from .implicit_regularizer import closed_form, drift, response
 from .objective import Additive, Objective, per_path, positive, whole
-from .sample_sums import seed_of
+from .sample_sums import seed_of, way_of
 
 # %% ../nbs/05_sde.ipynb #50a07ed7
 def along_itself(b, # a vector field, (..., d) -> (..., d)
@@ -50,7 +50,7 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
         return x - dt * objective.grad(x) - combination(algorithm, objective, x, w, form, support.gammas, v)
     return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
 
-# %% ../nbs/05_sde.ipynb #498e2b73
+# %% ../nbs/05_sde.ipynb #73f59e8b
 class SDE:
     "dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 1). Raises ValueError or TypeError on arguments that make no SDE."
     def __init__(self, algorithm:Algorithm, # what it is a model of
@@ -72,6 +72,15 @@ class SDE:
 
     @property
     def shape(self) -> tuple: return broadcast_shape(self.algorithm.rho, self.eta)
+    @property
+    def way(self) -> str:
+        "How a step finds the products of Hessians and perturbations, in words"
+        algorithm, objective, first = self.algorithm, self.objective, self.expansion == "first" and self.noise != "exact"
+        if algorithm.still: return "no products"
+        if isinstance(objective, Additive): return "one product" if first and closed_form(algorithm, objective) else f"{self.draws} draws"
+        if first and (algorithm.scale is not None or objective.law.batch_size == 1): return f"all samples, by {way_of(algorithm, objective)}"
+        return f"{objective.law.size(self.draws)} minibatches"
+    def __repr__(self) -> str: return f"SDE({self.algorithm}, {type(self.objective).__name__} in {self.objective.dim} dimensions, eta={self.eta}; {self.way})"
     def settings(self, seed=None) -> dict: return dict(draws=self.draws, seed=self.seed or 0 if seed is None else seed)
     def spread(self, x:Tensor) -> Tensor: return spread(self.objective.check(x), self.algorithm.rho, self.eta)
     def drift(self, x:Tensor, seed=None) -> Tensor:
