@@ -17,6 +17,7 @@ from torch.nn.functional import softplus
 from tqdm.auto import tqdm
 
 from ..algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, colours
+from ..diagnosis import largest_eigenvalue
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, jackknife, plus_minus
 from .two_valleys import FACTS, chain_facts, coefficients, constant, critical, minibatches, sde_facts
@@ -96,21 +97,9 @@ def curvature(net:Network, x:Tensor # (..., d)
     k = q * (p.v * p.slope)**2 + r * p.v * p.bend
     return torch.cat([(k @ p.X.square()).flatten(-2) / net.n, k.mean(-1), (q * p.a**2).mean(-1), q.mean(-1)], -1)
 
-def largest_eigenvalue(net:Network, x:Tensor, # (..., d)
-                       steps:int=12 # Hessian-vector products
-                      ) -> Tensor: # (...)
-    "Of the Hessian of the data loss, by Lanczos' method with full orthogonalisation"
-    v = torch.randn(net.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x).expand_as(x)
-    Q, diagonal, beside = (v / torch.linalg.vector_norm(v, dim=-1, keepdim=True))[None], [], []
-    for _ in range(steps):
-        w = net.hvp(x, Q[-1]) - 2 * net.decay * Q[-1]
-        diagonal.append((w * Q[-1]).sum(-1))
-        for _ in range(2): w = w - ((w * Q).sum(-1, keepdim=True) * Q).sum(0)
-        beside.append(torch.linalg.vector_norm(w, dim=-1))
-        Q = torch.cat([Q, (w / beside[-1][..., None])[None]])
-    off = torch.diag_embed(torch.stack(beside[:-1], -1), 1)
-    T = torch.diag_embed(torch.stack(diagonal, -1)) + off + off.mT
-    return torch.linalg.eigvalsh(T)[..., -1]
+def sharpness(net:Network, x:Tensor) -> Tensor: # (...)
+    "The largest eigenvalue of the Hessian of the data loss"
+    return largest_eigenvalue(lambda z, v: net.hvp(z, v) - 2 * net.decay * v, x)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #035254cd
 def starts(net:Network, n:int, # number of points
@@ -128,7 +117,7 @@ def measures(net:Network, held:Network, # the data held out
             ) -> Tensor: # (..., 6)
     "All QUANTITIES at every point"
     diagonal, test = curvature(net, x), held.forward(x)
-    return torch.stack([net.data_losses(x).mean(-1), diagonal.sum(-1), largest_eigenvalue(net, x), (x * x * diagonal).sum(-1),
+    return torch.stack([net.data_losses(x).mean(-1), diagonal.sum(-1), sharpness(net, x), (x * x * diagonal).sum(-1),
                         held.data_losses(x).mean(-1), (test.y * test.output > 0).to(x).mean(-1)], -1)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #13dae038
