@@ -8,13 +8,14 @@ LOG := .venv/install.log
 VENV := .venv/.made
 RUN := .venv/.run-installed
 DEV := .venv/.dev-installed
+BENCH := .venv-bench/.installed
 PORT ?= 8000
 comma := ,
 
 # A folder that was moved, or whose Python has gone, is set up again.
 $(shell test -x $(BIN)/python && grep -qF "$(CURDIR)/.venv" $(BIN)/pip 2>/dev/null || rm -f $(VENV) $(RUN) $(DEV))
 
-.PHONY: help reproduce test docs preview notebooks sync readme check clean
+.PHONY: help reproduce test bench docs preview notebooks sync readme check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,6 +26,9 @@ reproduce: $(RUN) ## the main job: how well each SDE tracks its algorithm (ARGS=
 
 test: $(DEV) ## run every notebook and tests/ (ARGS="--slow" for the slow cells too)
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(DEV) $(BENCH) ## measure against peers, into benchmarks/ (ARGS="--quick" for a trial)
+	$(BIN)/python -m samsde.experiments.bench --jax .venv-bench/bin/python $(ARGS)
 
 docs: $(DEV) ## build the site into _docs
 	$(BIN)/python .ci/docs.py
@@ -79,3 +83,10 @@ $(RUN): setup.py pyproject.toml settings.ini constraints.txt | $(VENV)
 
 $(DEV): $(RUN)
 	$(call install,.[dev])
+
+# the peers on JAX, in an environment of their own
+$(BENCH): benchmarks/requirements.txt | $(VENV)
+	@echo "installing $(notdir $<) into .venv-bench"
+	@$(BIN)/python -m venv --clear .venv-bench
+	@.venv-bench/bin/python -m pip install --disable-pip-version-check -q -r $<
+	@touch $@

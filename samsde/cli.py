@@ -13,12 +13,12 @@ import pandas as pd
 import torch
 
 from .ensemble import DivergenceError
-from .experiments import error_vs_rho, flat_minima, saddles, scaling, suboptimality
+from .experiments import error_vs_rho, flat_minima, networks, saddles, scaling, suboptimality
 from .experiments.experiment import Experiment
 from .experiments.problems import PROBLEMS
 
 # %% ../nbs/09_cli.ipynb #1177fb1e
-EXPERIMENTS = {e.name: e for e in (m.experiment for m in (error_vs_rho, scaling, suboptimality, saddles, flat_minima))}
+EXPERIMENTS = {e.name: e for e in (m.experiment for m in (error_vs_rho, scaling, suboptimality, saddles, flat_minima, networks))}
 
 # %% ../nbs/09_cli.ipynb #11925593
 def number(name:str, zero:bool=False):
