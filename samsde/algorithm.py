@@ -99,7 +99,7 @@ class SAM(Algorithm):
 # %% ../nbs/01_algorithm.ipynb #e207e4ca
 colours = {"SGD": "#949494", "USAM": "#0173b2", "DNSAM": "#de8f05", "SAM": "#029e73"} # one colour-blind-safe colour each, in all figures
 
-# %% ../nbs/01_algorithm.ipynb #aa92eb4b
+# %% ../nbs/01_algorithm.ipynb #013bf355
 def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
     "Both, if they are what their names say; else a TypeError"
     if not isinstance(algorithm, Algorithm): raise TypeError(f"algorithm must be an Algorithm, such as SAM(0.05), got {algorithm!r}")
@@ -108,11 +108,13 @@ def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
 
 def broadcast_shape(*values) -> tuple:
     "The common shape of numbers and tensors"
-    return tuple(torch.broadcast_shapes(*[v.shape if isinstance(v, Tensor) else () for v in values]))
+    shapes = [v.shape for v in values if isinstance(v, Tensor) and v.ndim]
+    return tuple(torch.broadcast_shapes(*shapes)) if shapes else ()
 
 def spread(x:Tensor, *values) -> Tensor:
     "`x` with the axes of a sweep over `values` (numbers, or tensors with one value for each path) before its last"
-    return x.expand(*torch.broadcast_shapes(x.shape[:-1], broadcast_shape(*values)), -1)
+    shape = broadcast_shape(*values)
+    return x.expand(*torch.broadcast_shapes(x.shape[:-1], shape), -1) if shape else x
 
 # %% ../nbs/01_algorithm.ipynb #6f1f120e
 class Chain:

@@ -129,14 +129,14 @@ class Response(NamedTuple):
     push: Callable # h, s, ξ (..., d), and w = h ḡ + s Σ^{1/2} ξ -> h E u + s J Σ^{1/2} ξ (..., d)
     sem: Tensor|float # standard error of E u, 0 where it has a closed form
 
-# %% ../nbs/03_implicit_regularizer.ipynb #79bc37de
+# %% ../nbs/03_implicit_regularizer.ipynb #44b9a0fd
 def response(algorithm:Algorithm, objective:Additive, x:Tensor, grad:Tensor, # ∇f(x)
              draws:int=1024, seed:int=0) -> Response:
     "E u and J Σ^{1/2} under additive noise, as their linear combinations"
     law = objective.law
     if algorithm.scale is not None:
         c = algorithm.scale(grad)
-        return Response(lambda h, s, xi, w: c * w, 0.0)
+        return Response(lambda h, s, xi, w: w if isinstance(c, float) and c == 1 else c * w, 0.0)
     if law.silent:
         u = algorithm.perturbation(objective, x, torch.zeros_like(grad))
         return Response(lambda h, s, xi, w: h * u, 0.0)

@@ -177,7 +177,7 @@ class Additive(Objective):
         return g + point("gamma", gamma, self.dim, x.dtype), g
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor: return self.hvp(x, v)
 
-# %% ../nbs/00_objective.ipynb #f1a41d90
+# %% ../nbs/00_objective.ipynb #37614f7d
 class Quadratic(Additive):
     "½ xᵀHx with additive Gaussian noise. Raises ValueError or TypeError if `H` is not finite, symmetric and floating-point."
     def __init__(self, H:Tensor, # (d, d), symmetric
@@ -191,7 +191,8 @@ class Quadratic(Additive):
     def loss(self, x:Tensor) -> Tensor: return (x * self.grad(x)).sum(-1) / 2
     def grad(self, x:Tensor) -> Tensor: return self.check(x) @ self.H
     def hvp(self, x:Tensor, v:Tensor) -> Tensor:
-        return (self.check(v, "v") @ self.H).expand(torch.broadcast_shapes(self.check(x).shape, v.shape))
+        Hv = self.check(v, "v") @ self.H
+        return Hv if self.check(x).shape == v.shape else Hv.expand(torch.broadcast_shapes(x.shape, v.shape))
     def hessian(self, x:Tensor) -> Tensor: return self.H.expand(*self.check(x).shape[:-1], -1, -1)
 
 # %% ../nbs/00_objective.ipynb #d4bb3323

@@ -28,7 +28,7 @@ def along_itself(b, # a vector field, (..., d) -> (..., d)
         back, = torch.autograd.grad(value, z, w, create_graph=True)
         return value.detach(), torch.autograd.grad(back, w, value.detach())[0]
 
-# %% ../nbs/05_sde.ipynb #24f9504f
+# %% ../nbs/05_sde.ipynb #790eeb7f
 def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
     "One Euler–Maruyama step, in one pass for drift and noise where they share their terms"
     algorithm, objective, form, first = sde.algorithm, sde.objective, sde.form, sde.expansion == "first"
@@ -36,11 +36,14 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
     if isinstance(objective, Additive):
         if not first or form not in ("factor", "sgd", "none"): return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
         grad = objective.grad(x)
-        w = dt * grad if form == "none" else torch.add(objective.law(xi, s), grad, alpha=dt)
+        w = 0 * grad if form == "none" else objective.law(xi, s)
+        w = w.add_(grad, alpha=dt) if w.shape == grad.shape else torch.add(w, grad, alpha=dt)
         if algorithm.still: return x - w
         push = response(algorithm, objective, x, grad, sde.draws, seed).push
         v = push(dt, s, xi, w) if form == "factor" else push(dt, 0.0, torch.zeros_like(xi), dt * grad)
-        return (x - w).sub_(per_path(algorithm.rho, x) * objective.hvp(x, v))
+        Hv, rho = objective.hvp(x, v), algorithm.rho
+        if isinstance(rho, Tensor) or Hv.requires_grad or w.shape != x.shape: return (x - w).sub_(per_path(rho, x) * Hv)
+        return torch.sub(x, w, out=w).sub_(Hv, alpha=rho)
     if sde.order == 1 and form == ("sgd" if algorithm.still else "factor" if first else "exact"):
         support, factor = weighing(algorithm, objective, x, form, sde.draws, seed)
         w = s * factor * weights(xi, support)
