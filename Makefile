@@ -28,7 +28,7 @@ test: $(DEV) ## run every notebook and tests/ (ARGS="--slow" for the slow cells 
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(DEV) $(BENCH) ## measure against peers, into benchmarks/ (ARGS="--quick" for a trial)
-	$(BIN)/python -m samsde.experiments.bench --jax .venv-bench/bin/python $(ARGS)
+	$(BIN)/python -c "import sys; from samsde.experiments.bench import main; sys.exit(main())" --jax .venv-bench/bin/python $(ARGS)
 
 docs: $(DEV) ## build the site into _docs
 	$(BIN)/python .ci/docs.py

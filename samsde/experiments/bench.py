@@ -27,7 +27,7 @@ from ..sde import SDE
 from ..weak_approximation import weak_order
 from ..weak_errors import circle_error, circle_problem
 
-# %% ../../nbs/experiments/bench.ipynb #c566759b
+# %% ../../nbs/experiments/bench.ipynb #3b1fad3c
 SIZES = {"full": dict(d=20, paths=10_000, steps=1_000, replicas=100, train=200), "small": dict(d=20, paths=200, steps=20, replicas=4, train=4)}
 ETA, RHO, SIGMA = .01, .1, .1 # as in benchmarks/peers.py
 KINDS = {kind.__name__: kind for kind in (USAM, DNSAM, SAM)}
@@ -60,7 +60,8 @@ def noise_step(kind, hidden:int, dense:bool, gradient:bool=False) -> Callable:
     sde, x = SDE(kind(RHO), objective, .05), objective.x0[None]
     xi = torch.randn(1, sde.noise_dim, generator=torch.Generator().manual_seed(0))
     if gradient: return lambda: objective.weighted_grad(x, xi)
-    return (lambda: psd_root("a", noise_covariance(kind(RHO), objective, x)) @ xi[..., :objective.dim, None]) if dense else lambda: sde.step(x, xi, .05)
+    if dense: return lambda: psd_root("a", noise_covariance(kind(RHO), objective, x)) @ torch.ones(objective.dim, 1)
+    return lambda: sde.step(x, xi, .05)
 
 def operators():
     "Orders of three algorithms on the circle, from ten step lengths each"
@@ -184,7 +185,7 @@ def plot(table:pd.DataFrame): # -> matplotlib Figure
 
 experiment = Experiment("bench", "how fast is samsde, and against what?", measure, plot, verdicts, "about fifteen minutes")
 
-# %% ../../nbs/experiments/bench.ipynb #d81e6cb9
+# %% ../../nbs/experiments/bench.ipynb #d3664567
 def main(arguments=None) -> int:
     "`make bench`: measure, write benchmarks/results.csv, .png and .md, and print the verdicts"
     parser = argparse.ArgumentParser(description="Measure samsde against its peers")
@@ -210,5 +211,3 @@ def report(table:pd.DataFrame, found:Verdicts) -> str:
     machine = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
     return "\n".join(["# Benchmark", "", f"{machine}; {versions}. {table['round'].max()} rounds.", "", found._repr_markdown_().replace("the paper's claim", "target"), "",
                       "| contestant | median (s) | quartiles (s) |", "|---|---|---|", *rows, ""])
-
-if __name__ == "__main__": sys.exit(main())
