@@ -16,7 +16,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from .algorithm import Algorithm, colours, pair
-from .implicit_regularizer import drift, first_axis, hessian_perturbation, pieces
+from .implicit_regularizer import drift, hessian_perturbation, pieces
 from .objective import Objective, positive, whole
 
 # %% ../nbs/08b_diagnosis.ipynb #990e4ab5

@@ -12,7 +12,6 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .algorithm import Algorithm
 from .objective import FiniteSum, Network, gradient, lift, whole
@@ -37,11 +36,9 @@ def convolution(layer, a:Tensor, d:Tensor) -> dict: # of one or two dimensions
     grouped = [t.reshape(len(t) * groups, -1, t.shape[-1]).mT for t in (patches, d)]
     return dict(weight=outer_square(*grouped).reshape(len(a), groups).sum(1), bias=d.sum(2).square().sum(1))
 
-# %% ../nbs/01b_sample_sums.ipynb #05deff30
+# %% ../nbs/01b_sample_sums.ipynb #6f7228c2
 def scaled(normal:Tensor, d:Tensor, shared:tuple) -> dict: # the axes over which a weight is shared
     return dict(weight=(normal * d).sum(shared).square().flatten(1).sum(1), bias=d.sum(shared).square().flatten(1).sum(1))
-
-def behind_channels(a:Tensor) -> tuple: return tuple(range(2, a.ndim)) or (a.ndim,)
 
 def channel_norm(layer, a:Tensor, d:Tensor) -> dict:
     if isinstance(layer, nn.GroupNorm): normal = F.group_norm(a, layer.num_groups, eps=layer.eps)

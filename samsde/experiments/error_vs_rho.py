@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..algorithm import DNSAM, SAM, SGD, USAM, Chain, colours
 from ..ensemble import simulate
-from .experiment import Experiment, Verdict, Verdicts, jackknife, plus_minus
+from .experiment import Experiment, Verdict, Verdicts, jackknife
 from .problems import PROBLEMS, Problem
 from ..objective import Quadratic, positive, whole
 from ..sde import SDE

@@ -22,7 +22,6 @@ from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, plus_minus
 from ..hessian_noise import noise_covariance
 from ..objective import FiniteSum, psd_root
-from ..sample_sums import way_of
 from ..sde import SDE
 
 # %% ../../nbs/experiments/networks.ipynb #6d3a95fa
