@@ -36,6 +36,7 @@ def top_eigenvectors(objective:Objective,
     order = np.argsort(-values)
     return torch.from_numpy(values[order].copy()).to(x), torch.from_numpy(vectors.T[order].copy()).to(x)
 
+# %% ../nbs/08b_diagnosis.ipynb #83704f9b
 def largest_eigenvalue(hvp:Callable, # x, v, (..., d) each -> (..., d), such as objective.hvp
                        x:Tensor, # (..., d)
                        steps:int=12 # Hessian-vector products

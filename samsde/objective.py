@@ -318,6 +318,7 @@ def unfused(module:torch.nn.Module) -> torch.nn.Module:
             if isinstance(layer, torch.nn.MultiheadAttention): layer.dropout = 0.0
     return module
 
+# %% ../nbs/00_objective.ipynb #d03c7d09
 class Network:
     "A module, its loss and its data, as a function of its flat trainable parameters. Raises ValueError or TypeError if it is none."
     def __init__(self, module:torch.nn.Module, # any network
@@ -370,6 +371,7 @@ def rough_layer(network:Network) -> str:
         except RuntimeError: return f"layer {name!r} ({type(layer).__name__})"
     return f"the module ({type(network.module).__name__})"
 
+# %% ../nbs/00_objective.ipynb #849722ea
 def check_network(network:Network):
     "Raises ValueError if the network has no sample losses, none that stay the same, or none that can be differentiated twice"
     x, losses = network.x0, network.losses

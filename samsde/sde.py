@@ -36,8 +36,9 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
     if isinstance(objective, Additive):
         if not first or form not in ("factor", "sgd", "none"): return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
         grad = objective.grad(x)
-        w = 0 * grad if form == "none" else objective.law(xi, s)
-        w = w.add_(grad, alpha=dt) if w.shape == grad.shape else torch.add(w, grad, alpha=dt)
+        noise = None if form == "none" else objective.law(xi, s)
+        if noise is None: w = dt * grad
+        else: w = noise.add_(grad, alpha=dt) if noise.shape == grad.shape else torch.add(noise, grad, alpha=dt)
         if algorithm.still: return x - w
         push = response(algorithm, objective, x, grad, sde.draws, seed).push
         v = push(dt, s, xi, w) if form == "factor" else push(dt, 0.0, torch.zeros_like(xi), dt * grad)
@@ -86,7 +87,8 @@ class SDE:
     def __repr__(self) -> str: return f"SDE({self.algorithm}, {type(self.objective).__name__} in {self.objective.dim} dimensions, eta={self.eta}; {self.way})"
     def settings(self, seed=None) -> dict: return dict(draws=self.draws, seed=self.seed or 0 if seed is None else seed)
     def spread(self, x:Tensor) -> Tensor: return spread(self.objective.check(x), self.algorithm.rho, self.eta)
-    def drift(self, x:Tensor, seed=None) -> Tensor:
+    def drift(self, x:Tensor, seed=None # of the draws: a number or a generator; the SDE's own if None
+             ) -> Tensor:
         "b(x), (..., d) -> (..., d)"
         x = self.spread(x)
         field = lambda z: drift(self.algorithm, self.objective, z, self.expansion, **self.settings(seed))

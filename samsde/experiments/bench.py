@@ -52,6 +52,7 @@ def cancer() -> tuple[Tensor, Tensor]:
     X, y = load_breast_cancer(return_X_y=True)
     return torch.from_numpy((X - X.mean(0)) / X.std(0)).float(), torch.from_numpy(2. * y - 1).float()
 
+# %% ../../nbs/experiments/bench.ipynb #172ac140
 def noise_step(kind, hidden:int, dense:bool, gradient:bool=False) -> Callable:
     "One Euler step of an SDE on 569 samples, B = 1; or the noise by a d×d matrix and its root; or one weighted gradient"
     net = torch.nn.Sequential(torch.nn.Linear(30, hidden), torch.nn.Sigmoid(), torch.nn.Linear(hidden, 1))

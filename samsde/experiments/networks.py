@@ -61,6 +61,7 @@ def shortest(f:Callable, repeats:int=3, enough:float=20.) -> float:
         times.append(time.perf_counter() - start)
     return min(times)
 
+# %% ../../nbs/experiments/networks.ipynb #94b0feb2
 def step_of(kind:str, batch_size:int, size:list, route:str, chunk:int|None) -> dict:
     "Seconds and memory of one Euler step on all digits, in single precision; to be run in a process of its own"
     X, y = digits(torch.float32)
@@ -114,6 +115,7 @@ def watched(net:nn.Module, objective:FiniteSum, X:Tensor, y:Tensor # to test on
         return torch.stack([objective.loss(x), torch.linalg.vector_norm(x, dim=-1), sharpness, held.loss(x)], -1)
     return statistics
 
+# %% ../../nbs/experiments/networks.ipynb #e8725441
 def training_rows(net:nn.Module, n:int, eta:float, steps:int, every:int, radii:dict, runs:int, seed:int, dtype, device, tick:Callable,
                   part:str="training", watch=None, chunk:int|None=None) -> list: # of dicts
     "Statistics over time for SGD and each algorithm at each radius, and for their SDEs"
