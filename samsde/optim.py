@@ -28,9 +28,10 @@ def norm(tensors:list) -> float:
     norms = torch._foreach_norm(tensors, 2, dtype=dtype)
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, dtype) for n in norms])).item()
 
-# %% ../nbs/08_optim.ipynb #087c2b95
+# %% ../nbs/08_optim.ipynb #dd8f2e53
 @torch.no_grad()
-def displace(groups:list, scale:Callable) -> tuple[list, list]: # the parameters, and copies of them
+def displace(groups:list, scale:Callable, buffers:dict # parameter -> memory for its copy, filled as needed
+            ) -> tuple[list, list]: # the parameters, and copies of them
     "Move the parameters that have a gradient by rho times u. Raises TypeError on a sparse gradient."
     groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in groups]
     groups = [(group, params, [p.grad for p in params]) for group, params in groups if params]
@@ -38,13 +39,14 @@ def displace(groups:list, scale:Callable) -> tuple[list, list]: # the parameters
     def sized(group, params, grads): return torch._foreach_mul(torch._foreach_abs(params), grads) if group["adaptive"] else grads
     c = scale([t for args in groups for t in sized(*args)])
     moved = [p for _, params, _ in groups for p in params]
-    copies = [p.clone() for p in moved]
+    copies = [buffers[p] if p in buffers else buffers.setdefault(p, torch.empty_like(p)) for p in moved]
+    if moved: torch._foreach_copy_(copies, moved)
     for group, params, grads in groups:
         u = torch._foreach_mul(torch._foreach_mul(params, params), grads) if group["adaptive"] else grads
         if group["rho"] * c: torch._foreach_add_(params, u, alpha=group["rho"] * c)
     return moved, copies
 
-# %% ../nbs/08_optim.ipynb #4974dae1
+# %% ../nbs/08_optim.ipynb #b048e72b
 class Perturbed(Optimizer):
     "An optimizer that steps with the gradient at x + ρ u. A subclass gives `scale`. Raises ValueError or TypeError on bad input."
     def __init__(self, params, # parameters, or groups of them; a group may have its own rho and adaptive
@@ -57,7 +59,7 @@ class Perturbed(Optimizer):
         if base_optimizer is LBFGS: raise TypeError("base_optimizer must step without a closure, got LBFGS")
         super().__init__(params, dict(rho=rho, adaptive=adaptive))
         for group in self.param_groups: checked_radius(group["rho"])
-        self.moved, self.base_optimizer = None, base_optimizer(self.param_groups, **base_kwargs)
+        self.moved, self.buffers, self.base_optimizer = None, {}, base_optimizer(self.param_groups, **base_kwargs)
         self._share()
 
     def scale(self, terms:list # gradients of all parameters, in units of the parameters if adaptive
@@ -67,7 +69,7 @@ class Perturbed(Optimizer):
     def first_step(self, zero_grad:bool=False):
         "Move to x + ρ u, by the gradients that the parameters hold. Raises ValueError if they have moved already."
         if self.moved: raise ValueError("first_step was called twice: second_step or restore has to come between")
-        self.moved = displace(self.param_groups, self.scale)
+        self.moved = displace(self.param_groups, self.scale, self.buffers)
         if zero_grad: self.zero_grad()
     def second_step(self, zero_grad:bool=False):
         "Move back, and let the base optimizer step with the gradients that the parameters hold now"
@@ -90,7 +92,8 @@ class Perturbed(Optimizer):
     def _twice(self, closure, first, second):
         self.restore()
         with torch.enable_grad(), first: loss = closure()
-        self.first_step(zero_grad=True)
+        self.first_step()
+        for p in self.moved[0]: p.grad = None
         with torch.enable_grad(), second: closure()
         return loss
     def _share(self):
@@ -104,7 +107,7 @@ class Perturbed(Optimizer):
     def load_state_dict(self, state_dict:dict):
         self.base_optimizer.load_state_dict(state_dict)
         self._share()
-    def __getstate__(self) -> dict: return super().__getstate__() | dict(base_optimizer=self.base_optimizer, moved=self.moved)
+    def __getstate__(self) -> dict: return super().__getstate__() | dict(base_optimizer=self.base_optimizer, moved=self.moved, buffers={})
 
 # %% ../nbs/08_optim.ipynb #cf8ad44e
 def inverse(norm:float) -> float: return 1 / norm if 0 < norm < float("inf") else 0.0
