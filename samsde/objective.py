@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Support', 'Objective', 'Gaussian', 'Additive', 'Quadratic', 'NoisyLoss', 'Minibatches', 'FiniteSum', 'from_module']
 
-# %% ../nbs/00_objective.ipynb #d0003b53
+# %% ../nbs/00_objective.ipynb #0120de50
 import copy, itertools, math, numbers, threading
+from collections import Counter
 from typing import Callable, NamedTuple
 
 import torch
@@ -81,6 +82,17 @@ def psd_root(name:str, # what to call the matrix in the error message
         raise ValueError(f"{name} must be positive semidefinite, got an eigenvalue of {least.min().item():.9g}")
     return (V * lam.clamp(min=0).sqrt()[..., None, :]) @ V.mT
 
+# %% ../nbs/00_objective.ipynb #1c15d243
+def add_(y:Tensor, # (..., d), changed
+         a, # a number, or a tensor (..., 1)
+         v:Tensor, # (..., d)
+         M:Tensor|None=None # (d, d)
+        ) -> Tensor: # y
+    "y + a v, or y + a v M, into `y`"
+    if isinstance(a, Tensor): return y.addcmul_(a, v if M is None else v @ M)
+    if M is not None and y.ndim == v.ndim == 2: return y.addmm_(v, M, alpha=a)
+    return y.add_(v if M is None else v @ M, alpha=a)
+
 # %% ../nbs/00_objective.ipynb #033bb5a3
 def gradient(f:Callable, # (..., d) -> (...)
              x:Tensor # (..., d)
@@ -93,7 +105,7 @@ def gradient(f:Callable, # (..., d) -> (...)
         if not total.requires_grad: return torch.zeros_like(x)
         return torch.autograd.grad(total, z, create_graph=track, allow_unused=True, materialize_grads=True)[0]
 
-# %% ../nbs/00_objective.ipynb #1cb82ec4
+# %% ../nbs/00_objective.ipynb #f18a48a7
 class Support(NamedTuple):
     "Values of γ over which an expectation is taken"
     gammas: Tensor # K values along the first axis
@@ -114,6 +126,12 @@ class Objective:
         "∇²f(x) v, for shapes (..., d) that broadcast"
         x, v = torch.broadcast_tensors(self.check(x), self.check(v, "v"))
         return gradient(lambda z: (self.grad(z) * v).sum(-1), x)
+    def add_grad_(self, y:Tensor, x:Tensor, a) -> Tensor:
+        "y + a ∇f(x), into `y`, for a number `a` or a tensor (..., 1)"
+        return add_(y, a, self.grad(x))
+    def add_hvp_(self, y:Tensor, x:Tensor, v:Tensor, a) -> Tensor:
+        "y + a ∇²f(x) v, into `y`"
+        return add_(y, a, self.hvp(x, v))
     def hessian(self, x:Tensor) -> Tensor:
         "∇²f(x), (..., d) -> (..., d, d): `dim` Hessian-vector products"
         return self.hvp(self.check(x)[..., None, :], torch.eye(self.dim, dtype=x.dtype, device=x.device))
@@ -177,7 +195,7 @@ class Additive(Objective):
         return g + point("gamma", gamma, self.dim, x.dtype), g
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor: return self.hvp(x, v)
 
-# %% ../nbs/00_objective.ipynb #37614f7d
+# %% ../nbs/00_objective.ipynb #46370c9d
 class Quadratic(Additive):
     "½ xᵀHx with additive Gaussian noise. Raises ValueError or TypeError if `H` is not finite, symmetric and floating-point."
     def __init__(self, H:Tensor, # (d, d), symmetric
@@ -193,6 +211,8 @@ class Quadratic(Additive):
     def hvp(self, x:Tensor, v:Tensor) -> Tensor:
         Hv = self.check(v, "v") @ self.H
         return Hv if self.check(x).shape == v.shape else Hv.expand(torch.broadcast_shapes(x.shape, v.shape))
+    def add_grad_(self, y:Tensor, x:Tensor, a) -> Tensor: return add_(y, a, self.check(x), self.H)
+    def add_hvp_(self, y:Tensor, x:Tensor, v:Tensor, a) -> Tensor: return add_(y, a, self.check(v, "v"), self.H)
     def hessian(self, x:Tensor) -> Tensor: return self.H.expand(*self.check(x).shape[:-1], -1, -1)
 
 # %% ../nbs/00_objective.ipynb #d4bb3323
@@ -250,7 +270,7 @@ class Minibatches:
         return Support(torch.tensor(list(every), device=device).reshape(K, B), True)
     def size(self, draws:int) -> int: return self.count if self.count <= max(self.n, draws) else draws
 
-# %% ../nbs/00_objective.ipynb #a6383675
+# %% ../nbs/00_objective.ipynb #0b4c3bd7
 class FiniteSum(Objective):
     "The mean of `n` sample losses; γ is a minibatch of sample numbers. Raises ValueError on empty data or an impossible batch size."
     network = None # where it was made from a module
@@ -293,13 +313,20 @@ class FiniteSum(Objective):
         "The mean loss of the samples `gamma`, (..., d) and (..., b) -> (...); `b` need not be the batch size"
         lead = torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1])
         return lift(lambda x, i: self.select(x, i).mean(), x.expand(*lead, -1), gamma.expand(*lead, -1))
+    def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor: return self.run("sample", super().sample_grad, self.check(x), gamma)
     def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor:
         "Σ_i w_i ∇f_i(x), (..., d) and (..., n) -> (..., d)"
-        return sum(gradient(lambda z: (self.some(z, s) * w[..., s]).sum(-1), self.check(x)) for s in self.slices(x))
+        part = lambda s: lambda x, w: gradient(lambda z: (self.some(z, s) * w[..., s]).sum(-1), x)
+        return sum(self.run(("grad", s.start, s.stop), part(s), self.check(x), w) for s in self.slices(x))
     def weighted_hvp(self, x:Tensor, w:Tensor, v:Tensor) -> Tensor:
         "Σ_i w_i ∇²f_i(x) v"
-        pull = lambda z, s: gradient(lambda y: (self.some(y, s) * w[..., s]).sum(-1), z)
-        return sum(gradient(lambda z: (pull(z, s) * v).sum(-1), self.check(x)) for s in self.slices(x))
+        pull = lambda z, w, s: gradient(lambda y: (self.some(y, s) * w[..., s]).sum(-1), z)
+        part = lambda s: lambda x, w, v: gradient(lambda z: (pull(z, w, s) * v).sum(-1), x)
+        return sum(self.run(("hvp", s.start, s.stop), part(s), self.check(x), w, v) for s in self.slices(x))
+    def run(self, name, # of the function, for a record
+            fn:Callable, *tensors:Tensor) -> Tensor:
+        "fn(*tensors), from a record of its operations if it is called often and there is a network"
+        return fn(*tensors) if self.network is None else self.network.recorder(name, fn, *tensors)
 
 # %% ../nbs/00_objective.ipynb #1b37fa19
 def random_layer(module:torch.nn.Module) -> str|None:
@@ -318,7 +345,65 @@ def unfused(module:torch.nn.Module) -> torch.nn.Module:
             if isinstance(layer, torch.nn.MultiheadAttention): layer.dropout = 0.0
     return module
 
-# %% ../nbs/00_objective.ipynb #d03c7d09
+# %% ../nbs/00_objective.ipynb #fc69c21f
+aten = torch.ops.aten
+VIEWS = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.permute.default)
+UNITS = (aten.mul.Scalar, aten.div.Scalar, aten.pow.Tensor_Scalar)
+FILLED = (aten.ones_like.default, aten.zeros_like.default, aten.new_zeros.default) # of whose argument only the shape matters
+
+class Watch(torch.fx.Interpreter):
+    "Runs a record and keeps what every operation returns"
+    def __init__(self, graph): super().__init__(graph); self.seen = {}
+    def run_node(self, node):
+        self.seen[node] = super().run_node(node)
+        return self.seen[node]
+
+def bare(graph:torch.fx.GraphModule, *tensors:Tensor) -> torch.fx.GraphModule:
+    "Take out the operations that return their argument, and compute once those that depend on no argument"
+    watch, constant = Watch(graph), set()
+    watch.run(*tensors)
+    layout = lambda node: (watch.seen[node].shape, watch.seen[node].stride())
+    nodes = [node for node in graph.graph.nodes if node.op in ("call_function", "get_attr")]
+    if any(getattr(n.target, "_schema", None) and n.target._schema.is_mutable for n in nodes): return graph
+    for node in nodes:
+        same = node.target in (aten.detach.default, aten.alias.default) or (node.target in UNITS and node.args[1] == 1)
+        if node.target in VIEWS: same = layout(node) == layout(node.args[0])
+        if same: node.replace_all_uses_with(node.args[0])
+        elif isinstance(watch.seen[node], Tensor) and (node.target in FILLED or constant.issuperset(node.all_input_nodes)):
+            constant.add(node)
+            graph.register_buffer(f"constant_{node.name}", watch.seen[node])
+            with graph.graph.inserting_before(node): stored = graph.graph.get_attr(f"constant_{node.name}")
+            constant.add(stored)
+            watch.seen[stored] = watch.seen[node]
+            node.replace_all_uses_with(stored)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+class Recorder:
+    "Runs functions of tensors; what is called often with tensors of the same shapes is recorded, and then replayed"
+    lock, patience = threading.Lock(), 64 # calls before a record
+    def __init__(self): self.calls, self.records = Counter(), {}
+    def __call__(self, name, # two functions with the same name are the same
+                 fn:Callable, *tensors:Tensor) -> Tensor:
+        live = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if live or any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)): return fn(*tensors)
+        key = (name, *((t.shape, t.dtype, t.device) for t in tensors))
+        if record := self.records.get(key): return record(*(t.contiguous() for t in tensors))
+        self.calls[key] += 1
+        if self.calls[key] < self.patience or key in self.records: return fn(*tensors)
+        return self.record(key, fn, *(t.detach().contiguous() for t in tensors))
+    def record(self, key, fn, *tensors:Tensor) -> Tensor:
+        from torch.fx.experimental.proxy_tensor import make_fx
+        out = fn(*tensors)
+        with self.lock, torch.no_grad():
+            try:
+                record = bare(make_fx(lambda *t: fn(*t))(*tensors), *tensors).forward
+                self.records[key] = record if torch.equal(record(*tensors), out) else None
+            except Exception: self.records[key] = None # whatever a module does that no record can hold: it works without
+        return out
+
+# %% ../nbs/00_objective.ipynb #971a9414
 class Network:
     "A module, its loss and its data, as a function of its flat trainable parameters. Raises ValueError or TypeError if it is none."
     def __init__(self, module:torch.nn.Module, # any network
@@ -334,7 +419,7 @@ class Network:
         if len(kinds := {p.dtype for p in params.values()} | ({X.dtype} if X.is_floating_point() else set())) > 1:
             raise TypeError(f"parameters and inputs must share one dtype, got {sorted(map(str, kinds))}")
         if layer := random_layer(module): raise ValueError(f"{layer} in training mode has no sample losses: call module.eval() first")
-        self.module, self.loss, self.X, self.y, self.local = module, loss, X, y, threading.local()
+        self.module, self.loss, self.X, self.y, self.local, self.recorder = module, loss, X, y, threading.local(), Recorder()
         self.shapes, self.x0 = {k: p.shape for k, p in params.items()}, torch.cat([p.detach().flatten() for p in params.values()])
 
     def own(self) -> torch.nn.Module:

@@ -29,33 +29,39 @@ def gaussian_integrals(r:Tensor, # ‖∇f‖ in units of the noise's standard d
     A = const * (bell * theta.cos()**(d - m)).sum(-1)
     return A, const * (d - 1) * (bell * s2).sum(-1) if d > 1 else const * torch.exp(-z[..., 0])
 
-# %% ../nbs/02b_random_direction.ipynb #885e1c76
+# %% ../nbs/02b_random_direction.ipynb #3408ad2e
+FACTORS = dict(A=lambda v, q, s: v / s, along=lambda v, q, s: v * q**3 / s, share=lambda v, q, s: v) # from what is tabulated, in this order
+
 @functools.cache
-def factor_table(d:int, device:str, cells:int=4096, degree:int=3) -> Tensor: # (cells, 2, degree + 1), highest power first
-    "Coefficients of A √(z + d/2) and A_∥ (z + d/2)^{3/2} in the position within a cell of y"
+def factor_table(d:int, dtype:torch.dtype, device:str) -> tuple[Tensor, int, int]: # (cells + 1, 3 × (degree + 1)), highest power first
+    "Coefficients of A, A_∥/q³ and τ in the position within a cell of q, the number of cells, and the degree"
+    cells, degree = (4096, 3) if dtype == torch.float64 else (8192, 1)
     t = (torch.cos(torch.pi * (torch.arange(degree + 1, dtype=torch.float64) + .5) / (degree + 1)) + 1) / 2
-    y = (torch.arange(cells)[:, None] + t) / cells
-    z = d / 2 * y / (1 - y)
-    A, along = gaussian_integrals((2 * z).sqrt(), d)
-    values = torch.stack([A * (z + d / 2)**.5, along * (z + d / 2)**1.5], -1)
-    return torch.linalg.solve(torch.linalg.vander(t).flip(-1), values).mT.contiguous().to(device)
+    q = (torch.arange(cells)[:, None] + t) / cells
+    A, along = gaussian_integrals((d * (1 - q) * (1 + q)).sqrt() / q, d)
+    table = torch.linalg.solve(torch.linalg.vander(t).flip(-1), torch.stack([A, along / q**3, 1 - along / A], -1)).mT
+    end = torch.zeros_like(table[:1])
+    end[..., -1] = table[-1].sum(-1) # at q = 1
+    return torch.cat([table, end]).flatten(1).to(device, dtype), cells, degree
 
-def gaussian_factors(r:Tensor, # ‖∇f‖, (...)
+def gaussian_factors(square:Tensor, # ‖∇f‖², (...)
                      sigma:float, # standard deviation of each coordinate, positive
-                     d:int # dimension
-                    ) -> tuple[Tensor, Tensor]: # (...), in double precision
-    "A and A_∥ of Eqs. (3) and (5), from a table"
-    table, z = factor_table(d, str(r.device)), (r.double() / sigma).square() / 2
-    scale = z + d / 2
-    y = (z / scale * len(table)).nan_to_num(nan=len(table) - 1.) # r = ∞ on a path that diverges
-    cell = y.long().clamp(max=len(table) - 1)
-    coefficients, t = table[cell], (y - cell)[..., None]
-    value = coefficients[..., 0]
-    for k in range(1, coefficients.shape[-1]): value = torch.addcmul(coefficients[..., k], value, t)
-    A, along = value.unbind(-1)
-    return A / scale.sqrt() / sigma, along / scale**1.5 / sigma
+                     d:int, # dimension
+                     *names:str # A, along, share
+                    ) -> list: # of Tensors (...)
+    "A and A_∥ of Eqs. (3) and (5), and τ = 1 − A_∥/A, from a table"
+    table, cells, degree = factor_table(d, torch.promote_types(square.dtype, torch.float32), str(square.device))
+    q = (square.to(table.dtype) * (1 / (d * sigma**2)) + 1).rsqrt().nan_to_num() # NaN on a path that diverges
+    cell = (position := q * cells).long()
+    rows, t = torch.embedding(table, cell), position.sub_(cell)
+    def value(name):
+        k = [*FACTORS].index(name) * (degree + 1)
+        v = rows[..., k]
+        for j in range(k + 1, k + degree + 1): v = torch.addcmul(rows[..., j], v, t)
+        return FACTORS[name](v, q, sigma).to(square.dtype)
+    return [value(name) for name in names]
 
-# %% ../nbs/02b_random_direction.ipynb #74ee5c1d
+# %% ../nbs/02b_random_direction.ipynb #475563f8
 class GaussianDirection(NamedTuple):
     "Moments of u = g/‖g‖ for g = ḡ + Z, Z ~ N(0, σ² I)"
     norm: Tensor # E‖g‖, (...)
@@ -69,7 +75,7 @@ def gaussian_direction(g:Tensor, # ḡ, (..., d)
     "The closed forms of Eqs. (3) to (5); their limits if `sigma` is 0. Raises ValueError or TypeError if `sigma` is negative or no number."
     r, sigma = torch.linalg.vector_norm(g, dim=-1), float(positive("sigma", sigma, zero=True))
     if sigma == 0: return GaussianDirection(r, g / torch.where(r == 0, 1, r)[..., None], torch.zeros_like(r), torch.zeros_like(r))
-    A, along = (t.to(g.dtype) for t in gaussian_factors(r, sigma, g.shape[-1]))
+    A, along = gaussian_factors(r.square(), sigma, g.shape[-1], "A", "along")
     return GaussianDirection(A * r**2 + sigma**2 * ((g.shape[-1] - 1) * A + along), A[..., None] * g, sigma**2 * along, sigma**2 * A)
 
 # %% ../nbs/02b_random_direction.ipynb #44848135

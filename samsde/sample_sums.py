@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WAYS', 'square_norms', 'obstacle', 'signed_products', 'way_of']
 
-# %% ../nbs/01b_sample_sums.ipynb #9ee17344
-import math
+# %% ../nbs/01b_sample_sums.ipynb #dc5233a3
+import functools, math
 from typing import Callable, NamedTuple
 
 import torch
@@ -123,18 +123,20 @@ def obstacle(objective) -> str|None:
     network = getattr(objective, "network", None)
     return "it was not made from a module" if network is None else plan_of(network).obstacle
 
-# %% ../nbs/01b_sample_sums.ipynb #6f9446ac
+# %% ../nbs/01b_sample_sums.ipynb #7d9abccb
 def pull(objective:FiniteSum, x:Tensor, # (..., d)
          w:Tensor, # (..., n)
-         value:Callable # f_i and ‖g_i‖², (..., b) each -> (..., b)
+         radial:Callable, # of ‖g_i‖², (..., b) -> (..., b)
+         factor=None # a number, or (..., 1)
         ) -> Tensor: # (..., d)
-    "∇ Σ_i w_i value(f_i, ‖g_i‖²)"
-    def part(s): return gradient(lambda z: (value(*lift_terms(objective.network, z, s)) * w[..., s]).sum(-1), x)
-    return sum(part(s) for s in objective.slices(x))
-
-def lift_terms(network:Network, x:Tensor, s:slice) -> tuple[Tensor, Tensor]: # (..., b) each
-    both = lift(lambda z: torch.stack(terms(network, z, s)), x)
-    return both[..., 0, :], both[..., 1, :]
+    "∇ Σ_i w_i radial(‖g_i‖²); with a factor c, ∇ Σ_i w_i (f_i + c radial(‖g_i‖²))"
+    def value(s, z, w, *factor): # of one path
+        f, square = terms(objective.network, z, s)
+        return (w[s] * (f + factor[0] * radial(square) if factor else radial(square))).sum()
+    part = lambda s: lambda x, *rest: gradient(lambda z: lift(functools.partial(value, s), z, *rest), x)
+    rest = [w] if factor is None else [w, factor if isinstance(factor, Tensor) else x.new_tensor([factor])]
+    rest = [t.expand(*x.shape[:-1], t.shape[-1]) for t in rest]
+    return sum(objective.run(("norms", radial, s.start, s.stop), part(s), x, *rest) for s in objective.slices(x))
 
 # %% ../nbs/01b_sample_sums.ipynb #e3294e80
 def seed_of(t:Tensor) -> int:

@@ -28,24 +28,24 @@ def along_itself(b, # a vector field, (..., d) -> (..., d)
         back, = torch.autograd.grad(value, z, w, create_graph=True)
         return value.detach(), torch.autograd.grad(back, w, value.detach())[0]
 
-# %% ../nbs/05_sde.ipynb #790eeb7f
+# %% ../nbs/05_sde.ipynb #3d742801
 def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
     "One Euler–Maruyama step, in one pass for drift and noise where they share their terms"
     algorithm, objective, form, first = sde.algorithm, sde.objective, sde.form, sde.expansion == "first"
     s = (per_path(sde.eta, x) * dt)**.5
-    if isinstance(objective, Additive):
-        if not first or form not in ("factor", "sgd", "none"): return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
-        grad = objective.grad(x)
-        noise = None if form == "none" else objective.law(xi, s)
-        if noise is None: w = dt * grad
-        else: w = noise.add_(grad, alpha=dt) if noise.shape == grad.shape else torch.add(noise, grad, alpha=dt)
-        if algorithm.still: return x - w
-        push = response(algorithm, objective, x, grad, sde.draws, seed).push
-        v = push(dt, s, xi, w) if form == "factor" else push(dt, 0.0, torch.zeros_like(xi), dt * grad)
-        Hv, rho = objective.hvp(x, v), algorithm.rho
-        if isinstance(rho, Tensor) or Hv.requires_grad or w.shape != x.shape: return (x - w).sub_(per_path(rho, x) * Hv)
-        return torch.sub(x, w, out=w).sub_(Hv, alpha=rho)
-    if sde.order == 1 and form == ("sgd" if algorithm.still else "factor" if first else "exact"):
+    additive = isinstance(objective, Additive)
+    if additive and first and form in ("factor", "sgd", "none"):
+        w, rho = torch.zeros_like(x) if form == "none" else objective.law(xi, s), per_path(algorithm.rho, x)
+        if w.shape != x.shape: w = w.expand_as(x).clone()
+        if algorithm.still: return x - objective.add_grad_(w, x, dt)
+        if form == "factor" and algorithm.scale is not None and algorithm.constant is not None: # v = c w, where ∇f is needed in w alone
+            v, rho = objective.add_grad_(w, x, dt), rho * algorithm.constant
+        else:
+            grad = objective.grad(x)
+            w, push = w.add_(grad, alpha=dt), response(algorithm, objective, x, grad, sde.draws, seed).push
+            v = push(dt, s, xi, w) if form == "factor" else push(dt, 0.0, torch.zeros_like(xi), dt * grad)
+        return objective.add_hvp_(x - w, x, v, -rho)
+    if sde.order == 1 and not additive and form == ("sgd" if algorithm.still else "factor" if first else "exact"):
         support, factor = weighing(algorithm, objective, x, form, sde.draws, seed)
         w = s * factor * weights(xi, support)
         if batch_formula(algorithm, objective, form): return x - batch_sum(algorithm, objective, x, w, dt)
