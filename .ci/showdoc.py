@@ -51,14 +51,14 @@ class Renderer(ShowDocRenderer):
         try: found = docments(self.sym, full=True)
         except (TypeError, OSError): return []
         if not any(p.get("docment") for p in found.values()): return []
-        stars = {inspect.Parameter.VAR_POSITIONAL: r"\*", inspect.Parameter.VAR_KEYWORD: r"\*\*"}
+        stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
         rows = []
         for name, p in found.items():
             if name == "self": continue
             default, meaning, type_ = p.get("default", empty), plain(p.get("docment") or ""), kind(p.get("anno", empty))
             if name == "return":
                 if type_ or meaning: rows.append(["*returns*", type_, meaning])
-            else: rows.append([stars.get(p.get("kind"), "") + f"**{plain(name)}**", type_ + ("" if default is empty else f" = `{value(default)}`"), meaning])
+            else: rows.append([f"`{star}{name}`" if (star := stars.get(p.get("kind"))) else f"**{plain(name)}**", type_ + ("" if default is empty else f" = `{value(default)}`"), meaning])
         return rows
 
     def methods(self):
