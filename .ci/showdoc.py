@@ -29,7 +29,8 @@ def call(name, signature, types):
     "The signature in lines of at most 80 characters, with the types where no table tells them"
     bare = {} if types else dict(annotation=empty)
     params = [p.replace(**bare, **({} if p.default is empty else dict(default=Shown(p.default)))) for p in signature.parameters.values()]
-    text = str(signature.replace(parameters=params, **({} if types else dict(return_annotation=empty))))
+    kept = types and signature.return_annotation is not None  # a class returns no None
+    text = str(signature.replace(parameters=params, **({} if kept else dict(return_annotation=empty))))
     text = re.sub(r"\b(?:torch|typing|pathlib|samsde(?:\.\w+)*|pandas(?:\.\w+)*)\.(?=[A-Za-z])", "", text)
     if len(name + text) <= 80: return name + text
     lines = wrap(re.sub(r"^\(", "", text), 76, break_long_words=False, break_on_hyphens=False)
