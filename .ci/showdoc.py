@@ -1,10 +1,13 @@
 "How the site shows a function or a class: its signature, its docstring, a table of its parameters, a table of its methods."
 import inspect
 import re
+from dataclasses import is_dataclass
+from importlib import import_module
 from textwrap import wrap
 
 from fastcore.docments import ShowDocRenderer, docments, empty
 from nbdev.config import get_config
+from nbdev.doclinks import NbdevLookup
 
 
 def plain(text):
@@ -49,7 +52,11 @@ def table(head, rows): return "\n".join([f"| {' | '.join(head)} |", "|" + "---|"
 class Renderer(ShowDocRenderer):
     def parameters(self):
         "Rows of the table of parameters; none where there is nothing to say but a name"
-        try: found = docments(self.sym, full=True)
+        sym = self.sym
+        if is_dataclass(sym):  # its comments are found in the module alone, not in a notebook's cell
+            _, path, _ = NbdevLookup()[self.nm]
+            sym = getattr(import_module(path.removesuffix(".py").replace("/", ".")), self.nm)
+        try: found = docments(sym, full=True)
         except (TypeError, OSError): return []
         if not any(p.get("docment") for p in found.values()): return []
         stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
