@@ -41,7 +41,7 @@ def rename(proc):
 def sort_sidebar(proc):
     "List the pages in the order of the table on the first page, which nbdev lists by name."
     cells = json.loads((proc/"index.ipynb").read_text(encoding="utf-8"))["cells"]
-    table = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown").partition("\n## The notebooks")[2]
+    table = "\n".join("".join(c["source"]) for c in cells).partition("\n## The notebooks")[2]
     rank = {name: n for n, name in enumerate(["index.ipynb", *re.findall(r"\]\(([\w/]+\.ipynb)\)", table)])}
     place = lambda line: rank.get(line.strip(" -"), len(rank))
     path, lines = proc/"sidebar.yml", []
