@@ -68,7 +68,8 @@ def modules(cfg):
 
 SOURCE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
-<script>if (localStorage.getItem("smalldocs-scheme") === "alternate") document.documentElement.className = "dark";</script>
+<script>const chosen = localStorage.getItem("smalldocs-scheme");
+if (chosen ? chosen === "alternate" : matchMedia("(prefers-color-scheme: dark)").matches) document.documentElement.className = "dark";</script>
 <style>body {{ margin: 1rem; font: 16px/1.5 sans-serif; background: #fff; color: #222; }} .highlight {{ overflow-x: auto; font-size: .85em; }}
 .highlight :target {{ background: #ff08; }} a {{ color: inherit; }} .highlight .linenos {{ opacity: .5; padding-right: 1em; }}
 {light} html.dark body {{ background: #222; color: #eee; }} {dark} .highlight span.linenos {{ background: none; color: inherit; }} .highlight a {{ text-decoration: none; }}</style></head>
