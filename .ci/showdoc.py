@@ -56,7 +56,7 @@ class Renderer(ShowDocRenderer):
         if is_dataclass(sym):  # its comments are found in the module alone, not in a notebook's cell
             _, path, _ = NbdevLookup()[self.nm]
             sym = getattr(import_module(path.removesuffix(".py").replace("/", ".")), self.nm)
-        try: found = docments(sym, full=True)
+        try: found = docments(sym, full=True, args_kwargs=True)
         except (TypeError, OSError): return []
         if not any(p.get("docment") for p in found.values()): return []
         stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
