@@ -50,6 +50,16 @@ def sort_sidebar(proc):
     path.write_text("\n".join(lines).replace("section: experiments", "section: Experiments") + "\n", encoding="utf-8")
 
 
+def leave_out_widgets(proc):
+    "A slider needs a kernel: without one its output is a line of text, and the figure beside it says the same."
+    for p in proc.rglob("*.ipynb"):
+        nb = json.loads(p.read_text(encoding="utf-8"))
+        for cell in nb["cells"]:
+            if "outputs" in cell:
+                cell["outputs"] = [out for out in cell["outputs"] if "application/vnd.jupyter.widget-view+json" not in out.get("data", {})]
+        p.write_text(json.dumps(nb), encoding="utf-8")
+
+
 def picture_widths(proc):
     "The width at which each picture is to be shown: a notebook stores it at twice that, for sharp screens."
     for p in proc.rglob("*.ipynb"):
@@ -183,6 +193,7 @@ def build():
     sort_sidebar(proc)
     rename(proc)
     quarto = shutil.which("quarto")
+    if not quarto: leave_out_widgets(proc)
     if not quarto and not find_spec("smalldocs"): sys.exit("the site needs Quarto or smalldocs, and smalldocs needs Python 3.11")
     command = [quarto, "render", "--no-cache", "-M", "html-math-method:katex"] if quarto else [sys.executable, "-m", "smalldocs.cli", "render"]
     if subprocess.run(command, cwd=proc).returncode: sys.exit("the site was not built: see the lines above")

@@ -49,6 +49,10 @@ def markup(page, pages):
         for m in re.finditer(pattern, prose, re.M): yield f"{what} is not rendered: …{prose[max(0, m.start() - 30):m.end() + 30]!r}…"
 
 
+def widgets(page, pages):
+    yield from re.findall(r"(?:interactive|[HV]Box|\w+Slider)\(children=.{0,40}|\w+Slider\(value=.{0,40}", page.html)
+
+
 def links(page, pages):
     "Dead links and anchors, and addresses that do not exist."
     yield from re.findall(r".{0,40}example\.org", page.html)
@@ -71,7 +75,7 @@ def sources(page, pages):
         if not any(re.match(rf"\s*{line}\s*(def|class) {name}\b", text) for text in code): yield f"{name} is not at {link}"
 
 
-FILES = {check.__name__: check for check in (markup, links, sources)}
+FILES = {check.__name__: check for check in (markup, widgets, links, sources)}
 
 
 # --- seen in a browser ---
@@ -238,7 +242,7 @@ def test_in_the_browser(kind, looks):
     assert sum(shown for _, shown in looks.values()) > 100
 
 
-BREAKS = {"markup": "<p>**bold**</p>", "links": '<a href="nowhere.html">x</a>', "sources": None,
+BREAKS = {"markup": "<p>**bold**</p>", "widgets": "<pre>interactive(children=(FloatSlider(value=0.1</pre>", "links": '<a href="nowhere.html">x</a>', "sources": None,
           "console": "<script>console.error('broken')</script>", "elsewhere": '<img src="http://127.0.0.1:9/x.png" alt="x">', "pictures": '<img src="nowhere.png" alt="x">',
           "equations": '<span class="math inline">\\(\\nosuchcommand\\)</span>', "overflow": '<p style="width: 900px">wide</p>'}
 
