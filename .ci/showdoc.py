@@ -40,6 +40,13 @@ def call(name, signature, types):
     return "\n".join([f"{name}({lines[0]}", *(" " * 4 + line for line in lines[1:])])
 
 
+def fields(named):
+    "What docments tells of other classes: the fields of a named tuple with their types, defaults and comments"
+    source = inspect.getsource(named)
+    comment = lambda name: (re.search(rf"^\s+{name}\s*:[^#\n]*#\s*(.*)", source, re.M) or ["", ""])[1]
+    return {name: dict(anno=p.annotation, default=p.default, docment=comment(name)) for name, p in inspect.signature(named).parameters.items()}
+
+
 class Shown:
     "A default that prints as it was written"
     def __init__(self, default): self.default = default
@@ -53,10 +60,10 @@ class Renderer(ShowDocRenderer):
     def parameters(self):
         "Rows of the table of parameters; none where there is nothing to say but a name"
         sym = self.sym
-        if is_dataclass(sym):  # its comments are found in the module alone, not in a notebook's cell
+        if is_dataclass(sym) or hasattr(sym, "_fields"):  # the comments are found in the module alone, not in a notebook's cell
             _, path, _ = NbdevLookup()[self.nm]
             sym = getattr(import_module(path.removesuffix(".py").replace("/", ".")), self.nm)
-        try: found = docments(sym, full=True, args_kwargs=True)
+        try: found = fields(sym) if hasattr(sym, "_fields") else docments(sym, full=True, args_kwargs=True)
         except (TypeError, OSError): return []
         if not any(p.get("docment") for p in found.values()): return []
         stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}

@@ -228,9 +228,10 @@ def test_sidebar_follows_the_first_page(pages):
 
 
 @pytest.mark.parametrize("page, name, words", [("sde.html", "sde", "learning rate η"), ("ensemble.html", "simulate", "number of paths"),
-                                               ("ensemble.html", "ensemble", "standard error of the mean"), ("objective.html", "objective", "Hessian-vector products")])
+                                               ("ensemble.html", "ensemble", "standard error of the mean"), ("objective.html", "support", "values along the first axis"),
+                                               ("objective.html", "objective", "Hessian-vector products")])
 def test_tables_of_parameters_and_methods(page, name, words, pages):
-    "A function, a class, a dataclass, and the methods of a class; the heading has a link to the source."
+    "A class, a function, a dataclass, a named tuple, and the methods of a class; the heading has a link to the source."
     before, after = re.split(rf'<h3 id="{name}"', pages[page].html)
     assert 'class="source-link"' in before[-200:] and "<table" in after and words in after.partition("<h3")[0]
 
