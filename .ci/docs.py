@@ -82,7 +82,8 @@ SOURCE = """<!DOCTYPE html>
 if (chosen ? chosen === "alternate" : matchMedia("(prefers-color-scheme: dark)").matches) document.documentElement.className = "dark";</script>
 <style>body {{ margin: 1rem; font: 16px/1.5 sans-serif; background: #fff; color: #222; }} .highlight {{ overflow-x: auto; font-size: .85em; }}
 .highlight :target {{ background: #ff08; }} a {{ color: inherit; }} .highlight .linenos {{ opacity: .5; padding-right: 1em; }}
-{light} html.dark body {{ background: #222; color: #eee; }} {dark} .highlight span.linenos {{ background: none; color: inherit; }} .highlight a {{ text-decoration: none; }}</style></head>
+{light} html.dark body {{ background: #222; color: #eee; }} {dark}
+.highlight span.linenos {{ background: none; color: inherit; }} .highlight a {{ text-decoration: none; }}</style></head>
 <body><p><a href="{page}">{back}</a> / <b>{title}</b></p>{code}</body></html>
 """
 
@@ -96,8 +97,9 @@ def write_sources(site, cfg):
         target = site/"source"/name
         target.parent.mkdir(parents=True, exist_ok=True)
         up = "../" * (name.count("/") + 1)
-        target.write_text(SOURCE.format(title=name[:-5] + ".py", page=up + page, back=page[:-5], code=highlight(text, PythonLexer(), light),
-                                        light=light.get_style_defs(".highlight"), dark=dark.get_style_defs("html.dark .highlight")), encoding="utf-8")
+        styles = dict(light=light.get_style_defs(".highlight"), dark=dark.get_style_defs("html.dark .highlight"))
+        html = SOURCE.format(title=name[:-5] + ".py", page=up + page, back=page[:-5], code=highlight(text, PythonLexer(), light), **styles)
+        target.write_text(html, encoding="utf-8")
         for n, line in enumerate(text.splitlines(), 1):
             if m := re.match(r"\s*(?:def|class) (\w+)", line): places.setdefault((page, m[1]), f"source/{name}#L-{n}")
     return places
@@ -134,7 +136,8 @@ def search_offline(site):
     js.write_text(text.replace(fetching, loading), encoding="utf-8")
     index.with_suffix(".js").write_text(f"window.searchIndex = {index.read_text(encoding='utf-8')};", encoding="utf-8")
     for css in site.rglob("*.css"):
-        css.write_text(re.sub(r"""@import\s*(?:url\()?["']?https://fonts\.[^"')]*["']?\)?;""", "", css.read_text(encoding="utf-8")), encoding="utf-8")
+        text = css.read_text(encoding="utf-8")
+        css.write_text(re.sub(r"""@import\s*(?:url\()?["']?https://fonts\.[^"')]*["']?\)?;""", "", text), encoding="utf-8")
 
 
 def fetch_katex():

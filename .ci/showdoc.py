@@ -73,7 +73,10 @@ class Renderer(ShowDocRenderer):
             default, meaning, type_ = p.get("default", empty), plain(p.get("docment") or ""), kind(p.get("anno", empty))
             if name == "return":
                 if type_ or meaning: rows.append(["*returns*", type_, meaning])
-            else: rows.append([f"`{star}{name}`" if (star := stars.get(p.get("kind"))) else f"**{plain(name)}**", type_ + ("" if default is empty else f" = `{value(default)}`"), meaning])
+            else:
+                star = stars.get(p.get("kind"))
+                shown = f"`{star}{name}`" if star else f"**{plain(name)}**"
+                rows.append([shown, type_ + ("" if default is empty else f" = `{value(default)}`"), meaning])
         return rows
 
     def methods(self):

@@ -1,4 +1,4 @@
-"""The built site, read as files and in Chromium: markup, links, equations, search, themes, a phone's width; and each check finds a page that is broken."""
+"""The built site, as files and in Chromium: markup, links, equations, search, themes, a phone's width. Each check finds a broken page."""
 import json
 import os
 import re
@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT/"_docs"
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 RAW = {"a cross-reference": r"@(thm|lem|cor|prp|def|eq|fig|tbl|sec)-", "a citation": r"\[-?@", "an attribute": r"\{[#.][a-z]",
-       "a div": r":::", "a table": r"\|[-—:]+\|", "a directive": r"#\|", "display maths": r"\$\$|\\begin\{", "inline maths": r"(?<!\$)\$[^$\s][^$\n]*\$", "emphasis": r"\*\*",
-       "a heading": r"^#+ ", "a link": r"\]\("}
+       "a div": r":::", "a table": r"\|[-—:]+\|", "a directive": r"#\|", "display maths": r"\$\$|\\begin\{",
+       "inline maths": r"(?<!\$)\$[^$\s][^$\n]*\$", "emphasis": r"\*\*", "a heading": r"^#+ ", "a link": r"\]\("}
 
 
 # --- read as files ---
@@ -34,7 +34,8 @@ class Page(HTMLParser):
         self.ids |= {attrs[key] for key in ("id", "name") if attrs.get(key)}
         self.links += [attrs[key] for key in ("href", "src") if attrs.get(key)]
         if tag == "img": self.alts.append((attrs.get("src", "")[:80], attrs.get("alt", "")))
-        if tag not in VOID: self.open.append((tag, tag in {"pre", "code", "script", "style", "title"} or "math" in (attrs.get("class") or "").split()))
+        verbatim = tag in {"pre", "code", "script", "style", "title"} or "math" in (attrs.get("class") or "").split()
+        if tag not in VOID: self.open.append((tag, verbatim))
 
     def handle_endtag(self, tag):
         while any(name == tag for name, _ in self.open) and self.open.pop()[0] != tag: pass
@@ -86,8 +87,9 @@ class Browser:
         orders, self.orders = os.pipe()
         self.answers, answers = os.pipe()
         self.process = subprocess.Popen(
-            ["bash", "-c", f'exec "$@" 3<&{orders} 4>&{answers}', "bash", command, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", "--remote-debugging-pipe"],
+            ["bash", "-c", f'exec "$@" 3<&{orders} 4>&{answers}', "bash", command, "--headless", "--no-sandbox", "--disable-gpu",
+             "--no-first-run", "--hide-scrollbars", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             f"--user-data-dir={profile}", "--remote-debugging-pipe"],
             pass_fds=(orders, answers), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(orders), os.close(answers)
         self.buffer, self.count, self.events, self.session = b"", 0, [], None
@@ -125,7 +127,8 @@ class Browser:
         self.js("document.fonts.ready.then(() => new Promise(requestAnimationFrame)).then(() => 0)")
         of = lambda method: [e["params"] for e in self.events if e.get("method") == method]
         said = [*of("Runtime.exceptionThrown"), *of("Runtime.consoleAPICalled"), *(p["entry"]["text"] for p in of("Log.entryAdded"))]
-        return [str(s)[:300] for s in said], [p["request"]["url"] for p in of("Network.requestWillBeSent") if p["request"]["url"].startswith("http")]
+        wanted = [p["request"]["url"] for p in of("Network.requestWillBeSent")]
+        return [str(s)[:300] for s in said], [url for url in wanted if url.startswith("http")]
 
     def close(self):
         try: self("Browser.close")
@@ -134,10 +137,12 @@ class Browser:
 
 LOOK = r"""(() => {
   const all = (selector) => [...document.querySelectorAll(selector)], width = innerWidth;
-  const boxed = (e) => e && e !== document.body && (/auto|scroll/.test(getComputedStyle(e).overflowX) || boxed(e.parentElement)); // what is clipped is lost
+  const scrolls = (e) => /auto|scroll/.test(getComputedStyle(e).overflowX); // what is clipped is lost
+  const boxed = (e) => e && e !== document.body && (scrolls(e) || boxed(e.parentElement));
+  const red = (e) => /(#cc0000|rgb\(204, 0, 0\))/.test(e.getAttribute("style")); // what KaTeX does not know
   return {
     maths: all(".math").length, shown: all(".katex").length,
-    bad: [...all(".katex-error"), ...all(".katex [style]").filter((e) => /(#cc0000|rgb\(204, 0, 0\))/.test(e.getAttribute("style")))].map((e) => e.title || e.textContent),
+    bad: [...all(".katex-error"), ...all(".katex [style]").filter(red)].map((e) => e.title || e.textContent),
     broken: all("img").filter((e) => !e.naturalWidth).map((e) => e.getAttribute("src").slice(0, 80)),
     page: document.scrollingElement.scrollWidth,
     wide: all("main *, body > *").filter((e) => e.getBoundingClientRect().right > width + 1 && e.getBoundingClientRect().width > 1)
@@ -227,9 +232,9 @@ def test_sidebar_follows_the_first_page(pages):
     assert order[:3] == ["index.html", "how_to.html", "objective.html"] and order[-1] == "experiments/bench.html", order
 
 
-@pytest.mark.parametrize("page, name, words", [("sde.html", "sde", "learning rate η"), ("ensemble.html", "simulate", "number of paths"),
-                                               ("ensemble.html", "ensemble", "standard error of the mean"), ("objective.html", "support", "values along the first axis"),
-                                               ("objective.html", "objective", "Hessian-vector products")])
+@pytest.mark.parametrize("page, name, words", [
+    ("sde.html", "sde", "learning rate η"), ("ensemble.html", "simulate", "number of paths"), ("ensemble.html", "ensemble", "standard error of the mean"),
+    ("objective.html", "support", "values along the first axis"), ("objective.html", "objective", "Hessian-vector products")])
 def test_tables_of_parameters_and_methods(page, name, words, pages):
     "A class, a function, a dataclass, a named tuple, and the methods of a class; the heading has a link to the source."
     before, after = re.split(rf'<h3 id="{name}"', pages[page].html)
@@ -243,8 +248,9 @@ def test_in_the_browser(kind, looks):
     assert sum(shown for _, shown in looks.values()) > 100
 
 
-BREAKS = {"markup": "<p>**bold**</p>", "widgets": "<pre>interactive(children=(FloatSlider(value=0.1</pre>", "links": '<a href="nowhere.html">x</a>', "sources": None,
-          "console": "<script>console.error('broken')</script>", "elsewhere": '<img src="http://127.0.0.1:9/x.png" alt="x">', "pictures": '<img src="nowhere.png" alt="x">',
+BREAKS = {"markup": "<p>**bold**</p>", "widgets": "<pre>interactive(children=(FloatSlider(value=0.1</pre>", "sources": None,
+          "links": '<a href="nowhere.html">x</a>', "console": "<script>console.error('broken')</script>",
+          "elsewhere": '<img src="http://127.0.0.1:9/x.png" alt="x">', "pictures": '<img src="nowhere.png" alt="x">',
           "equations": '<span class="math inline">\\(\\nosuchcommand\\)</span>', "overflow": '<p style="width: 900px">wide</p>'}
 
 
@@ -265,12 +271,24 @@ def test_a_broken_page_is_found(kind, pages, request, tmp_path):
     assert not sound[kind] and broken[kind]
 
 
+ASK = """(words) => {
+  const input = document.querySelector(".smalldocs-search input"), box = document.querySelector(".smalldocs-search-results");
+  box.classList.remove("show");
+  input.value = words;
+  input.dispatchEvent(new Event("input"));
+  return new Promise((done) => {
+    const wait = (n) => {
+      if (n && !box.classList.contains("show")) setTimeout(wait, 50, n - 1);
+      else done(n ? [...box.querySelectorAll("a")].map((a) => a.href) : ["no answer"]);
+    };
+    wait(100);
+  });
+}"""
+
+
 def search(browser, words):
     "The pages of the results, best first, without repetition."
-    browser.js(f"""(() => {{ const input = document.querySelector(".smalldocs-search input"); document.querySelector(".smalldocs-search-results").classList.remove("show");
-                   input.value = {json.dumps(words)}; input.dispatchEvent(new Event("input")); }})()""")
-    hits = browser.js("""new Promise((done) => { const wait = (n) => { const box = document.querySelector(".smalldocs-search-results.show");
-                         if (box || !n) done(box ? [...box.querySelectorAll("a")].map((a) => a.href) : ["no answer"]); else setTimeout(wait, 50, n - 1); }; wait(100); })""")
+    hits = browser.js(f"({ASK})({json.dumps(words)})")
     return list(dict.fromkeys(Path(unquote(urlsplit(hit).path)).relative_to(SITE).as_posix() if hit.startswith("file") else hit for hit in hits))
 
 
