@@ -70,3 +70,16 @@ def test_first_page_lists_every_notebook():
     table = "".join("".join(c["source"]) for c in json.loads(index.read_text(encoding="utf-8"))["cells"]).partition("## The notebooks")[2]
     listed = re.findall(r"\]\(([\w/]+\.ipynb)\)", table)
     assert sorted([*listed, "index.ipynb"]) == sorted(p.relative_to(ROOT/"nbs").as_posix() for p in notebooks())
+
+
+INSTALL = """#| hide
+# where the package is missing, on Colab say, it is installed
+try: import samsde
+except ImportError:
+    %pip install -q samsde"""
+
+
+def test_second_cell_installs_the_package_where_it_is_missing():
+    for path in notebooks():
+        first, second, *_ = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+        assert re.match(r"# \S.*\n\n> \S", first) and second == INSTALL, path

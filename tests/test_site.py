@@ -76,7 +76,12 @@ def sources(page, pages):
         if not any(re.match(rf"\s*{line}\s*(def|class) {name}\b", text) for text in code): yield f"{name} is not at {link}"
 
 
-FILES = {check.__name__: check for check in (markup, widgets, links, sources)}
+def alternatives(page, pages):
+    "Pictures without alternative text."
+    yield from (f"no alternative text, for want of `#| fig-cap`: {source}" for source, alt in page.alts if not alt.strip())
+
+
+FILES = {check.__name__: check for check in (markup, widgets, links, sources, alternatives)}
 
 
 # --- seen in a browser ---
@@ -249,6 +254,7 @@ def test_in_the_browser(kind, looks):
 
 
 BREAKS = {"markup": "<p>**bold**</p>", "widgets": "<pre>interactive(children=(FloatSlider(value=0.1</pre>", "sources": None,
+          "alternatives": '<img src="pictures/index-1.png">',
           "links": '<a href="nowhere.html">x</a>', "console": "<script>console.error('broken')</script>",
           "elsewhere": '<img src="http://127.0.0.1:9/x.png" alt="x">', "pictures": '<img src="nowhere.png" alt="x">',
           "equations": '<span class="math inline">\\(\\nosuchcommand\\)</span>', "overflow": '<p style="width: 900px">wide</p>'}
