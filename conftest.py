@@ -19,6 +19,7 @@ sys.exit(not passed)
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the notebooks' slow cells too")
+    parser.addoption("--site", action="store_true", help="fail where the tests of the built site would be skipped")
 
 
 def pytest_collect_file(file_path, parent):

@@ -17,6 +17,7 @@ STEPS = "populate_language strip_ansi hide_line filter_stream_ rm_header_dash rm
 cfg = get_config()
 nbs, figures = cfg.nbs_path, cfg.config_path/"README_files"
 site = f"{cfg.doc_host}{cfg.doc_baseurl}/"
+captions = []  # of the figures, in order
 notebooks = {_nbpath2html(p.relative_to(nbs)).as_posix(): p.relative_to(nbs).as_posix() for p in nbs.rglob("*.ipynb")}
 
 
@@ -31,6 +32,7 @@ def clean(cell):
     "nbdev has dealt with its own directives; Quarto's are left."
     options = re.findall(r"^#\|\s*([\w-]+):\s*(.*?)\s*$", cell.source, re.M)
     if cell.cell_type == "code":
+        captions.extend(value.strip('"') for key, value in options if key == "fig-cap")
         if {("echo", "false"), ("include", "false")} & set(options): cell.metadata["tags"] = ["remove_input"]
         if {("output", "false"), ("include", "false")} & set(options): cell.outputs = []
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
@@ -48,6 +50,7 @@ if __name__ == "__main__":
     nb.metadata["language_info"] = {"name": "python"}
     exporter = MarkdownExporter(config=Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags={"remove_input"})))
     text, resources = exporter.from_notebook_node(nbformat.reads(nb2str(nb), as_version=4), {"output_files_dir": figures.name})
+    text = re.sub(r"\s*!\[png\]", lambda m: f"\n\n![{captions.pop(0)}]", text)
     text = re.sub(r"(\]\()([^)\s]+)", lambda m: m[1] + target(m[2]), text)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     (cfg.config_path/"README.md").write_text(f"<!-- made from nbs/{cfg.readme_nb} by `make readme` -->\n\n{text}\n", encoding="utf-8")

@@ -1,4 +1,5 @@
 "What holds for the package as a whole."
+import json
 import re
 import subprocess
 import sys
@@ -54,3 +55,31 @@ def test_names_of_the_weak_error_where_scripts_look_for_them():
     exec("from samsde.weak_approximation import *", names)
     public = "weak_error weak_order circle_problem circle_error torus_problem torus_error linear_moments stationary_covariance"
     assert set(public.split()) <= names.keys() and names["weak_error"] is samsde.weak_errors.weak_error
+
+
+def notebooks(): return [p for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if not any(part[0] in "._" for part in p.relative_to(ROOT).parts)]
+
+
+def test_kernels_have_the_usual_name():
+    for path in notebooks(): assert json.loads(path.read_text(encoding="utf-8"))["metadata"]["kernelspec"]["name"] == "python3", path
+
+
+def test_first_page_lists_every_notebook():
+    "The site's sidebar follows that table."
+    index = ROOT/"nbs"/"index.ipynb"
+    table = "".join("".join(c["source"]) for c in json.loads(index.read_text(encoding="utf-8"))["cells"]).partition("## The notebooks")[2]
+    listed = re.findall(r"\]\(([\w/]+\.ipynb)\)", table)
+    assert sorted([*listed, "index.ipynb"]) == sorted(p.relative_to(ROOT/"nbs").as_posix() for p in notebooks())
+
+
+INSTALL = """#| hide
+# where the package is missing, on Colab say, it is installed
+try: import samsde
+except ImportError:
+    %pip install -q samsde"""
+
+
+def test_second_cell_installs_the_package_where_it_is_missing():
+    for path in notebooks():
+        first, second, *_ = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+        assert re.match(r"# \S.*\n\n> \S", first) and second == INSTALL, path

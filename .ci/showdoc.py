@@ -1,0 +1,99 @@
+"How the site shows a function or a class: its signature, its docstring, a table of its parameters, a table of its methods."
+import inspect
+import re
+from dataclasses import is_dataclass
+from importlib import import_module
+from textwrap import wrap
+
+from fastcore.docments import ShowDocRenderer, docments, empty
+from nbdev.config import get_config
+from nbdev.doclinks import NbdevLookup
+
+
+def plain(text):
+    "The text with nothing that Markdown takes for markup but `names` in backticks"
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    return "".join(part if part[:1] == "`" else re.sub(r"([\\*_\[\]|$#~^])", r"\\\1", part).replace("<", "&lt;") for part in parts)
+
+
+def value(default):
+    text = getattr(default, "__name__", None) or repr(default)
+    return "{}" if text == "<factory>" else text
+
+
+def kind(annotation):
+    "A type in words, each name of which can become a link"
+    if annotation in (empty, None, type(None)): return ""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return " or ".join(f"`{name.strip()}`" for name in re.sub(r"\b(?:\w+\.)+(?=\w)", "", text).split("|"))
+
+
+def call(name, signature, types):
+    "The signature in lines of at most 80 characters, with the types where no table tells them"
+    bare = {} if types else dict(annotation=empty)
+    params = [p.replace(**bare, **({} if p.default is empty else dict(default=Shown(p.default)))) for p in signature.parameters.values()]
+    kept = types and signature.return_annotation is not None  # a class returns no None
+    text = str(signature.replace(parameters=params, **({} if kept else dict(return_annotation=empty))))
+    text = re.sub(r"\b(?:torch|typing|pathlib|samsde(?:\.\w+)*|pandas(?:\.\w+)*)\.(?=[A-Za-z])", "", text)
+    if len(name + text) <= 80: return name + text
+    lines = wrap(re.sub(r"^\(", "", text), 76, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([f"{name}({lines[0]}", *(" " * 4 + line for line in lines[1:])])
+
+
+def fields(named):
+    "What docments tells of other classes: the fields of a named tuple with their types, defaults and comments"
+    source = inspect.getsource(named)
+    comment = lambda name: (re.search(rf"^\s+{name}\s*:[^#\n]*#\s*(.*)", source, re.M) or ["", ""])[1]
+    return {name: dict(anno=p.annotation, default=p.default, docment=comment(name)) for name, p in inspect.signature(named).parameters.items()}
+
+
+class Shown:
+    "A default that prints as it was written"
+    def __init__(self, default): self.default = default
+    def __repr__(self): return value(self.default)
+
+
+def table(head, rows): return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+class Renderer(ShowDocRenderer):
+    def parameters(self):
+        "Rows of the table of parameters; none where there is nothing to say but a name"
+        sym = self.sym
+        if is_dataclass(sym) or hasattr(sym, "_fields"):  # the comments are found in the module alone, not in a notebook's cell
+            _, path, _ = NbdevLookup()[self.nm]
+            sym = getattr(import_module(path.removesuffix(".py").replace("/", ".")), self.nm)
+        try: found = fields(sym) if hasattr(sym, "_fields") else docments(sym, full=True, args_kwargs=True)
+        except (TypeError, OSError): return []
+        if not any(p.get("docment") for p in found.values()): return []
+        stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+        rows = []
+        for name, p in found.items():
+            if name == "self": continue
+            default, meaning, type_ = p.get("default", empty), plain(p.get("docment") or ""), kind(p.get("anno", empty))
+            if name == "return":
+                if type_ or meaning: rows.append(["*returns*", type_, meaning])
+            else:
+                star = stars.get(p.get("kind"))
+                shown = f"`{star}{name}`" if star else f"**{plain(name)}**"
+                rows.append([shown, type_ + ("" if default is empty else f" = `{value(default)}`"), meaning])
+        return rows
+
+    def methods(self):
+        "Rows of the table of a class's own methods and properties that have a docstring"
+        if not inspect.isclass(self.sym): return []
+        for name, member in vars(self.sym).items():
+            fn = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            if name[0] == "_" or not inspect.isfunction(fn) or not fn.__doc__: continue
+            names = [] if isinstance(member, property) else [p for p in inspect.signature(fn).parameters if p not in ("self", "cls")]
+            yield [f"**{plain(name)}**" + ("" if isinstance(member, property) else f"({plain(', '.join(names))})"), plain(fn.__doc__)]
+
+    def _repr_markdown_(self):
+        rows, methods = self.parameters(), list(self.methods())
+        source = f"[source]({get_config().git_url}/{self.nm}){{.source-link}}"  # docs.py knows the page, and so the file and the line
+        parts = ["---", source, "#" * self.title_level + f" {self.nm}"]
+        if self.sig is not None: parts.append(f"```python\n{call(self.nm, self.sig, types=not rows)}\n```")
+        if self.docs and self.sym.__doc__: parts.append(plain(self.docs))
+        if rows: parts.append(table(["parameter", "type", "meaning"], rows))
+        if methods: parts.append(table(["method", "what it does"], methods))
+        return "\n\n".join(part for part in parts if part)

@@ -1,0 +1,334 @@
+"""The built site, as files and in Chromium: markup, links, equations, search, themes, a phone's width. Each check finds a broken page."""
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT/"_docs"
+VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+RAW = {"a cross-reference": r"@(thm|lem|cor|prp|def|eq|fig|tbl|sec)-", "a citation": r"\[-?@", "an attribute": r"\{[#.][a-z]",
+       "a div": r":::", "a table": r"\|[-—:]+\|", "a directive": r"#\|", "display maths": r"\$\$|\\begin\{",
+       "inline maths": r"(?<!\$)\$[^$\s][^$\n]*\$", "emphasis": r"\*\*", "a heading": r"^#+ ", "a link": r"\]\("}
+
+
+# --- read as files ---
+
+class Page(HTMLParser):
+    "The ids, the links, the pictures and the prose (all text that is neither code nor maths) of a page."
+    def __init__(self, html):
+        super().__init__()
+        self.html, self.ids, self.links, self.alts, self.prose, self.open = html, set(), [], [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids |= {attrs[key] for key in ("id", "name") if attrs.get(key)}
+        self.links += [attrs[key] for key in ("href", "src") if attrs.get(key)]
+        if tag == "img": self.alts.append((attrs.get("src", "")[:80], attrs.get("alt", "")))
+        verbatim = tag in {"pre", "code", "script", "style", "title"} or "math" in (attrs.get("class") or "").split()
+        if tag not in VOID: self.open.append((tag, verbatim))
+
+    def handle_endtag(self, tag):
+        while any(name == tag for name, _ in self.open) and self.open.pop()[0] != tag: pass
+
+    def handle_data(self, text):
+        if not any(verbatim for _, verbatim in self.open): self.prose.append(text)
+
+
+def markup(page, pages):
+    prose = "\n".join(page.prose)
+    for what, pattern in RAW.items():
+        for m in re.finditer(pattern, prose, re.M): yield f"{what} is not rendered: …{prose[max(0, m.start() - 30):m.end() + 30]!r}…"
+
+
+def widgets(page, pages):
+    yield from re.findall(r"(?:interactive|[HV]Box|\w+Slider)\(children=.{0,40}|\w+Slider\(value=.{0,40}", page.html)
+
+
+def links(page, pages):
+    "Dead links and anchors, and addresses that do not exist."
+    yield from re.findall(r".{0,40}example\.org", page.html)
+    for link in page.links:
+        url = urlsplit(link)
+        if url.scheme or url.netloc: continue
+        path = SITE/page.name if not url.path else (SITE/page.name).parent/unquote(url.path)
+        inside = path.resolve().is_file() and path.resolve().is_relative_to(SITE)  # a folder is no page on a disk
+        target = pages.get(path.resolve().relative_to(SITE).as_posix()) if inside else None
+        if not inside or url.path.startswith("/"): yield f"a dead link: {link}"
+        elif url.fragment and target and unquote(url.fragment) not in target.ids: yield f"a dead anchor: {link}"
+
+
+def sources(page, pages):
+    "Links from a function's or a class's heading to a line that is not where it is defined."
+    for link, rest in re.findall(r'href="([^"]*source/[^"]*)" class="source-link">source</a>(.{0,400})', page.html, re.S):
+        name = re.search(r"<h\d[^>]*>(?:\w+\.)?(\w+)", rest)[1]
+        path, _, line = link.rpartition("#L-")
+        code = re.sub(r"<[^>]+>", "", pages[os.path.normpath((Path(page.name).parent/path).as_posix())].html).splitlines()
+        if not any(re.match(rf"\s*{line}\s*(def|class) {name}\b", text) for text in code): yield f"{name} is not at {link}"
+
+
+def alternatives(page, pages):
+    "Pictures without alternative text."
+    yield from (f"no alternative text, for want of `#| fig-cap`: {source}" for source, alt in page.alts if not alt.strip())
+
+
+FILES = {check.__name__: check for check in (markup, widgets, links, sources, alternatives)}
+
+
+# --- seen in a browser ---
+
+class Browser:
+    "A tab of headless Chromium, driven by the DevTools protocol over a pipe."
+    def __init__(self, command, profile):
+        orders, self.orders = os.pipe()
+        self.answers, answers = os.pipe()
+        self.process = subprocess.Popen(
+            ["bash", "-c", f'exec "$@" 3<&{orders} 4>&{answers}', "bash", command, "--headless", "--no-sandbox", "--disable-gpu",
+             "--no-first-run", "--hide-scrollbars", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             f"--user-data-dir={profile}", "--remote-debugging-pipe"],
+            pass_fds=(orders, answers), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(orders), os.close(answers)
+        self.buffer, self.count, self.events, self.session = b"", 0, [], None
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"): self(f"{domain}.enable")
+
+    def receive(self):
+        while b"\0" not in self.buffer:
+            if not select.select([self.answers], [], [], 60)[0]: raise TimeoutError("Chromium has said nothing for a minute")
+            self.buffer += os.read(self.answers, 2**20) or pytest.fail("Chromium has stopped")
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def __call__(self, method, **params):
+        self.count += 1
+        order = {"id": self.count, "method": method, "params": params} | ({"sessionId": self.session} if self.session else {})
+        os.write(self.orders, json.dumps(order).encode() + b"\0")
+        while (message := self.receive()).get("id") != self.count: self.events.append(message)
+        if "error" in message: raise RuntimeError(f"{method}: {message['error']}")
+        return message["result"]
+
+    def js(self, expression):
+        done = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in done: raise RuntimeError(done["exceptionDetails"])
+        return done["result"].get("value")
+
+    def open(self, path, width=1400, dark=False):
+        "The messages of the console, and the addresses elsewhere that the page wanted."
+        self("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.events = []
+        self("Page.navigate", url=path.as_uri())
+        while not any(e.get("method") == "Page.loadEventFired" for e in self.events): self.events.append(self.receive())
+        self.js("document.fonts.ready.then(() => new Promise(requestAnimationFrame)).then(() => 0)")
+        of = lambda method: [e["params"] for e in self.events if e.get("method") == method]
+        said = [*of("Runtime.exceptionThrown"), *of("Runtime.consoleAPICalled"), *(p["entry"]["text"] for p in of("Log.entryAdded"))]
+        wanted = [p["request"]["url"] for p in of("Network.requestWillBeSent")]
+        return [str(s)[:300] for s in said], [url for url in wanted if url.startswith("http")]
+
+    def close(self):
+        try: self("Browser.close")
+        finally: self.process.wait(20)
+
+
+LOOK = r"""(() => {
+  const all = (selector) => [...document.querySelectorAll(selector)], width = innerWidth;
+  const scrolls = (e) => /auto|scroll/.test(getComputedStyle(e).overflowX); // what is clipped is lost
+  const boxed = (e) => e && e !== document.body && (scrolls(e) || boxed(e.parentElement));
+  const red = (e) => /(#cc0000|rgb\(204, 0, 0\))/.test(e.getAttribute("style")); // what KaTeX does not know
+  return {
+    maths: all(".math").length, shown: all(".katex").length,
+    bad: [...all(".katex-error"), ...all(".katex [style]").filter(red)].map((e) => e.title || e.textContent),
+    broken: all("img").filter((e) => !e.naturalWidth).map((e) => e.getAttribute("src").slice(0, 80)),
+    page: document.scrollingElement.scrollWidth,
+    wide: all("main *, body > *").filter((e) => e.getBoundingClientRect().right > width + 1 && e.getBoundingClientRect().width > 1)
+      .filter((e) => !e.closest(".katex-mathml, .katex svg") && !boxed(e.parentElement))
+      .map((e) => e.tagName + " " + (e.textContent || e.getAttribute("class") || "").slice(0, 50)),
+  };
+})()"""
+
+
+def look(browser, path):
+    "The faults of a page on a phone's screen, by kind."
+    console, elsewhere = browser.open(path, width=400)
+    found = browser.js(LOOK)
+    few = found["shown"] + len(found["bad"]) < found["maths"]
+    return {"console": console, "elsewhere": elsewhere, "pictures": found["broken"],
+            "equations": found["bad"] + [f"{found['shown']} of {found['maths']} are rendered"] * few,
+            "overflow": found["wide"] + [f"the page is {found['page']} pixels wide"] * (found["page"] > 400)}, found["shown"]
+
+
+KINDS = ("console", "elsewhere", "pictures", "equations", "overflow")
+
+
+# --- what is there to look at ---
+
+def absent(request, why): (pytest.fail if request.config.getoption("--site") else pytest.skip)(why)
+
+
+@pytest.fixture(scope="session")
+def pages(request):
+    "Name -> Page, if the site is built and not older than what it is made from."
+    if not (SITE/"index.html").exists(): absent(request, "the site is not built: make docs")
+    made = (SITE/"index.html").stat().st_mtime
+    for path in [*(ROOT/"nbs").rglob("*.ipynb"), ROOT/"nbs"/"styles.css", *(ROOT/".ci").glob("*.py")]:
+        if path.stat().st_mtime > made: absent(request, f"the site is older than {path.relative_to(ROOT)}: make docs")
+    pages = {p.relative_to(SITE).as_posix(): Page(p.read_text(encoding="utf-8")) for p in sorted(SITE.rglob("*.html"))}
+    for name, page in pages.items(): page.name = name
+    return pages
+
+
+@pytest.fixture(scope="session")
+def browser(request, pages):
+    command = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not command: absent(request, "Chromium is not here")
+    with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Browser(command, profile)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def looks(browser, pages): return {name: look(browser, SITE/name) for name in pages}
+
+
+@pytest.fixture
+def smalldocs(pages):
+    if not (SITE/"site_libs"/"smalldocs.js").exists(): pytest.skip("the site was built by Quarto, which has a search and themes of its own")
+
+
+# --- the tests ---
+
+def test_text_of_notebooks():
+    "No markup that the site would render, but no notebook viewer and no code host."
+    found = []
+    for path in sorted((ROOT/"nbs").rglob("*.ipynb")):
+        for n, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+            if cell["cell_type"] != "markdown": continue
+            text = re.sub(r"(?s)```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$", "", "".join(cell["source"]))
+            found += [f"{path.relative_to(ROOT)}: cell {n}: {what} is Quarto's alone"
+                      for what in ("a cross-reference", "a citation", "an attribute", "a div") if re.search(RAW[what], text)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("check", FILES)
+def test_files(check, pages):
+    found = [f"{name}: {fault}" for name, page in pages.items() for fault in FILES[check](page, pages)]
+    assert not found, "\n".join(found)
+
+
+def test_every_notebook_has_a_page(pages):
+    number = lambda name: re.sub(r"^\d+[a-z]?_", "", name)
+    notebooks = [p.relative_to(ROOT/"nbs") for p in (ROOT/"nbs").rglob("*.ipynb") if p.parent.name[0] != "."]
+    assert {(p.parent/number(p.stem)).with_suffix(".html").as_posix() for p in notebooks} <= pages.keys()
+
+
+def test_sidebar_follows_the_first_page(pages):
+    order = re.findall(r'<a href="([^"]+)" class="sidebar-item-text', pages["index.html"].html)
+    assert order[:3] == ["index.html", "how_to.html", "objective.html"] and order[-1] == "experiments/bench.html", order
+
+
+@pytest.mark.parametrize("page, name, words", [
+    ("sde.html", "sde", "learning rate η"), ("ensemble.html", "simulate", "number of paths"), ("ensemble.html", "ensemble", "standard error of the mean"),
+    ("objective.html", "support", "values along the first axis"), ("objective.html", "objective", "Hessian-vector products")])
+def test_tables_of_parameters_and_methods(page, name, words, pages):
+    "A class, a function, a dataclass, a named tuple, and the methods of a class; the heading has a link to the source."
+    before, after = re.split(rf'<h3 id="{name}"', pages[page].html)
+    assert 'class="source-link"' in before[-200:] and "<table" in after and words in after.partition("<h3")[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_the_browser(kind, looks):
+    found = [f"{name}: {fault}" for name, (faults, _) in looks.items() for fault in faults[kind]]
+    assert not found, "\n".join(found)
+    assert sum(shown for _, shown in looks.values()) > 100
+
+
+BREAKS = {"markup": "<p>**bold**</p>", "widgets": "<pre>interactive(children=(FloatSlider(value=0.1</pre>", "sources": None,
+          "alternatives": '<img src="pictures/index-1.png">',
+          "links": '<a href="nowhere.html">x</a>', "console": "<script>console.error('broken')</script>",
+          "elsewhere": '<img src="http://127.0.0.1:9/x.png" alt="x">', "pictures": '<img src="nowhere.png" alt="x">',
+          "equations": '<span class="math inline">\\(\\nosuchcommand\\)</span>', "overflow": '<p style="width: 900px">wide</p>'}
+
+
+@pytest.mark.parametrize("kind", BREAKS)
+def test_a_broken_page_is_found(kind, pages, request, tmp_path):
+    "The control of every check: the first page (or one with a source link) with one fault more."
+    old = pages["sde.html" if kind == "sources" else "index.html"]
+    html = re.sub(r"#L-\d+", "#L-1", old.html) if kind == "sources" else old.html.replace("</main>", BREAKS[kind] + "</main>")
+    assert html != old.html
+    if kind in FILES:
+        new = Page(html)
+        new.name = old.name
+        assert not [*FILES[kind](old, pages)] and [*FILES[kind](new, pages)]
+        return
+    browser, path = request.getfixturevalue("browser"), tmp_path/"broken.html"
+    path.write_text(html.replace("<head>", f'<head><base href="{SITE.as_uri()}/">'), encoding="utf-8")
+    sound, broken = look(browser, SITE/old.name)[0], look(browser, path)[0]
+    assert not sound[kind] and broken[kind]
+
+
+ASK = """(words) => {
+  const input = document.querySelector(".smalldocs-search input"), box = document.querySelector(".smalldocs-search-results");
+  box.classList.remove("show");
+  input.value = words;
+  input.dispatchEvent(new Event("input"));
+  return new Promise((done) => {
+    const wait = (n) => {
+      if (n && !box.classList.contains("show")) setTimeout(wait, 50, n - 1);
+      else done(n ? [...box.querySelectorAll("a")].map((a) => a.href) : ["no answer"]);
+    };
+    wait(100);
+  });
+}"""
+
+
+def search(browser, words):
+    "The pages of the results, best first, without repetition."
+    hits = browser.js(f"({ASK})({json.dumps(words)})")
+    return list(dict.fromkeys(Path(unquote(urlsplit(hit).path)).relative_to(SITE).as_posix() if hit.startswith("file") else hit for hit in hits))
+
+
+@pytest.mark.parametrize("start", ["index.html", "experiments/scaling.html"])
+def test_search(start, browser, smalldocs):
+    "From the first page and from one in a folder; the controls are words that are nowhere, and pages that have nothing to do with the words."
+    browser.open(SITE/start)
+    saddle, lyapunov = search(browser, "saddle"), search(browser, "Lyapunov")
+    assert {"saddle_attraction.html", "experiments/saddles.html"} & set(saddle[:3]), saddle
+    assert {"hessian_noise.html", "stationarity.html"} & set(lyapunov[:3]), lyapunov
+    assert "optim.html" not in saddle + lyapunov and search(browser, "zzqxj") == []
+
+
+def test_search_leads_to_a_page(browser, smalldocs):
+    browser.open(SITE/"index.html")
+    search(browser, "saddle")
+    browser.events = []
+    browser.js("document.querySelector('.smalldocs-search-results a').click()")
+    while not any(e.get("method") == "Page.loadEventFired" for e in browser.events): browser.events.append(browser.receive())
+    assert "addle" in browser.js("document.querySelector('h1').textContent")
+
+
+def test_theme(browser, smalldocs):
+    "The toggle changes the ground and the text of a page, a reload keeps it; a reader who prefers dark pages gets them."
+    seen = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+    try:
+        browser.open(SITE/"index.html")
+        light = browser.js(seen)
+        assert browser.js(seen) == light  # nothing changes by itself
+        browser.js("document.querySelector('.quarto-color-scheme-toggle').click()")
+        dark = browser.js(seen)
+        browser.open(SITE/"sde.html")
+        assert browser.js(seen) == dark and all(a != b for a, b in zip(light, dark))
+    finally: browser.js("localStorage.clear()")
+    for page in ("index.html", "source/samsde/sde.html"):
+        browser.open(SITE/page, dark=True)
+        assert browser.js(seen)[0] == dark[0], page
