@@ -133,15 +133,17 @@ def test_a_backend_that_returns_all_at_once(monkeypatch):
     same(small(cores=2), small())
 
 
-@pytest.mark.parametrize("damage, message", {
+DAMAGE = {
     "cut short": (lambda text: text[:-100], "is damaged"),
     "empty": (lambda text: "", "is damaged"),
     "one digit": (lambda text: text.replace('"rows": [["loss", 0.0, "", 2.5', '"rows": [["loss", 0.0, "", 2.6'), "is damaged"),
     "another JSON file": (lambda text: "[1, 2]", "is damaged, or no file of a sweep"),
     "another format": (lambda text: text.replace('"format": 1', '"format": 2'), "has format 2, but this version of samsde writes 1"),
-}.values())
-def test_damaged_files_are_refused(damage, message, tmp_path):
-    table = small(tmp_path)
+}
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_files_are_refused(kind, tmp_path):
+    (damage, message), table = DAMAGE[kind], small(tmp_path)
     path, text = files(tmp_path)[0], files(tmp_path)[0].read_text()
     assert damage(text) != text and json.loads(text)["format"] == 1
     path.write_text(damage(text))
