@@ -108,7 +108,7 @@ class Job:
         x0 = self.x0 if self.x0.ndim == 1 else self.x0[:n_paths]
         return simulate(self.process, x0, t_end, n_paths, dt=dt, seed=seed, observe=self.observe, every=every, threads=1)
 
-# %% ../nbs/08c_sweep.ipynb #sweep021
+# %% ../nbs/08c_sweep.ipynb #sweep022
 def run(job:Job) -> dict: # n_diverged, and rows of observable, time, component, mean, std, sem
     "What a job contributes to the table: text and numbers only"
     records, every = times_in("t_end", job.t_end, "interval", job.interval), times_in("interval", job.interval, "eta", job.setting["eta"])
@@ -122,7 +122,7 @@ def run(job:Job) -> dict: # n_diverged, and rows of observable, time, component,
     frame = frame.astype(object).where(frame.notna(), None)
     return dict(n_diverged=ensemble.n_diverged, rows=frame.values.tolist())
 
-# %% ../nbs/08c_sweep.ipynb #sweep023
+# %% ../nbs/08c_sweep.ipynb #sweep024
 def probe(job:Job) -> list: # of numbers; empty if both paths diverge
     "What a first step does to two paths, of a job without a seed. Raises ValueError or TypeError, with the setting, if that makes no sense."
     with naming(job.setting), warnings.catch_warnings():
@@ -135,7 +135,7 @@ def probe(job:Job) -> list: # of numbers; empty if both paths diverge
         except DivergenceError: return []
     return [t.nansum().item() for t in (ensemble.final.abs(), *(m.abs() for m in ensemble.mean.values()))]
 
-# %% ../nbs/08c_sweep.ipynb #sweep025
+# %% ../nbs/08c_sweep.ipynb #sweep026
 def loss(objective:Objective, x:Tensor) -> Tensor: return objective.loss(x)
 
 def observers(observe) -> dict:
@@ -152,7 +152,7 @@ def start(x0, name:str, objective:Objective) -> Tensor:
     if found is None: raise ValueError(f"x0 must hold a start for objective {name!r}, which has none of its own")
     return objective.check(found, "x0")
 
-# %% ../nbs/08c_sweep.ipynb #sweep026
+# %% ../nbs/08c_sweep.ipynb #sweep027
 def jobs_of(algorithms:list, objectives:list, # from variants
             etas:list, seeds:list, processes:dict, x0, observe:dict, **numbers) -> tuple[list, list]: # jobs, and what probe says of each
     "The jobs of a grid. Raises ValueError or TypeError, with the combination's name, where one makes no sense."
@@ -171,7 +171,7 @@ def jobs_of(algorithms:list, objectives:list, # from variants
         marks += [mark] * len(seeds)
     return jobs, marks
 
-# %% ../nbs/08c_sweep.ipynb #sweep028
+# %% ../nbs/08c_sweep.ipynb #sweep029
 FORMAT = 1 # of the files; another one where the numbers of a setting change
 
 def request(job:Job) -> dict:
@@ -186,7 +186,7 @@ def keep(path:Path, job:Job, mark:list, result:dict):
     part.write_text(json.dumps(dict(format=FORMAT, sha256=digest(content), content=content)))
     os.replace(part, path)
 
-# %% ../nbs/08c_sweep.ipynb #sweep029
+# %% ../nbs/08c_sweep.ipynb #sweep030
 def kept(path:Path, job:Job, mark:list) -> dict:
     "The result of a job from its file. Raises ValueError if the file is damaged, of another format, or another job's."
     try:
@@ -202,7 +202,7 @@ def kept(path:Path, job:Job, mark:list) -> dict:
         raise ValueError(f"{path} belongs to another sweep, whose algorithms, objectives, start or observables differ: give another folder")
     return {name: content[name] for name in ("n_diverged", "rows")}
 
-# %% ../nbs/08c_sweep.ipynb #sweep031
+# %% ../nbs/08c_sweep.ipynb #sweep032
 def numbered(i:int, job:Job) -> tuple[int, dict]: return i, run(job)
 
 def finished(jobs:dict): # number -> Job
@@ -212,14 +212,14 @@ def finished(jobs:dict): # number -> Job
     except ValueError: parallel = Parallel(n_jobs) # Ray's hands over its results at the end
     yield from parallel(delayed(numbered)(i, job) for i, job in jobs.items())
 
-# %% ../nbs/08c_sweep.ipynb #sweep032
+# %% ../nbs/08c_sweep.ipynb #sweep033
 def table_of(jobs:list, results:dict) -> pd.DataFrame:
     "One row for each job, observable, time and component"
     columns = ["observable", "time", "component", "mean", "std", "sem", "n_diverged"]
     rows = [(*job.setting.values(), *row, results[i]["n_diverged"]) for i, job in enumerate(jobs) for row in results[i]["rows"]]
     return pd.DataFrame(rows, columns=[*jobs[0].setting, *columns]).astype(dict.fromkeys(["mean", "std", "sem"], float))
 
-# %% ../nbs/08c_sweep.ipynb #sweep033
+# %% ../nbs/08c_sweep.ipynb #sweep034
 def collect(jobs:list, marks:list, folder:Path|None, progress:bool) -> dict: # number of a job -> its result
     "Results of all jobs, from the folder where they are there. Raises what a job raises, and ValueError on a file that does not belong."
     if folder and folder.exists() and not folder.is_dir(): raise ValueError(f"folder must be a folder, got the file {folder}")
@@ -234,7 +234,7 @@ def collect(jobs:list, marks:list, folder:Path|None, progress:bool) -> dict: # n
             bar.update()
     return results
 
-# %% ../nbs/08c_sweep.ipynb #sweep034
+# %% ../nbs/08c_sweep.ipynb #sweep035
 def sweep(algorithms, # name -> Algorithm, or function of ρ; or a list of such, named by their classes
           objectives, # name -> Objective, or function of the batch size; or a list
           etas, # learning rates
