@@ -384,6 +384,7 @@ class Recorder:
     "Runs functions of tensors; what is called often with tensors of the same shapes is recorded, and then replayed"
     lock, patience = threading.Lock(), 64 # calls before a record
     def __init__(self): self.calls, self.records = Counter(), {}
+    def __reduce__(self): return Recorder, () # another process, or a copy, makes records of its own
     def __call__(self, name, # two functions with the same name are the same
                  fn:Callable, *tensors:Tensor) -> Tensor:
         live = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -419,13 +420,15 @@ class Network:
         if len(kinds := {p.dtype for p in params.values()} | ({X.dtype} if X.is_floating_point() else set())) > 1:
             raise TypeError(f"parameters and inputs must share one dtype, got {sorted(map(str, kinds))}")
         if layer := random_layer(module): raise ValueError(f"{layer} in training mode has no sample losses: call module.eval() first")
-        self.module, self.loss, self.X, self.y, self.local, self.recorder = module, loss, X, y, threading.local(), Recorder()
+        self.module, self.loss, self.X, self.y, self.recorder = module, loss, X, y, Recorder()
         self.shapes, self.x0 = {k: p.shape for k, p in params.items()}, torch.cat([p.detach().flatten() for p in params.values()])
 
     def own(self) -> torch.nn.Module:
         "This thread's copy of the module"
-        if not hasattr(self.local, "module"): self.local.module = unfused(copy.deepcopy(self.module))
-        return self.local.module
+        local = self.__dict__.setdefault("local", threading.local())
+        if not hasattr(local, "module"): local.module = unfused(copy.deepcopy(self.module))
+        return local.module
+    def __getstate__(self) -> dict: return {k: v for k, v in self.__dict__.items() if k != "local"} # that of another process is its own
     def named(self, x:Tensor) -> dict:
         "A flat point (d,) as parameters by name"
         return dict(zip(self.shapes, (p.view(s) for p, s in zip(x.split([s.numel() for s in self.shapes.values()]), self.shapes.values()))))

@@ -1,0 +1,231 @@
+"""Sweeps on a cluster that loses a worker, sweeps that are killed themselves, damaged files, and bad input."""
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import joblib
+import pandas as pd
+import pytest
+import torch
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib.parallel import BACKENDS
+
+from samsde import sweep as module
+from samsde.algorithm import DNSAM, SAM, SGD, USAM, Chain
+from samsde.objective import FiniteSum, Quadratic
+from samsde.sde import SDE
+from samsde.sweep import sweep
+
+f64 = dict(dtype=torch.float64)
+bowl = Quadratic(torch.diag(torch.tensor([1., 4.], **f64)), sigma=.3)
+at = torch.ones(2, **f64)
+one_core = functools.partial(joblib.parallel_config, n_jobs=1)
+def files(folder): return sorted(folder.glob("*.json"))
+def same(table, expected): pd.testing.assert_frame_equal(table, expected, check_exact=True)
+
+
+def network(batch_size):
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 3, generator=generator, **f64)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4, **f64), torch.nn.Tanh(), torch.nn.Linear(4, 2, **f64))
+    with torch.no_grad():
+        for p in net.parameters(): p.copy_(torch.randn(p.shape, generator=generator, **f64))
+    return FiniteSum.from_module(net, torch.nn.CrossEntropyLoss(), X, (X[:, 0] > 0).long(), batch_size)
+
+
+def grid(seeds=(0, 1), **more):
+    """48 jobs: additive noise and minibatches of a module, closures, algorithms as objects and as functions."""
+    return sweep([SGD(), USAM, DNSAM, SAM], {"bowl": bowl, "net": network}, [.05], [.2], [1, 4], seeds, t_end=2., n_paths=16, x0={"bowl": at},
+                 processes={"Chain": Chain, "SDE": lambda *a: SDE(*a, draws=16)}, observe={"loss": lambda f, x: f.loss(x), "x": lambda f, x: x[..., :2]},
+                 interval=1., **more)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with one_core(): return grid()
+
+
+def test_a_cluster_loses_a_worker(expected, tmp_path):
+    """Two worker processes, one of which is killed while it has work: complete, and equal to the serial table to the last bit."""
+    distributed = pytest.importorskip("distributed", reason="dask is not installed")
+    killed = []
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+        pids = client.run(os.getpid)
+        def kill():
+            while len(files(tmp_path)) < 5: time.sleep(.01)
+            while not killed:
+                busy = [address for address, tasks in client.processing().items() if tasks and address in pids]
+                if busy:
+                    killed.append(len(files(tmp_path)))
+                    os.kill(pids[busy[0]], signal.SIGKILL)
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        with joblib.parallel_config(backend="dask"): table = grid(folder=tmp_path)
+        killer.join(10)
+        left = set(pids.values()) & set(client.run(os.getpid).values())
+    assert killed and killed[0] < 40 < len(files(tmp_path)) == 48 and len(left) == 1, (killed, left)
+    same(table, expected)
+    of = lambda seed: expected.loc[expected.seed == seed, "mean"].reset_index(drop=True)
+    assert not of(0).equals(of(1))  # the control: another seed
+
+
+def test_a_job_travels_with_its_task():
+    """What joblib's Dask backend takes for large is lost with the worker that holds it; a job is not, whatever it holds."""
+    sizeof = pytest.importorskip("dask.sizeof", reason="dask is not installed").sizeof
+    job = module.Job({}, Chain(SAM(.1), network(1), .1), torch.ones(10**6), {}, 1., 2, 1., 1)
+    assert sizeof(job) < 1000 < sizeof(job.x0.numpy())
+
+
+def test_a_killed_sweep_goes_on(expected, tmp_path, monkeypatch):
+    """Killed twice at some moment, it ends with the numbers of an undisturbed run, and no job runs twice."""
+    script = "import sys; from pathlib import Path; import test_sweep as t\nwith t.one_core(): t.grid(folder=Path(sys.argv[1]))"
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), str(Path(module.__file__).parent.parent)]))
+    for enough in (3, 20):
+        running = subprocess.Popen([sys.executable, "-c", script, tmp_path], env=env)
+        while len(files(tmp_path)) < enough and running.poll() is None: time.sleep(.005)
+        running.kill()
+        assert running.wait() == -signal.SIGKILL
+    done, runs, run = len(files(tmp_path)), [], module.run
+    monkeypatch.setattr(module, "run", lambda job: runs.append(job) or run(job))
+    with one_core(): same(grid(folder=tmp_path), expected)
+    assert 20 <= done < 48 == done + len(runs)
+
+
+def test_joblib_loses_a_worker(tmp_path):
+    """joblib's own processes are not replaced: the sweep stops, and goes on from its folder."""
+    parent, trap = os.getpid(), tmp_path / "trap"
+    def loss(f, x):
+        if os.getpid() != parent and trap.exists() and len(files(tmp_path)) > 1: os.kill(os.getpid(), signal.SIGKILL)
+        return f.loss(x)
+    def run(): return sweep([SGD(), SAM], {"bowl": bowl}, [.1], [.1], seeds=range(4), t_end=1., n_paths=4, x0=at, observe={"loss": loss}, folder=tmp_path)
+    trap.touch()
+    with joblib.parallel_config("loky", n_jobs=2):
+        with pytest.raises(TerminatedWorkerError): run()
+        assert 1 < len(files(tmp_path)) < 8
+        trap.unlink()
+        same(run(), small(seeds=range(4)))
+
+
+def small(folder=None, objective=bowl, cores=1, **more):
+    settings = dict(algorithms=[SGD(), SAM], objectives={"bowl": objective}, etas=[.1], rhos=[.1], t_end=1., n_paths=4, x0=at, folder=folder)
+    with joblib.parallel_config("loky", n_jobs=cores): return sweep(**settings | more)
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+    def full(*args): raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(module.os, "replace", full)
+        with pytest.raises(OSError, match="No space left"): small(tmp_path)
+    assert not files(tmp_path)
+    same(small(tmp_path), small())
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"] * 2
+
+
+def test_a_backend_that_returns_all_at_once(monkeypatch):
+    """As Ray's does"""
+    monkeypatch.setattr(BACKENDS["loky"], "supports_return_generator", False)
+    same(small(cores=2), small())
+
+
+DAMAGE = {
+    "cut short": (lambda text: text[:-100], "is damaged"),
+    "empty": (lambda text: "", "is damaged"),
+    "one digit": (lambda text: text.replace('"rows": [["loss", 0.0, "", 2.5', '"rows": [["loss", 0.0, "", 2.6'), "is damaged"),
+    "another JSON file": (lambda text: "[1, 2]", "is damaged, or no file of a sweep"),
+    "another format": (lambda text: text.replace('"format": 1', '"format": 2'), "has format 2, but this version of samsde writes 1"),
+}
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_files_are_refused(kind, tmp_path):
+    (damage, message), table = DAMAGE[kind], small(tmp_path)
+    path, text = files(tmp_path)[0], files(tmp_path)[0].read_text()
+    assert damage(text) != text and json.loads(text)["format"] == 1
+    path.write_text(damage(text))
+    with pytest.raises(ValueError, match=f"{path.name} {message}"): small(tmp_path)
+    path.write_text(text)
+    same(small(tmp_path), table)
+
+
+@pytest.mark.parametrize("change", [dict(objective=Quadratic(2 * bowl.H, sigma=.3)), dict(x0=2 * at), dict(observe={"loss": lambda f, x: 2 * f.loss(x)}),
+                                    dict(algorithms={"SGD": SGD(), "SAM": USAM})])
+def test_another_meaning_of_the_same_name_is_refused(change, tmp_path):
+    small(tmp_path)
+    with pytest.raises(ValueError, match="belongs to another sweep"): small(tmp_path, **change)
+    small(tmp_path, seeds=[1, 0], rhos=[.2, .1])  # the control: a larger grid
+
+
+def test_threads_of_torch_do_not_matter():
+    threads, tables = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            tables.append(small(n_paths=500))
+    finally: torch.set_num_threads(threads)
+    same(*tables)
+
+
+TABLE = {
+    "no list of etas": (dict(etas=.1), TypeError, "etas must be a list of numbers, got 0.1"),
+    "no eta": (dict(etas=[]), ValueError, "etas must be at least 1, got none"),
+    "eta twice": (dict(etas=[.1, .1]), ValueError, "etas must be different"),
+    "negative eta": (dict(etas=[-.1]), ValueError, "eta must be positive and finite, got -0.1"),
+    "negative rho": (dict(rhos=[-1]), ValueError, "rho must be non-negative and finite, got -1"),
+    "rho is NaN": (dict(rhos=[float("nan")]), ValueError, "rho must be non-negative and finite, got nan"),
+    "no rho": (dict(rhos=[]), ValueError, "'SAM' of algorithms is a function of rho, but rhos are not given"),
+    "rhos for nobody": (dict(algorithms=[SGD()]), ValueError, "rhos are given, but none of algorithms is a function of rho"),
+    "class without a radius": (dict(algorithms=[SGD, SAM]), TypeError, "algorithm=SGD, rho=0.1: .* takes 1 positional argument"),
+    "two of one name": (dict(algorithms=[SAM(.1), SAM]), ValueError, "algorithms must have different names"),
+    "one algorithm": (dict(algorithms=SAM), TypeError, "algorithms must be a mapping from names, or a list, got type"),
+    "algorithm is a number": (dict(algorithms={"SAM": .1}), TypeError, "algorithms must be Algorithms or functions of rho, got 0.1 for 'SAM'"),
+    "function makes no algorithm": (dict(algorithms={"SAM": lambda rho: rho}), TypeError, "rho=0.1: must make an Algorithm, got float"),
+    "no objective": (dict(objectives={}), ValueError, "objectives must be at least one, got none"),
+    "objective of batch size": (dict(objectives={"net": network}), ValueError, "'net' of objectives is a function of batch_size, but batch_sizes are not"),
+    "batch size 0": (dict(objectives={"net": network}, batch_sizes=[0]), ValueError, "batch_size must be at least 1, got 0"),
+    "batch sizes for nobody": (dict(batch_sizes=[1]), ValueError, "batch_sizes are given, but none of objectives"),
+    "negative seed": (dict(seeds=[-1]), ValueError, "seed must be at least 0, got -1"),
+    "seed 0.5": (dict(seeds=[.5]), TypeError, "seed must be a whole number, got float"),
+    "no seed": (dict(seeds=[]), ValueError, "seeds must be at least 1, got none"),
+    "one path": (dict(n_paths=1), ValueError, "n_paths must be at least 2, got 1"),
+    "t_end between two steps": (dict(etas=[.1, .3]), ValueError, "objective=bowl, eta=0.3, .*t_end must be a whole number of eta=0.3, got 1"),
+    "interval between two steps": (dict(interval=.25), ValueError, "eta=0.1.*interval must be a whole number of eta=0.1, got 0.25"),
+    "interval that does not end": (dict(interval=.4), ValueError, "t_end must be a whole number of interval=0.4, got 1"),
+    "no substep": (dict(substeps=0), ValueError, "substeps must be at least 1, got 0"),
+    "unknown process": (dict(processes=["SDE"]), TypeError, "process=str: 'str' object is not callable"),
+    "process is none": (dict(processes={"x": lambda *a: 3}), TypeError, "process=x: process must be a Chain, an SDE, or alike, got int"),
+    "process that does not fit": (dict(processes={"x": lambda *a: SDE(*a, order=2)}), ValueError, "process=x: order=2 needs expansion='exact'"),
+    "several radii at once": (dict(algorithms=[SAM(torch.tensor([.1, .2]))], rhos=[]), ValueError, r"algorithm=SAM: must have one radius, got shape \(2,\)"),
+    "process with several radii": (dict(processes={"x": lambda a, *rest: Chain(SAM(torch.tensor([.1, .2])), *rest)}), ValueError, "one eta and one rho"),
+    "no start": (dict(x0=None), ValueError, "objective=bowl.*x0 must hold a start for objective 'bowl'"),
+    "start of another": (dict(x0={"bowl": at, "net": at}), ValueError, "x0 holds starts for .'net'., which are no objectives"),
+    "start of the wrong length": (dict(x0=torch.ones(3, **f64)), ValueError, r"x0 must have shape \(..., 2\), got \(3,\)"),
+    "start for too few paths": (dict(x0=torch.ones(3, 2, **f64)), ValueError, r"x0 must have shape \(d,\) or \(4, d\), got \(3, 2\)"),
+    "start of another dtype": (dict(x0=torch.ones(2)), TypeError, "x0 is torch.float32"),
+    "no observables": (dict(observe=torch.norm), TypeError, "observe must be a mapping from names to functions of an objective and points"),
+    "observable that mixes paths": (dict(observe={"m": lambda f, x: x.mean()}), ValueError, "observable 'm' must keep the leading axes"),
+    "observable that fails": (dict(observe={"m": lambda f, x: f.nothing}), ValueError, "algorithm=SGD, objective=bowl, .*no attribute 'nothing'"),
+}
+
+@pytest.mark.parametrize("case", TABLE)
+def test_bad_input(case, tmp_path):
+    """Refused with the setting's name before any job runs, and no file is left."""
+    change, error, message = TABLE[case]
+    with pytest.raises(error, match=message): small(tmp_path / "new", **change)
+    assert not (tmp_path / "new").exists()
+
+
+def test_good_input_beside_it():
+    assert len(small()) == 2 and len(small(interval=.5, seeds=[0, 1], substeps=2)) == 12
+
+
+def test_a_job_that_fails_says_which(tmp_path):
+    """DNSAM that comes to a zero gradient after its first step; the jobs before it are kept."""
+    still = Quadratic(torch.ones(1, 1, **f64))
+    with pytest.raises(ValueError, match="algorithm=DNSAM, objective=still, eta=0.5, .*seed=0: DNSAM divides by the norm"):
+        small(tmp_path, algorithms=[SGD(), DNSAM], objectives={"still": still}, etas=[.5], x0=torch.tensor([.75], **f64), rhos=[.25], t_end=2.)
+    assert len(files(tmp_path)) == 1
