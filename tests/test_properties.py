@@ -187,8 +187,8 @@ def test_minibatch_moments_by_enumeration(s, d, kind, rho, seed):
     n, B, replace = s
     objective, algorithm, x = finite_sum(seed, d, n, B, replace), kind(rho), normal(seed + 2, d)
     batches = torch.tensor(list(itertools.product(range(n), repeat=B) if replace else itertools.combinations(range(n), B)))
-    def grads(x): return torch.func.jacrev(objective.sample_losses)(x)[batches].mean(1)
-    g, H = grads(x), torch.func.hessian(objective.sample_losses)(x)[batches].mean(1)
+    def grads(x): return torch.func.jacrev(objective.sample_losses)(x)[batches].mean(1) # (batches, d)
+    g, H = grads(x), torch.func.jacrev(grads)(x)
     full = torch.func.jacrev(objective.sample_losses)(x).mean(0)
     u = g / {USAM: 1, DNSAM: full.norm(), SAM: g.norm(dim=1, keepdim=True)}[kind]
     G = torch.stack([torch.func.jacrev(objective.sample_losses)(x + rho * v)[b].mean(0) for v, b in zip(u, batches)])
