@@ -581,7 +581,7 @@ def test_every_public_name_has_a_bad_input():
             if callable(getattr(module, public)) and public not in results + fine and not re.search(rf"\b{public}\(", text): missing.append(f"{name}.{public}")
     assert not missing
 
-EMPTY = pytest.param("empty", marks=pytest.mark.xfail(strict=True, reason="bug 23"))
+EMPTY = pytest.param("empty", marks=pytest.mark.xfail(strict=False, reason="bug 23; an older numpy says it in a ValueError"))
 @pytest.mark.parametrize("harm", ["another run's", "cut short", "a pickle", EMPTY, "text"])
 def test_a_file_that_is_no_checkpoint_of_this_run_stays(tmp_path, harm):
     """It is refused with words, and not a byte of it changes."""
