@@ -41,7 +41,7 @@ def logistic(n:int=32, d:int=4) -> FiniteSum:
 def memory(seconds:float):
     "Is memory flat over 10⁶ steps? It is read at ten times within one run, by an observable."
     row("10⁶ steps", "paths", "memory after 10 % (MiB)", "at the end", "growth", "seconds", "steps a second"), row(*["---"] * 7)
-    for name, process, steps in [("USAM, quadratic", Chain(USAM(.1), bowl(), .01), 10**6), ("SAM's SDE, quadratic", SDE(SAM(.1), bowl(), .01), 10**6),
+    for name, process, steps in [("USAM, quadratic", Chain(USAM(.1), bowl(), .01), 10**6), ("SDE of SAM, quadratic", SDE(SAM(.1), bowl(), .01), 10**6),
                                  ("SAM, minibatches", Chain(SAM(.1), logistic(), .01), 10**5)]:
         seen, begin = [], time.perf_counter()
         def watch(x):
