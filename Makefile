@@ -15,7 +15,7 @@ comma := ,
 # A folder that was moved, or whose Python has gone, is set up again.
 $(shell test -x $(BIN)/python && grep -qF "$(CURDIR)/.venv" $(BIN)/pip 2>/dev/null || rm -f $(VENV) $(RUN) $(DEV))
 
-.PHONY: help reproduce test bench docs preview notebooks sync readme check clean
+.PHONY: help reproduce test bench endurance docs preview notebooks sync readme check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -29,6 +29,9 @@ test: $(DEV) ## run every notebook and tests/ (ARGS="--slow" for the slow cells 
 
 bench: $(DEV) $(BENCH) ## measure against peers, into benchmarks/ (ARGS="--quick" for a trial)
 	$(BIN)/python -c "import sys; from samsde.experiments.bench import main; sys.exit(main())" --jax .venv-bench/bin/python $(ARGS)
+
+endurance: $(DEV) ## measure memory and speed over long runs, into benchmarks/ (ARGS="soak --seconds 600" for a part)
+	$(BIN)/python benchmarks/endurance.py $(ARGS) | tee benchmarks/endurance.md
 
 docs: $(DEV) ## build the site into _docs
 	$(BIN)/python .ci/docs.py

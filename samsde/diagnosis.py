@@ -15,7 +15,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from .algorithm import Algorithm, colours, pair
+from .algorithm import Algorithm, pair
+from .style import colours
 from .implicit_regularizer import drift, hessian_perturbation, pieces
 from .objective import Objective, positive, whole
 

@@ -345,7 +345,7 @@ def unfused(module:torch.nn.Module) -> torch.nn.Module:
             if isinstance(layer, torch.nn.MultiheadAttention): layer.dropout = 0.0
     return module
 
-# %% ../nbs/00_objective.ipynb #fc69c21f
+# %% ../nbs/00_objective.ipynb #6747b4bf
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.permute.default)
 UNITS = (aten.mul.Scalar, aten.div.Scalar, aten.pow.Tensor_Scalar)
@@ -382,7 +382,7 @@ def bare(graph:torch.fx.GraphModule, *tensors:Tensor) -> torch.fx.GraphModule:
 
 class Recorder:
     "Runs functions of tensors; what is called often with tensors of the same shapes is recorded, and then replayed"
-    lock, patience = threading.Lock(), 64 # calls before a record
+    lock, patience, room = threading.Lock(), 64, 32 # calls before a record, and how many there may be
     def __init__(self): self.calls, self.records = Counter(), {}
     def __reduce__(self): return Recorder, () # another process, or a copy, makes records of its own
     def __call__(self, name, # two functions with the same name are the same
@@ -392,7 +392,7 @@ class Recorder:
         key = (name, *((t.shape, t.dtype, t.device) for t in tensors))
         if record := self.records.get(key): return record(*(t.contiguous() for t in tensors))
         self.calls[key] += 1
-        if self.calls[key] < self.patience or key in self.records: return fn(*tensors)
+        if self.calls[key] < self.patience or key in self.records or len(self.records) >= self.room: return fn(*tensors)
         return self.record(key, fn, *(t.detach().contiguous() for t in tensors))
     def record(self, key, fn, *tensors:Tensor) -> Tensor:
         from torch.fx.experimental.proxy_tensor import make_fx
@@ -404,13 +404,13 @@ class Recorder:
             except Exception: self.records[key] = None # whatever a module does that no record can hold: it works without
         return out
 
-# %% ../nbs/00_objective.ipynb #971a9414
+# %% ../nbs/00_objective.ipynb #57927e6d
 class Network:
     "A module, its loss and its data, as a function of its flat trainable parameters. Raises ValueError or TypeError if it is none."
     def __init__(self, module:torch.nn.Module, # any network
                  loss:Callable, # (output, target) of a batch -> scalar, its mean
-                 X:Tensor, # inputs, (n, ...)
-                 y:Tensor # targets, (n, ...)
+                 X:Tensor, # inputs, (n, ...), which stay as they are
+                 y:Tensor # targets, (n, ...), likewise
                 ):
         for name, t in (("X", X), ("y", y)):
             if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")

@@ -15,6 +15,8 @@ import matplotlib
 import pandas as pd
 from torch import Tensor
 
+from ..style import theme
+
 # %% ../../nbs/experiments/experiment.ipynb #720ee1d2
 VERDICTS = ("holds", "holds with a condition", "does not hold", "undecided")
 
@@ -78,7 +80,7 @@ class Experiment:
         import matplotlib.pyplot as plt
         folder.mkdir(parents=True, exist_ok=True)
         csv, png = (folder / f"{self.name}.{kind}" for kind in ("csv", "png"))
-        with matplotlib.rc_context({"backend": "agg"}): figure = self.plot(table)
+        with matplotlib.rc_context(theme() | {"backend": "agg"}): figure = self.plot(table)
         for path, write in [(csv, lambda p: table.to_csv(p, index=False, float_format="%.9g")), (png, lambda p: figure.savefig(p, dpi=150, format="png"))]:
             part = path.with_name(path.name + ".part")
             write(part)

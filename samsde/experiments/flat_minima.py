@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from tqdm.auto import tqdm
 
-from ..algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, colours
+from ..algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
+from ..style import colours
 from ..diagnosis import largest_eigenvalue
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, jackknife, plus_minus

@@ -16,7 +16,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..algorithm import DNSAM, SAM, SGD, USAM, Chain, colours
+from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
+from ..style import colours
 from ..diagnosis import largest_eigenvalue
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, plus_minus

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..algorithm import DNSAM, SAM, SGD, USAM, Chain, colours
+from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
+from ..style import colours
 from ..ensemble import Ensemble, simulate
 from .error_vs_rho import ALGORITHMS, relative_error
 from .experiment import Experiment, Verdict, Verdicts, jackknife, plus_minus

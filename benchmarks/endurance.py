@@ -1,4 +1,4 @@
-"""Endurance, measured: `python tests/endurance.py [memory|paths|soak …] [--seconds 120]`. Prints a table; run it on a quiet machine. pytest does not collect it.
+"""Endurance, measured: `make endurance`, or `python benchmarks/endurance.py [memory|paths|soak …] [--seconds 120]`. Prints a table; run it on a quiet machine.
 
 memory: one ensemble over 10⁶ steps. paths: 10⁶ paths over 10³ steps. soak: the same job again and again, and its speed over time."""
 import argparse
@@ -87,7 +87,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if unknown := set(options.parts) - set(parts): sys.exit(f"PART must be one of {', '.join(parts)}, got {', '.join(sorted(unknown))}")
     if not options.seconds > 0: sys.exit(f"--seconds must be positive, got {options.seconds}")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}\n")
+    print(f"# Endurance\n\n{torch.get_num_threads()} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f} before the start.\n")
     for name in options.parts or parts:
         parts[name](options.seconds)
         print()
