@@ -64,19 +64,19 @@ def paths(seconds:float):
 
 
 def soak(seconds:float):
-    "One job after another: does the speed drift, does memory grow? Slopes over the whole time, with two standard errors."
-    row("soak", "jobs", "first tenth (ms)", "last tenth (ms)", "drift of speed over the soak", "growth of memory over the soak"), row(*["---"] * 6)
+    """One job after another: does the speed drift, does memory grow? Slopes over the time after the first tenth, with two standard errors;
+    processor time tells this program's own drift from that of a machine on which others work."""
+    row("soak", "jobs", "median job (ms)", "drift in time", "drift in processor time", "growth of memory"), row(*["---"] * 6)
     jobs = {"SDE of SAM, quadratic": (SDE(SAM(.1), bowl(), .01), 4_000), "SAM, minibatches": (Chain(SAM(.1), logistic(), .01), 1_000)}
     for name, (process, n) in jobs.items():
-        x0, times, took, size, begin = torch.ones(4, dtype=torch.float64), [], [], [], time.perf_counter()
-        for _ in range(3): simulate(process, x0, 1., n, every=50) # warm
-        while (now := time.perf_counter() - begin) < seconds / len(jobs) or len(took) < 20:
-            start = time.perf_counter()
-            simulate(process, x0, 1., n, every=50, seed=len(took))
-            took.append(time.perf_counter() - start), times.append(now), size.append(resident())
-        (a, sa), (b, sb), k, span = slope(times, took), slope(times, size), max(1, len(took) // 10), times[-1]
-        row(name, f"{len(took)}", f"{1e3 * np.median(took[:k]):.1f}", f"{1e3 * np.median(took[-k:]):.1f}",
-            f"{100 * a * span / np.median(took):+.1f} ± {200 * sa * span / np.median(took):.1f} %", f"{b * span:+.1f} ± {2 * sb * span:.1f} MiB")
+        x0, rows, begin = torch.ones(4, dtype=torch.float64), [], time.perf_counter()
+        while (now := time.perf_counter() - begin) < seconds / len(jobs) or len(rows) < 20:
+            start, cpu = time.perf_counter(), time.process_time()
+            simulate(process, x0, 1., n, every=50, seed=len(rows))
+            rows.append((now, time.perf_counter() - start, time.process_time() - cpu, resident()))
+        t, took, cpu, size = np.array(rows)[len(rows) // 10:].T
+        def drift(values, unit, scale): return "{:+.1f} ± {:.1f} {}".format(*np.array(slope(t, values)) * [1, 2] * (t[-1] - t[0]) * scale, unit)
+        row(name, f"{len(rows)}", f"{1e3 * np.median(took):.1f}", drift(took, "%", 100 / np.median(took)), drift(cpu, "%", 100 / np.median(cpu)), drift(size, "MiB", 1))
 
 
 if __name__ == "__main__":

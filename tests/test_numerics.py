@@ -187,6 +187,7 @@ def test_gaussian_factors(d):
             assert (abs(a * s - A) <= tol * A).all() and (abs(m - A * rs) <= tol * A * rs).all() and (abs(n / s - norm) <= tol * norm).all()
             assert (abs(b * s - along) <= 5 * tol * along + tol * 1e-2 * A).all() # e^{−z} in one dimension: small against A
 
+@pytest.mark.xfail(strict=True, reason="bug 33: A(0) = 0 to rounding only, times ‖∇f‖/σ")
 def test_gaussian_factors_near_their_limits():
     """‖Eu‖ ≤ 1 throughout, A(0) = A_∥(0) = κ/σ, and without noise the direction itself."""
     for d in (1, 3, 100):
