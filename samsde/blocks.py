@@ -196,7 +196,7 @@ def read(path:Path) -> tuple[dict, dict]:
     if version == FORMAT: return about, arrays
     raise ValueError(f"{path} has format {version}, but this version of samsde has {FORMAT}: give another checkpoint, or delete it")
 
-# %% ../nbs/01c_blocks.ipynb #bf574c5d
+# %% ../nbs/01c_blocks.ipynb #5fb0e195
 def sketch(t:Tensor) -> list: # its size, and a sum with weights
     "Two numbers to compare a tensor by; what is not finite counts as 0"
     t = t.double().flatten().cpu()
@@ -206,7 +206,7 @@ def sketch(t:Tensor) -> list: # its size, and a sum with weights
 @torch.no_grad()
 def probe(run:Run) -> tuple[list, list]: # sketches, and the values of each observable
     "What the process does to a few points, and what is observed of it"
-    generator, first = torch.Generator(run.x.device).manual_seed(0), run.x[:4]
+    generator, first = torch.Generator(run.x.device).manual_seed(0), run.x[:2]
     near = first + torch.randn(first.shape, generator=generator, dtype=first.dtype, device=first.device)
     after = run.process.advance(torch.cat([first, near]), run.draw(2 * len(first), generator), run.grid[0])
     seen = [observed(fn, name, after)[0] for name, fn in run.observe.items()]
@@ -312,13 +312,14 @@ def load(path:Path, run:Run, about:dict, seen:list) -> tuple[dict, dict]: # part
     except (ValueError, TypeError, RuntimeError) as error: raise ValueError(f"{path} is damaged, {error}: give another checkpoint, or delete it") from error
     return {lo: Partial.restored(states[f"part{lo}"]) for lo, _ in known["parts"]}, {lo: (step, states[f"block{lo}"]) for lo, step in known["blocks"]}
 
-# %% ../nbs/01c_blocks.ipynb #90d96179
+# %% ../nbs/01c_blocks.ipynb #61df6661
 def opened(checkpoint, run:Run) -> Ledger:
     "The ledger of a run, with what a file has of it. Raises ValueError or TypeError if that cannot be used."
     if checkpoint is None: return Ledger()
     if not isinstance(checkpoint, (str, os.PathLike)): raise TypeError(f"checkpoint must be a path, got {type(checkpoint).__name__}")
     path = Path(checkpoint)
-    if not os.access(path.parent, os.W_OK): raise ValueError(f"checkpoint must be a file in a folder that exists and can be written to, got {path}")
+    if not path.parent.is_dir(): raise ValueError(f"checkpoint must be a file in a folder that exists, got {path}")
+    if not os.access(path.parent, os.W_OK): raise ValueError(f"checkpoint must be a file in a folder that can be written to, got {path}")
     numbers, seen = probe(run)
     about = dict(format=FORMAT, settings=settings(run), probe=numbers)
     return Ledger(path, about, *(load(path, run, about, seen) if path.exists() else ()))
