@@ -105,21 +105,17 @@ def checked(process, observe) -> dict:
         if not callable(fn): raise TypeError(f"observable {name!r} must be a function of points, got {type(fn).__name__}")
     return observe
 
-# %% ../nbs/02_ensemble.ipynb #4f344539
+# %% ../nbs/02_ensemble.ipynb #919c8e86
 def on_threads(work, # a function of one job
                jobs:list, threads:int, stop:threading.Event): # work gives up if this is set
     "Do all jobs on `threads` threads; an interrupt or an error ends them all"
     torch_threads = torch.get_num_threads()
     try:
-        if threads == 1 or len(jobs) < 2:
-            torch.set_num_threads(1)
-            for job in jobs: work(job)
-        else:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                try: list(pool.map(work, jobs))
-                finally:
-                    stop.set()
-                    pool.shutdown(cancel_futures=True)
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try: list(pool.map(work, jobs))
+            finally:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
     finally: torch.set_num_threads(torch_threads)
 
 # %% ../nbs/02_ensemble.ipynb #26cbff40

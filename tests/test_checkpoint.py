@@ -34,11 +34,11 @@ def data(batch_size=1, replace=True, rows=A, select=None): return FiniteSum(lamb
 def steep(sigma=.5): return NoisyLoss(lambda x: (x**4).sum() / 4, 2, sigma)
 def square(x): return x.square().sum(-1)
 
-RUNS = { # each about half a second
-    "8 blocks on 2 threads": lambda how: simulate(Chain(SAM(.1), Quadratic(H.float(), .5), .1), torch.ones(2), 8., 200_000, every=40, keep=True, threads=2, **how),
-    "all blocks in two chunks": lambda how: simulate(SDE(USAM(.1), Quadratic(H, .5), .1), torch.ones(2, **f64), 3., 200_000, dt=.05, every=15, threads=2, chunk=100_000, **how),
+RUNS = { # each some tenths of a second
+    "8 blocks on 2 threads": lambda how: simulate(Chain(SAM(.1), Quadratic(H.float(), .5), .1), torch.ones(2), 4., 200_000, every=20, keep=True, threads=2, **how),
+    "all blocks in two chunks": lambda how: simulate(SDE(USAM(.1), Quadratic(H, .5), .1), torch.ones(2, **f64), 1.5, 200_000, dt=.05, every=5, threads=2, chunk=100_000, **how),
     "one block of minibatches": lambda how: simulate(Chain(SAM(.1), data(2), .1), torch.ones(2, **f64), 60., 5, every=10, observe={"x": lambda x: x, "f": square}, keep=True, **how),
-    "a sweep in which paths diverge": lambda how: simulate(SDE(SAM(torch.tensor([0., .1], **f64)), steep(5.), .1), torch.ones(2, **f64), 30., 200, every=3, threads=2, **how),
+    "a sweep in which paths diverge": lambda how: simulate(SDE(SAM(torch.tensor([0., .1], **f64)), steep(5.), .1), torch.ones(2, **f64), 60., 200, every=3, threads=2, **how),
 }
 
 def numbers(ensemble) -> dict:
@@ -51,7 +51,7 @@ def same(a, b) -> bool: return a.keys() == b.keys() and all(a[k].dtype == b[k].d
 def stored(path) -> dict:
     with np.load(path) as f: return dict(f)
 
-def child(name, out, begun, how, pause=.02):
+def child(name, out, begun, how, pause=.01):
     "What runs in a process of its own: writes its numbers, and those of the partial ensemble if it is interrupted"
     warnings.simplefilter("ignore")
     Ledger.pause = pause
@@ -62,9 +62,9 @@ def child(name, out, begun, how, pause=.02):
 
 @pytest.fixture(scope="module")
 def fork():
-    "Starts a child in a process that is a copy of one which has torch in memory already"
+    "Starts a child in a process that is a copy of one which has torch, and what torch loads late, in memory already"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "samsde.sde", "samsde.ensemble"])
+    context.set_forkserver_preload(["pytest", "sympy", "samsde.sde", "samsde.ensemble"])
     def start(name, out, **how):
         begun = context.Event()
         process = context.Process(target=child, args=(name, out, begun, how))
@@ -98,7 +98,7 @@ def test_killed_at_random_moments(fork, tmp_path, number, name):
         else:
             assert process.exitcode == -signal.SIGKILL
             kills += 1
-    assert kills == 5 and used >= 3 and not same(other, whole)
+    assert kills == 5 and used and not same(other, whole)
     assert sorted(p.name for p in tmp_path.glob("run*")) == ["run.npz"] # nothing of the killed ones stays
 
 @forks
