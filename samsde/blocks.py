@@ -57,7 +57,7 @@ class Moments:
         total = (a + b).clamp(min=1)
         return Moments(self.n + other.n, self.mean + gap * b / total, self.m2 + other.m2 + gap**2 * a * b / total)
 
-# %% ../nbs/01c_blocks.ipynb #0663176e
+# %% ../nbs/01c_blocks.ipynb #ba6e50a5
 def finite(t:Tensor, # (*lead, ...)
            axes:int # number of leading axes
           ) -> Tensor: # (*lead)
@@ -69,7 +69,8 @@ def observed(fn, name:str, x:Tensor) -> tuple[Tensor, Tensor]:
     value, lead = fn(x), x.shape[:-1]
     if not isinstance(value, Tensor):
         try: value = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError): raise TypeError(f"observable {name!r} must give a tensor, got {type(value).__name__}") from None
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"observable {name!r} must give a tensor, got {type(value).__name__}") from None
     if value.is_complex(): raise TypeError(f"observable {name!r} must be real, got {value.dtype}: observe its parts")
     if value.shape[:len(lead)] == lead: return value, finite(value, len(lead))
     raise ValueError(f"observable {name!r} must keep the leading axes {tuple(lead)}, got shape {tuple(value.shape)}")
@@ -134,33 +135,31 @@ def advance(run:Run, block:Block, tick):
             good = good & fine
         block.until = torch.where(good, block.until, block.until.clamp(max=k))
 
-# %% ../nbs/01c_blocks.ipynb #56a15113
+# %% ../nbs/01c_blocks.ipynb #4905db7f
 @dataclass
 class Partial:
     "What some of the paths contribute; their own values come in a list, a tensor for each block"
-    final: list
-    until: list
+    final: list # of (paths, *batch, d)
+    until: list # of (paths, *batch)
     moments: list # Moments, for each observable
     paths: list # for each observable a list of (T, paths, *batch, ...); empty unless kept
 
     @classmethod
     def of(cls, block:Block, times:int, keep:bool):
         values = [torch.stack(v) for v in block.values.values()]
-        moments = [Moments.of(v, block.until == times) for v in values]
-        return cls([block.x], [block.until], moments, [[v] for v in values] if keep else [])
+        return cls([block.x], [block.until], [Moments.of(v, block.until == times) for v in values], [[v] for v in values] if keep else [])
     def __add__(self, other):
         return Partial(self.final + other.final, self.until + other.until, [a + b for a, b in zip(self.moments, other.moments)],
                        [a + b for a, b in zip(self.paths, other.paths)])
-    def __len__(self): return sum(map(len, self.final))
+    def __len__(self) -> int: return sum(map(len, self.final))
     def state(self) -> dict:
-        arrays = {"final": torch.cat(self.final), "until": torch.cat(self.until)} | {f"paths{i}": torch.cat(v, 1) for i, v in enumerate(self.paths)}
+        arrays = {"final": torch.cat(self.final), "until": torch.cat(self.until)}
         for i, m in enumerate(self.moments): arrays |= {f"n{i}": m.n, f"mean{i}": m.mean, f"m2{i}": m.m2}
-        return arrays
+        return arrays | {f"paths{i}": torch.cat(v, 1) for i, v in enumerate(self.paths)}
     @classmethod
     def restored(cls, t:dict):
-        numbers = range(sum(name.startswith("m2") for name in t))
-        return cls([t["final"]], [t["until"]], [Moments(t[f"n{i}"], t[f"mean{i}"], t[f"m2{i}"]) for i in numbers],
-                   [[t[f"paths{i}"]] for i in numbers if f"paths{i}" in t])
+        moments, paths = zip(*((Moments(t[f"n{i}"], t[f"mean{i}"], t[f"m2{i}"]), t.get(f"paths{i}")) for i in range(len(t)) if f"n{i}" in t))
+        return cls([t["final"]], [t["until"]], list(moments), [[v] for v in paths if v is not None])
 
 # %% ../nbs/01c_blocks.ipynb #6a44357f
 def as_array(t:Tensor) -> np.ndarray: return (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).detach().cpu().numpy()
@@ -213,17 +212,20 @@ def probe(run:Run) -> tuple[list, list]: # sketches, and the values of each obse
     grad = getattr(run.process.objective, "grad", torch.zeros_like)
     return [sketch(t) for t in (after, grad(near.reshape(-1, near.shape[-1])[0]), *seen)], seen
 
-# %% ../nbs/01c_blocks.ipynb #1131046a
+# %% ../nbs/01c_blocks.ipynb #834781ac
 def settings(run:Run) -> dict:
     "What two runs must agree in exactly, in text and numbers"
-    algorithm, numbers = getattr(run.process, "algorithm", None), lambda v: v.tolist() if isinstance(v, Tensor) else v
+    def parts(thing, *names): # the name of its class, and what it has of these
+        values = [getattr(thing, name, None) for name in names]
+        return [type(thing).__name__, *(v.tolist() if isinstance(v, Tensor) else v for v in values)]
+    process = parts(run.process, "eta", "noise_dim", "expansion", "noise", "order", "draws", "seed")
+    algorithm = parts(getattr(run.process, "algorithm", None), "rho")
     start = run.x if run.x.stride(0) else run.x[:1] # one point for all
-    process = {name: numbers(getattr(run.process, name, None)) for name in ("eta", "noise_dim", "expansion", "noise", "order", "draws", "seed")}
-    found = dict(samsde=__version__, torch=torch.__version__, process=[type(run.process).__name__, process],
-                 algorithm=[type(algorithm).__name__, numbers(getattr(algorithm, "rho", None))],
-                 x0=hashlib.sha256(as_array(start.contiguous()).tobytes()).hexdigest(), shape=[list(run.x.shape), run.shape], dtype=str(run.x.dtype),
-                 device=run.x.device.type, times=[run.grid[0], len(run.grid[1]), run.grid[1][-2:]], observe=list(run.observe),
-                 size=run.size, seed=run.seed, keep=run.keep)
+    start = hashlib.sha256(as_array(start.contiguous()).tobytes()).hexdigest()
+    times = [run.grid[0], len(run.grid[1]), run.grid[1][-2:]]
+    found = dict(samsde=__version__, torch=torch.__version__, process=process, algorithm=algorithm, x0=start, times=times,
+                 shape=[run.x.shape, run.shape, run.size], dtype=str(run.x.dtype), device=run.x.device.type,
+                 observe=list(run.observe), seed=run.seed, keep=run.keep)
     return json.loads(json.dumps(found, default=float))
 
 def differences(known:dict, about:dict, eps:float) -> list:
@@ -232,7 +234,7 @@ def differences(known:dict, about:dict, eps:float) -> list:
     a, b = np.array(known["probe"]), np.array(about["probe"])
     return names or ["what a step does, or what is observed"] * (not (a.shape == b.shape and (abs(a - b) <= 64 * eps * b[:, :1]).all()))
 
-# %% ../nbs/01c_blocks.ipynb #69859b3d
+# %% ../nbs/01c_blocks.ipynb #de7805ec
 def layout(run:Run, about:dict, seen:list) -> dict: # name -> shape, dtype
     "The arrays that a file must have. Raises ValueError if its blocks are not those of the run."
     (n_paths, *lead, d), marks = run.x.shape, run.grid[1]
@@ -246,15 +248,17 @@ def layout(run:Run, about:dict, seen:list) -> dict: # name -> shape, dtype
         found |= {f"part{lo}:{name}": v for name, v in arrays.items()}
     for lo, step in about["blocks"]:
         n, k = min(run.size, n_paths - lo), bisect_left(marks, step)
-        arrays = {"x": ((n, *lead, d), dtype), "until": ((n, *lead), count), "generator": (run.block(0).generator.get_state().shape, torch.uint8)}
+        generator = run.block(0).generator.get_state()
+        arrays = {"x": ((n, *lead, d), dtype), "until": ((n, *lead), count), "generator": (generator.shape, generator.dtype)}
+        arrays |= {f"values{i}": ((k, n, *lead, *r), kind) for i, (r, kind) in enumerate(rest)}
         found |= {f"block{lo}:{name}": v for name, v in arrays.items()}
-        found |= {f"block{lo}:values{i}": ((k, n, *lead, *r), kind) for i, (r, kind) in enumerate(rest)}
     blocks = [b for lo, n in about["parts"] for b in range(lo, lo + n, run.size)] + [lo for lo, _ in about["blocks"]]
-    fit = all(n % run.size == 0 or lo + n == n_paths for lo, n in about["parts"]) and all(0 < step <= marks[-1] for _, step in about["blocks"])
-    if fit and len(blocks) == len(set(blocks) & set(range(0, n_paths, run.size))): return found
+    fit = len(blocks) == len(set(blocks) & set(range(0, n_paths, run.size)))
+    fit = fit and all(n % run.size == 0 or lo + n == n_paths for lo, n in about["parts"])
+    if fit and all(0 < step <= marks[-1] for _, step in about["blocks"]): return found
     raise ValueError("its blocks are not those of this run")
 
-# %% ../nbs/01c_blocks.ipynb #94003b06
+# %% ../nbs/01c_blocks.ipynb #929e52ae
 class Ledger:
     "What is done of a run, and what is on its way"
     pause = 5. # seconds between two states of a block that are kept, and between two writes of a file, at least
@@ -272,31 +276,31 @@ class Ledger:
     def note(self, lo:int, block:Block) -> bool: # is there something new to save?
         "To be called after every step: keeps the state of a block now and then. Raises InterruptedError if the run is to stop."
         stop = self.stop.is_set()
-        due = self.path is not None and (stop or time.monotonic() - block.kept > self.pause)
+        due = self.path is not None and (stop or time.monotonic() - block.kept >= self.pause)
         if due:
             with self.lock: self.blocks[lo], self.new, block.kept = (block.step, block.state()), True, time.monotonic()
         if stop: raise InterruptedError
         return due
 
-# %% ../nbs/01c_blocks.ipynb #8f0862c5
+# %% ../nbs/01c_blocks.ipynb #f2654160
 def save(ledger:Ledger, last:bool=False):
     "Write the file of a ledger, if it is time or the last time. Warns if that fails."
     with ledger.lock:
         begin = time.monotonic()
-        if not (ledger.path and ledger.new and (last or begin > ledger.due)): return
-        about = ledger.about | dict(parts=[(lo, len(p)) for lo, p in ledger.parts.items()], blocks=[(lo, step) for lo, (step, _) in ledger.blocks.items()])
+        if not (ledger.path and ledger.new and (last or begin >= ledger.due)): return
+        parts, blocks = [(lo, len(p)) for lo, p in ledger.parts.items()], [(lo, step) for lo, (step, _) in ledger.blocks.items()]
         arrays = {f"part{lo}:{name}": t for lo, p in ledger.parts.items() for name, t in p.state().items()}
         arrays |= {f"block{lo}:{name}": t for lo, (_, state) in ledger.blocks.items() for name, t in state.items()}
         arrays = {name: as_array(torch.stack(t) if isinstance(t, list) else t) for name, t in arrays.items()}
         try:
-            write(ledger.path, arrays | {"about": np.array(json.dumps(about))})
+            write(ledger.path, arrays | {"about": np.array(json.dumps(ledger.about | dict(parts=parts, blocks=blocks)))})
             ledger.new = False
         except OSError as error:
-            warnings.warn(f"the checkpoint could not be written ({error}): the run goes on, and what was in {ledger.path} is still there", stacklevel=2)
+            warnings.warn(f"the checkpoint could not be written ({error}): the run goes on, and {ledger.path} is as it was")
         end = time.monotonic()
         ledger.due = end + max(ledger.pause, 20 * (end - begin))
 
-# %% ../nbs/01c_blocks.ipynb #5dcc77d7
+# %% ../nbs/01c_blocks.ipynb #7da9d3f6
 def load(path:Path, run:Run, about:dict, seen:list) -> tuple[dict, dict]: # parts and blocks of a ledger
     "What a file has of a run. Raises ValueError if it is damaged or another run's."
     known, arrays = read(path)
@@ -309,8 +313,10 @@ def load(path:Path, run:Run, about:dict, seen:list) -> tuple[dict, dict]: # part
             owner, key = name.split(":")
             states.setdefault(owner, {})[key] = t = as_tensor(arrays.pop(name), dtype, run.x.device)
             if t.shape != torch.Size(shape) or t.dtype != dtype: raise ValueError(f"array {name} has shape {tuple(t.shape)} and {t.dtype}")
-    except (ValueError, TypeError, RuntimeError) as error: raise ValueError(f"{path} is damaged, {error}: give another checkpoint, or delete it") from error
-    return {lo: Partial.restored(states[f"part{lo}"]) for lo, _ in known["parts"]}, {lo: (step, states[f"block{lo}"]) for lo, step in known["blocks"]}
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged, {error}: give another checkpoint, or delete it") from error
+    parts = {lo: Partial.restored(states[f"part{lo}"]) for lo, _ in known["parts"]}
+    return parts, {lo: (step, states[f"block{lo}"]) for lo, step in known["blocks"]}
 
 # %% ../nbs/01c_blocks.ipynb #61df6661
 def opened(checkpoint, run:Run) -> Ledger:

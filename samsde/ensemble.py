@@ -78,7 +78,7 @@ class Ensemble:
         ax.set(xlabel="time $t = k\\eta$", ylabel=f"mean of {name}")
         return ax
 
-# %% ../nbs/02_ensemble.ipynb #98d90342
+# %% ../nbs/02_ensemble.ipynb #560e5e0b
 def starts(process, # has .shape, the axes of a sweep over rho or eta
            x0:Tensor, # (d,), or (n_paths, *batch, d)
            n_paths:int # number of paths
@@ -89,7 +89,8 @@ def starts(process, # has .shape, the axes of a sweep over rho or eta
     lead = x0.shape[:-1] or (n_paths,)
     if lead[0] != n_paths: raise ValueError(f"x0 must have shape ({x0.shape[-1]},) or ({n_paths}, ..., {x0.shape[-1]}), got {tuple(x0.shape)}")
     try: batch = torch.broadcast_shapes(lead[1:], process.shape)
-    except RuntimeError: raise ValueError(f"x0 has members {tuple(lead[1:])}, rho and eta {tuple(process.shape)}: they must broadcast") from None
+    except RuntimeError:
+        raise ValueError(f"x0 has members {tuple(lead[1:])}, rho and eta {tuple(process.shape)}: they must broadcast") from None
     return x0.reshape(lead[0] if x0.ndim > 1 else 1, *(1,) * (len(batch) - len(lead[1:])), *lead[1:], x0.shape[-1]).expand(n_paths, *batch, -1)
 
 # %% ../nbs/02_ensemble.ipynb #cea108fd
@@ -105,23 +106,29 @@ def checked(process, observe) -> dict:
         if not callable(fn): raise TypeError(f"observable {name!r} must be a function of points, got {type(fn).__name__}")
     return observe
 
-# %% ../nbs/02_ensemble.ipynb #919c8e86
+# %% ../nbs/02_ensemble.ipynb #d06dc4a6
 def on_threads(work, # a function of one job
                jobs:list, threads:int, stop:threading.Event): # work gives up if this is set
     "Do all jobs on `threads` threads; an interrupt or an error ends them all"
     torch_threads = torch.get_num_threads()
+    def careful(job):
+        try: work(job)
+        except BaseException:
+            stop.set()
+            raise
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try: list(pool.map(work, jobs))
+            try: list(pool.map(careful, jobs))
             finally:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
     finally: torch.set_num_threads(torch_threads)
 
-# %% ../nbs/02_ensemble.ipynb #26cbff40
+# %% ../nbs/02_ensemble.ipynb #0eceb5d4
 def compute(run:Run, ledger:Ledger, many:int, threads:int, bar):
     "All that a ledger does not have yet, `many` blocks at a time, with steps on a bar"
     def one(lo):
+        if ledger.stop.is_set(): return
         block = run.block(lo)
         if lo in ledger.blocks: block.restore(*ledger.blocks[lo])
         bar.update(block.step * len(block.x))
@@ -180,7 +187,7 @@ def interrupted(stop:KeyboardInterrupt, run:Run, ledger:Ledger, eta:float):
     except DivergenceError: pass
     stop.args = f"{len(total or ())} of {len(run.x)} paths were done" + (": the same call goes on from there" if ledger.path else ""),
 
-# %% ../nbs/02_ensemble.ipynb #6a4fca26
+# %% ../nbs/02_ensemble.ipynb #deb29b60
 def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and advance
              x0:Tensor, # start: (d,), or (n_paths, *batch, d) with one for each path
              t_end:float, # end time, a whole number of steps eta
@@ -196,7 +203,7 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
              checkpoint:str|Path|None=None, # a file to write results to now and then, and to go on from if it is there
              progress:bool=False # show a progress bar
             ) -> Ensemble:
-    "Run `n_paths` independent paths. Raises ValueError or TypeError on bad input, DivergenceError if no path stays finite. Ctrl-C: see below."
+    "Run independent paths. Raises ValueError or TypeError on bad input, DivergenceError if none stays finite. Ctrl-C has a `partial`."
     observe, seed = checked(process, observe), whole("seed", seed, least=0)
     grid, x = time_grid(process.eta, t_end, dt, every), starts(process, x0, whole("n_paths", n_paths, least=2))
     shape, eta = tuple(1 if share else n for n in x.shape[1:-1]), float(process.eta)
