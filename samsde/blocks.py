@@ -135,7 +135,7 @@ def advance(run:Run, block:Block, tick):
             good = good & fine
         block.until = torch.where(good, block.until, block.until.clamp(max=k))
 
-# %% ../nbs/01c_blocks.ipynb #4905db7f
+# %% ../nbs/01c_blocks.ipynb #337e0141
 @dataclass
 class Partial:
     "What some of the paths contribute; their own values come in a list, a tensor for each block"
@@ -143,7 +143,6 @@ class Partial:
     until: list # of (paths, *batch)
     moments: list # Moments, for each observable
     paths: list # for each observable a list of (T, paths, *batch, ...); empty unless kept
-
     @classmethod
     def of(cls, block:Block, times:int, keep:bool):
         values = [torch.stack(v) for v in block.values.values()]
@@ -157,9 +156,10 @@ class Partial:
         for i, m in enumerate(self.moments): arrays |= {f"n{i}": m.n, f"mean{i}": m.mean, f"m2{i}": m.m2}
         return arrays | {f"paths{i}": torch.cat(v, 1) for i, v in enumerate(self.paths)}
     @classmethod
-    def restored(cls, t:dict):
-        moments, paths = zip(*((Moments(t[f"n{i}"], t[f"mean{i}"], t[f"m2{i}"]), t.get(f"paths{i}")) for i in range(len(t)) if f"n{i}" in t))
-        return cls([t["final"]], [t["until"]], list(moments), [[v] for v in paths if v is not None])
+    def restored(cls, t:dict): # what state gave
+        those = [i for i in range(len(t)) if f"n{i}" in t]
+        moments = [Moments(t[f"n{i}"], t[f"mean{i}"], t[f"m2{i}"]) for i in those]
+        return cls([t["final"]], [t["until"]], moments, [[t[f"paths{i}"]] for i in those if f"paths{i}" in t])
 
 # %% ../nbs/01c_blocks.ipynb #6a44357f
 def as_array(t:Tensor) -> np.ndarray: return (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).detach().cpu().numpy()
