@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Ensemble', 'DivergenceError', 'simulate']
 
-# %% ../nbs/02_ensemble.ipynb #c9f67aa9
-import json, math, os, threading, time, warnings, zipfile
+# %% ../nbs/02_ensemble.ipynb #7733d023
+import math, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,65 +17,27 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .blocks import Ledger, Partial, Run, advance, block_size, opened, save
 from .objective import positive, whole
 
-# %% ../nbs/02_ensemble.ipynb #00254543
+# %% ../nbs/02_ensemble.ipynb #e86f96ed
 def time_grid(eta, # learning rate of the process, one number
               t_end:float, # end time, a whole number of η
               dt:float|None=None, # step length, at most η; η if None
               every:int=1 # record every so many η
              ) -> tuple[list, list]: # lengths of the steps within one η, recorded multiples of η
-    "How one unit η is cut into steps, and when to record. Raises ValueError if `dt` > η or `t_end` is no multiple of η."
+    "How one unit η is cut, and when to record. Raises ValueError if `dt` > η, `t_end` is no multiple of η, or the times are too many."
     if isinstance(eta, Tensor) and eta.numel() > 1: raise ValueError("paths with different eta share no time grid: simulate them one eta at a time")
     eta, t_end = float(eta), float(positive("t_end", t_end))
     dt = eta if dt is None else float(positive("dt", dt))
     if dt > eta * (1 + 1e-9): raise ValueError(f"dt must be at most eta={eta:g}, got {dt:g}")
     n, m = round(t_end / eta), math.ceil(eta / dt - 1e-9)
     if n < 1 or abs(n * eta - t_end) > 1e-6 * eta * n: raise ValueError(f"t_end must be a whole number of steps eta={eta:g}, got {t_end:g}")
-    marks = list(range(0, n + 1, whole("every", every)))
+    if n // whole("every", every) >= 10**7: raise ValueError(f"every must be larger: with every={every}, {n // every} times are recorded")
+    marks = list(range(0, n + 1, every))
     return [dt] * (m - 1) + [eta - dt * (m - 1)], marks + [n] * (marks[-1] != n)
 
-# %% ../nbs/02_ensemble.ipynb #a6cad47f
-def block_size(n_paths:int, # number of paths
-               size:int, # numbers that one path needs: its point or its noise, whichever is larger, for every member that has noise of its own
-               target:int=2**16 # numbers that a block may have
-              ) -> int:
-    "Paths in a block: at most `target` numbers (but at least one path), and an even number of blocks unless there is little to do"
-    blocks = math.ceil(n_paths * size / target)
-    return n_paths if n_paths * size <= target / 16 else math.ceil(n_paths / min(blocks + blocks % 2, n_paths))
-
-def stream(seed:int, block:int, device) -> torch.Generator:
-    "The random stream of a block"
-    base = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return torch.Generator(device).manual_seed((base + block) % 2**32)
-
-# %% ../nbs/02_ensemble.ipynb #785d251e
-@dataclass
-class Moments:
-    "Count, mean and sum of squared deviations over paths, in double precision"
-    n: Tensor # (*batch), paths that count
-    mean: Tensor # (T, *batch, ...)
-    m2: Tensor # the same
-
-    @classmethod
-    def of(cls, values:Tensor, # (T, paths, *batch, ...)
-           alive:Tensor # (paths, *batch), which count
-          ):
-        n, values = alive.sum(0), values if values.is_floating_point() else values.double()
-        if alive.all():
-            mean = values.mean(1, dtype=torch.float64)
-            return cls(n, mean, (values - mean[:, None]).square().sum(1))
-        mask = alive.reshape(1, *alive.shape, *(1,) * (values.ndim - 1 - alive.ndim))
-        values = values.double()
-        mean = torch.where(mask, values, 0).sum(1) / mask.sum(1).clamp(min=1)
-        return cls(n, mean, torch.where(mask, values - mean[:, None], 0).square().sum(1))
-    def __add__(self, other):
-        spread = lambda n: n.reshape(1, *n.shape, *(1,) * (self.mean.ndim - 1 - n.ndim)).double()
-        a, b, gap = spread(self.n), spread(other.n), other.mean - self.mean
-        total = (a + b).clamp(min=1)
-        return Moments(self.n + other.n, self.mean + gap * b / total, self.m2 + other.m2 + gap**2 * a * b / total)
-
-# %% ../nbs/02_ensemble.ipynb #07846ca8
+# %% ../nbs/02_ensemble.ipynb #434bbb88
 @dataclass(repr=False)
 class Ensemble:
     "Statistics of an ensemble at the recorded times. T times, *batch members of a sweep, and the shape of the observable follow one another."
@@ -85,6 +47,7 @@ class Ensemble:
     sem: dict # standard error of the mean, std/√n
     final: Tensor # (n_paths, *batch, d), the paths at the last time; NaN where they diverged
     alive: Tensor # (n_paths, *batch), which paths did not diverge
+    diverged_at: Tensor # (n_paths, *batch), the first recorded time at which a path was not finite; inf if there is none
     paths: dict = field(default_factory=dict) # name -> (T, n_paths, *batch, ...), where keep was set
 
     @property
@@ -115,157 +78,116 @@ class Ensemble:
         ax.set(xlabel="time $t = k\\eta$", ylabel=f"mean of {name}")
         return ax
 
-# %% ../nbs/02_ensemble.ipynb #ef89ae17
+# %% ../nbs/02_ensemble.ipynb #560e5e0b
 def starts(process, # has .shape, the axes of a sweep over rho or eta
            x0:Tensor, # (d,), or (n_paths, *batch, d)
            n_paths:int # number of paths
           ) -> Tensor: # (n_paths, *batch, d)
-    "The start of every path. Raises ValueError on a shape that does not fit."
+    "The start of every path. Raises ValueError on a shape that does not fit, or numbers that are not finite."
     process.objective.check(x0, "x0")
     if not torch.isfinite(x0).all(): raise ValueError("x0 must be finite, got infinite or NaN entries")
     lead = x0.shape[:-1] or (n_paths,)
     if lead[0] != n_paths: raise ValueError(f"x0 must have shape ({x0.shape[-1]},) or ({n_paths}, ..., {x0.shape[-1]}), got {tuple(x0.shape)}")
-    batch = torch.broadcast_shapes(lead[1:], process.shape)
+    try: batch = torch.broadcast_shapes(lead[1:], process.shape)
+    except RuntimeError:
+        raise ValueError(f"x0 has members {tuple(lead[1:])}, rho and eta {tuple(process.shape)}: they must broadcast") from None
     return x0.reshape(lead[0] if x0.ndim > 1 else 1, *(1,) * (len(batch) - len(lead[1:])), *lead[1:], x0.shape[-1]).expand(n_paths, *batch, -1)
 
-# %% ../nbs/02_ensemble.ipynb #9b356a99
+# %% ../nbs/02_ensemble.ipynb #cea108fd
 def checked(process, observe) -> dict:
-    "The observables by name. Raises TypeError if one is no function, or the process is none."
+    "The observables by name. Raises TypeError if one is no function, or the process is none, ValueError if there are none."
     for what in ("eta", "shape", "objective", "draw", "noise_dim", "advance"):
         if not hasattr(process, what): raise TypeError(f"process must be a Chain, an SDE, or alike, got {type(process).__name__} without {what!r}")
     if observe is None: return {"x": lambda x: x}
     observe = observe if isinstance(observe, dict) else {getattr(observe, "__name__", "observable"): observe}
+    if not observe: raise ValueError("observe must hold at least one observable, got none")
     for name, fn in observe.items():
+        if not isinstance(name, str): raise TypeError(f"observables must be named by text, got the name {name!r} for an observable")
         if not callable(fn): raise TypeError(f"observable {name!r} must be a function of points, got {type(fn).__name__}")
     return observe
 
-# %% ../nbs/02_ensemble.ipynb #d9b74ca9
-def finite(t:Tensor, # (*lead, ...)
-           axes:int # number of leading axes
-          ) -> Tensor: # (*lead)
-    "Where all of a tensor's numbers are finite: 0 · ∞ and 0 · NaN are not 0, which is eight times as fast to find as `isfinite` and `all`"
-    return (t * 0).reshape(*t.shape[:axes], -1).sum(-1) == 0 if t.ndim > axes else torch.isfinite(t)
-
-def observed(fn, name:str, x:Tensor) -> tuple[Tensor, Tensor]:
-    "An observable's values, and at which paths they are finite. Raises ValueError if it mixes paths."
-    value, lead = torch.as_tensor(fn(x)), x.shape[:-1]
-    if value.is_complex(): raise TypeError(f"observable {name!r} must be real, got {value.dtype}: observe its parts")
-    if value.shape[:len(lead)] == lead: return value, finite(value, len(lead))
-    raise ValueError(f"observable {name!r} must keep the leading axes {tuple(lead)}, got shape {tuple(value.shape)}")
-
-@torch.no_grad()
-def run_block(process, x:Tensor, generator:torch.Generator, shape:tuple, grid:tuple, observe:dict, tick) -> tuple:
-    "Final points, which paths are alive, and name -> values (T, paths, *batch, ...)"
-    steps, marks = grid
-    values, alive = {name: [] for name in observe}, torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-    draw = lambda: process.draw((len(x), *shape), generator, dtype=x.dtype, device=x.device)
-    for k, mark in enumerate(marks):
-        for _ in range(mark - marks[k - 1] if k else 0): x = process.advance(x, draw, steps)
-        alive = alive & finite(x, x.ndim - 1)
-        for name, fn in observe.items():
-            value, good = observed(fn, name, x)
-            values[name].append(value)
-            alive = alive & good
-        tick(mark - marks[k - 1] if k else 0)
-    return x, alive, {name: torch.stack(v) for name, v in values.items()}
-
-# %% ../nbs/02_ensemble.ipynb #a83907e2
-@dataclass
-class Partial:
-    "What some of the paths contribute; their own values come in a list, a tensor for each block"
-    final: list
-    alive: list
-    moments: dict # name -> Moments
-    paths: dict # name -> list of (T, paths, *batch, ...), empty unless kept
-
-    def __add__(self, other):
-        return Partial(self.final + other.final, self.alive + other.alive, {k: m + other.moments[k] for k, m in self.moments.items()},
-                       {k: v + other.paths[k] for k, v in self.paths.items()})
-    def __len__(self): return sum(map(len, self.final))
-    def joined(self) -> tuple[Tensor, Tensor, dict]: return torch.cat(self.final), torch.cat(self.alive), {k: torch.cat(v, 1) for k, v in self.paths.items()}
-    def save(self, path:Path, mark:str):
-        final, alive, paths = self.joined()
-        arrays = {"final": final, "alive": alive, **{f"paths:{k}": v for k, v in paths.items()}}
-        for k, m in self.moments.items(): arrays |= {f"n:{k}": m.n, f"mean:{k}": m.mean, f"m2:{k}": m.m2}
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as f: np.savez(f, fingerprint=np.array(mark), **{k: v.cpu().numpy() for k, v in arrays.items()})
-        os.replace(part, path)
-    @classmethod
-    def load(cls, path:Path, mark:str, device):
-        try:
-            with np.load(path, allow_pickle=False) as f: arrays = dict(f)
-            known = str(arrays.pop("fingerprint"))
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile): raise ValueError(f"{path} is no checkpoint of simulate")
-        if known != mark:
-            raise ValueError(f"{path} belongs to a run with other settings: give another checkpoint, or delete it")
-        t = {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}
-        names = lambda kind: [k.partition(":")[2] for k in t if k.startswith(kind + ":")]
-        return cls([t["final"]], [t["alive"]], {k: Moments(t[f"n:{k}"], t[f"mean:{k}"], t[f"m2:{k}"]) for k in names("n")},
-                   {k: [t[f"paths:{k}"]] for k in names("paths")})
-
-# %% ../nbs/02_ensemble.ipynb #663db230
-def fingerprint(process, x:Tensor, observe:dict, *settings) -> str:
-    "A text that two runs share if they compute the same thing"
-    draw = lambda: process.draw(x[:1].shape[:-1], torch.Generator(x.device).manual_seed(0), dtype=x.dtype, device=x.device)
-    with torch.no_grad(): after = process.advance(x[:1], draw, [process.eta])
-    seen = {name: observed(fn, name, after)[0].double().sum().item() for name, fn in observe.items()}
-    numbers = [t.double().abs().sum().item() for t in (x, after)]
-    return json.dumps([type(process).__name__, str(x.dtype), list(x.shape), numbers, seen, settings])
-
-# %% ../nbs/02_ensemble.ipynb #8fac86cb
-def in_order(work, # a function of one job and stop, an Event after which it should give up
-             jobs:list, threads:int):
-    "Results of `work` in the order of `jobs`, computed on `threads` threads"
-    stop, torch_threads = threading.Event(), torch.get_num_threads()
-    if threads == 1 or len(jobs) < 2:
-        torch.set_num_threads(1)
-        try: yield from (work(job, stop) for job in jobs)
-        finally: torch.set_num_threads(torch_threads)
-        return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try: yield from pool.map(lambda job: work(job, stop), jobs)
-        finally:
+# %% ../nbs/02_ensemble.ipynb #d06dc4a6
+def on_threads(work, # a function of one job
+               jobs:list, threads:int, stop:threading.Event): # work gives up if this is set
+    "Do all jobs on `threads` threads; an interrupt or an error ends them all"
+    torch_threads = torch.get_num_threads()
+    def careful(job):
+        try: work(job)
+        except BaseException:
             stop.set()
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(torch_threads)
-
-# %% ../nbs/02_ensemble.ipynb #911e2707
-def accumulate(parts, # Partials, as they come
-               total:Partial|None, # what a file had already
-               path:Path|None, mark:str, pause:float=5. # seconds between two writes
-              ) -> Partial:
-    "The sum of partial results; what there is of it is written to `path` now and then, and when an interrupt ends it"
-    saved = time.monotonic()
+            raise
     try:
-        for part in parts:
-            total = part if total is None else total + part
-            if path and time.monotonic() - saved > pause:
-                total.save(path, mark)
-                saved = time.monotonic()
-    finally:
-        if path and total: total.save(path, mark)
-    return total
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try: list(pool.map(careful, jobs))
+            finally:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+    finally: torch.set_num_threads(torch_threads)
 
-# %% ../nbs/02_ensemble.ipynb #9bb9b8c6
+# %% ../nbs/02_ensemble.ipynb #0eceb5d4
+def compute(run:Run, ledger:Ledger, many:int, threads:int, bar):
+    "All that a ledger does not have yet, `many` blocks at a time, with steps on a bar"
+    def one(lo):
+        if ledger.stop.is_set(): return
+        block = run.block(lo)
+        if lo in ledger.blocks: block.restore(*ledger.blocks[lo])
+        bar.update(block.step * len(block.x))
+        def tick(block):
+            bar.update(len(block.x))
+            if ledger.note(lo, block): save(ledger)
+        advance(run, block, tick)
+        ledger.add(lo, Partial.of(block, len(run.grid[1]), run.keep))
+        save(ledger)
+    def work(job):
+        for lo in job: one(lo)
+    done = {b for lo, p in ledger.parts.items() for b in range(lo, lo + len(p), run.size)}
+    bar.update(sum(map(len, ledger.parts.values())) * run.grid[1][-1])
+    todo = [lo for lo in range(0, len(run.x), run.size) if lo not in done]
+    on_threads(work, [todo[i:i + many] for i in range(0, len(todo), many)], threads, ledger.stop)
+
+# %% ../nbs/02_ensemble.ipynb #d9e4d71a
 class DivergenceError(ArithmeticError):
     "No path of an ensemble stayed finite"
 
-# %% ../nbs/02_ensemble.ipynb #67ae27bc
-def summary(total:Partial, eta:float, grid:tuple) -> Ensemble:
+# %% ../nbs/02_ensemble.ipynb #e5dfcfde
+def divergence(times:Tensor, # (T,)
+               until:Tensor # (n_paths, *batch), how many records came before a path was not finite
+              ) -> Tensor: # (n_paths, *batch)
+    "When paths diverged. Raises DivergenceError if all did; warns, with time and index, if some did."
+    at = torch.cat([times, times.new_full((1,), math.inf)]).to(until.device)[until]
+    dead = at.isfinite().sum().item()
+    if not dead: return at
+    first = np.unravel_index(at.argmin().item(), at.shape)
+    where = f"the first, path {', '.join(map(str, first))}, by t={at.min():g}"
+    if dead < at.numel(): warnings.warn(f"{dead} of {at.numel()} paths diverged, {where}, and are left out", stacklevel=4)
+    else:
+        raise DivergenceError(f"all {dead} paths diverged, {where}, the last by t={at.max():g}: "
+                              "they, or what was observed of them, are not finite; lower eta or rho")
+    return at
+
+# %% ../nbs/02_ensemble.ipynb #ef8008a7
+def summary(total:Partial, eta:float, run:Run) -> Ensemble:
     "The statistics of an ensemble. Raises DivergenceError if no path stayed finite; warns if some did not."
-    ends, alive, paths = total.joined()
-    dead, times = (~alive).sum().item(), torch.tensor(grid[1], dtype=torch.float64) * eta
-    if dead == alive.numel(): raise DivergenceError(f"all {dead} paths diverged before t={times[-1]:g}: they, or what was observed of them, are not finite; lower eta or rho")
-    if dead: warnings.warn(f"{dead} of {alive.numel()} paths diverged before t={times[-1]:g} and are left out", stacklevel=3)
-    result = Ensemble(times, {}, {}, {}, torch.where(alive[..., None], ends, torch.nan), alive, paths)
-    for name, m in total.moments.items():
+    t, times = total.state(), torch.tensor(run.grid[1], dtype=torch.float64) * eta
+    at = divergence(times, t["until"])
+    alive, paths = at.isinf(), {name: t[f"paths{i}"] for i, name in enumerate(run.observe) if run.keep}
+    result = Ensemble(times, {}, {}, {}, torch.where(alive[..., None], t["final"], torch.nan), alive, at, paths)
+    for name, m in zip(run.observe, total.moments):
         n = m.n.reshape(1, *m.n.shape, *(1,) * (m.mean.ndim - 1 - m.n.ndim))
         result.mean[name] = torch.where(n > 0, m.mean, torch.nan)
         result.std[name] = torch.where(n > 1, (m.m2 / (n - 1)).sqrt(), torch.nan)
-        result.sem[name] = result.std[name] / n.sqrt()
+        result.sem[name] = result.std[name] / n.double().sqrt()
     return result
 
-# %% ../nbs/02_ensemble.ipynb #55128671
+# %% ../nbs/02_ensemble.ipynb #904eec0c
+def interrupted(stop:KeyboardInterrupt, run:Run, ledger:Ledger, eta:float):
+    "Say in an interrupt what was done until then, and give it the Ensemble of these paths, or None, as `partial`"
+    total, stop.partial = ledger.parts.get(0), None
+    try: stop.partial = total and summary(total, eta, run)
+    except DivergenceError: pass
+    stop.args = f"{len(total or ())} of {len(run.x)} paths were done" + (": the same call goes on from there" if ledger.path else ""),
+
+# %% ../nbs/02_ensemble.ipynb #deb29b60
 def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and advance
              x0:Tensor, # start: (d,), or (n_paths, *batch, d) with one for each path
              t_end:float, # end time, a whole number of steps eta
@@ -278,31 +200,22 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
              chunk:int|None=None, # paths that a thread takes on at a time, in whole blocks; one block if None
              threads:int|None=None, # torch's number if None
              keep:bool=False, # keep the observables of every path, in .paths
-             checkpoint:str|Path|None=None, # an .npz file to write results to, and to resume from
+             checkpoint:str|Path|None=None, # a file to write results to now and then, and to go on from if it is there
              progress:bool=False # show a progress bar
             ) -> Ensemble:
-    "Run `n_paths` independent paths of a process. Raises ValueError or TypeError on bad input, DivergenceError if no path stays finite."
+    "Run independent paths. Raises ValueError or TypeError on bad input, DivergenceError if none stays finite. Ctrl-C has a `partial`."
     observe, seed = checked(process, observe), whole("seed", seed, least=0)
     grid, x = time_grid(process.eta, t_end, dt, every), starts(process, x0, whole("n_paths", n_paths, least=2))
-    shape = tuple(1 if share else n for n in x.shape[1:-1])
-    block = block_size(n_paths, max(process.noise_dim, x.shape[-1]) * math.prod(shape))
-    stride = block * math.ceil((block if chunk is None else whole("chunk", chunk)) / block)
+    shape, eta = tuple(1 if share else n for n in x.shape[1:-1]), float(process.eta)
+    size = block_size(n_paths, max(process.noise_dim, x.shape[-1]) * math.prod(shape))
+    many = math.ceil(whole("chunk", size if chunk is None else chunk) / size)
     threads = whole("threads", threads) if threads is not None else torch.get_num_threads() if x.device.type == "cpu" else 1
-    path, mark, total, steps = Path(checkpoint) if checkpoint else None, "", None, grid[1][-1]
-    if path:
-        if not path.parent.is_dir(): raise ValueError(f"checkpoint must be a file in a folder that exists, got {path}")
-        mark = fingerprint(process, x, observe, seed, grid, shape, block, keep)
-        total = Partial.load(path, mark, x.device) if path.exists() else None
-    done = len(total or ())
-    with tqdm(total=n_paths * steps, initial=done * steps, unit="step", unit_scale=True, disable=not progress) as bar:
-        def one(lo, stop):
-            part = x[lo:lo + block]
-            def tick(n):
-                if stop.is_set(): raise InterruptedError
-                bar.update(n * len(part))
-            final, alive, values = run_block(process, part, stream(seed, lo // block, x.device), shape, grid, observe, tick)
-            return Partial([final], [alive], {k: Moments.of(v, alive) for k, v in values.items()}, {k: [v] for k, v in values.items()} if keep else {})
-        work = lambda lo, stop: [one(first, stop) for first in range(lo, min(lo + stride, n_paths), block)]
-        parts = in_order(work, list(range(done, n_paths, stride)), threads)
-        total = accumulate((part for several in parts for part in several), total, path, mark)
-    return summary(total, float(process.eta), grid)
+    run = Run(process, x, grid, observe, size, shape, seed, bool(keep))
+    ledger = opened(checkpoint, run)
+    with tqdm(total=n_paths * grid[1][-1], unit="step", unit_scale=True, disable=not progress) as bar:
+        try: compute(run, ledger, many, threads, bar)
+        except KeyboardInterrupt as stop:
+            interrupted(stop, run, ledger, eta)
+            raise
+        finally: save(ledger, last=True)
+    return summary(ledger.parts[0], eta, run)

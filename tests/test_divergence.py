@@ -19,7 +19,6 @@ FAR, BAD, GOOD = 40., [1, 3, 6], [0, 2, 4, 5, 7]
 PROCESSES = [Chain(USAM(.01), STEEP, .1), Chain(DNSAM(.01), STEEP, .1), Chain(SAM(.01), STEEP_SUM, .1), SDE(SAM(.01), STEEP, .1), SDE(USAM(.01), STEEP_SUM, .1),
              SDE(SGD(), STEEP, .1), Chain(SAM(torch.tensor([.01, .02], **f64)), STEEP, .1)]
 names = lambda p: f"{type(p).__name__} {p.algorithm}"
-SINCE = pytest.mark.xfail(strict=True, reason="bug 25: no diverged_at")
 
 def starts(far=FAR, paths=BAD):
     x0 = .5 + .05 * torch.arange(16, **f64).reshape(8, 2)
@@ -43,7 +42,6 @@ def test_the_others_are_as_if_alone(process):
     torch.testing.assert_close(run.sem["x"], x.std(1) / len(GOOD)**.5, rtol=1e-7, atol=1e-12)
     assert run.mean["x"].shape[1:-1] == batch and not torch.allclose(calm.mean["x"], run.mean["x"], rtol=1e-3) # the control
 
-@pytest.mark.xfail(strict=True, reason="bug 26: the root of a count is in single precision")
 def test_standard_errors_are_in_double_precision():
     run = quiet(PROCESSES[0], starts())
     torch.testing.assert_close(run.sem["x"], run.std["x"] / 5**.5, rtol=1e-15, atol=0)
@@ -92,7 +90,6 @@ def test_weak_errors_leave_them_out():
         edge = weak_error(Chain(SGD(), noisy, .1), SDE(SGD(), noisy, .1), torch.ones(1, **f64), 2., lambda x: x[..., 0].tanh(), 400)
     assert 0 < edge.n_diverged < 400 and math.isfinite(edge.difference) and math.isfinite(edge.sem) and edge.curve.notna().all(axis=None)
 
-@SINCE
 @pytest.mark.parametrize("process", PROCESSES, ids=names)
 def test_time_and_index(process, tmp_path):
     """diverged_at is the first recorded time at which a path was not finite, found here by hand; the first is named in the warning, and it survives a checkpoint."""
@@ -103,6 +100,5 @@ def test_time_and_index(process, tmp_path):
     assert run.diverged_at.equal(by_hand) and run.alive.equal(run.diverged_at == math.inf)
     assert quiet(process, starts(), keep=True, checkpoint=tmp_path/"run.npz").diverged_at.equal(by_hand)
 
-@SINCE
 def test_all_by_time_and_index():
     with pytest.raises(DivergenceError, match=r"all 8 paths diverged, the first, path \d, by t=0\.\d"): quiet(PROCESSES[0], starts(paths=range(8)) * 10)

@@ -1,0 +1,346 @@
+"""A run that is killed, interrupted or out of disk ends, after it was started again, with exactly the numbers of an undisturbed run."""
+import errno
+import io
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import samsde.blocks
+from samsde.algorithm import DNSAM, SAM, USAM, Chain
+from samsde.blocks import Ledger
+from samsde.ensemble import simulate
+from samsde.objective import FiniteSum, NoisyLoss, Quadratic
+from samsde.sde import SDE
+
+f64 = dict(dtype=torch.float64)
+H, A = torch.tensor([[2., .3], [.3, 1.]], **f64), torch.tensor([[1., 2.], [3., -1.], [.5, .5]], **f64)
+forks = pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="processes cannot fork here")
+
+
+def data(batch_size=1, replace=True, rows=A, select=None): return FiniteSum(lambda x: (rows @ x - 1)**2 / 4, len(rows), 2, batch_size, replace)
+def steep(sigma=.5): return NoisyLoss(lambda x: (x**4).sum() / 4, 2, sigma)
+def square(x): return x.square().sum(-1)
+
+RUNS = { # each some tenths of a second
+    "8 blocks on 2 threads": lambda how: simulate(Chain(SAM(.1), Quadratic(H.float(), .5), .1), torch.ones(2), 4., 200_000, every=20, keep=True, threads=2, **how),
+    "all blocks in two chunks": lambda how: simulate(SDE(USAM(.1), Quadratic(H, .5), .1), torch.ones(2, **f64), 1.5, 200_000, dt=.05, every=5, threads=2, chunk=100_000, **how),
+    "one block of minibatches": lambda how: simulate(Chain(SAM(.1), data(2), .1), torch.ones(2, **f64), 40., 5, every=10, observe={"x": lambda x: x, "f": square}, keep=True, **how),
+    "a sweep in which paths diverge": lambda how: simulate(SDE(SAM(torch.tensor([0., .1], **f64)), steep(5.), .1), torch.ones(2, **f64), 60., 200, every=3, threads=2, **how),
+}
+
+def numbers(ensemble) -> dict:
+    "All numbers of an ensemble"
+    parts = {"final": ensemble.final, "diverged_at": ensemble.diverged_at, "times": ensemble.times}
+    for kind in ("mean", "std", "sem", "paths"): parts |= {f"{kind} {name}": t for name, t in getattr(ensemble, kind).items()}
+    return {name: t.numpy() for name, t in parts.items()}
+
+def same(a, b) -> bool: return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and a[k].tobytes() == b[k].tobytes() for k in a)
+def stored(path) -> dict:
+    with np.load(path) as f: return dict(f)
+
+def child(name, out, begun, how, pause=.01):
+    "What runs in a process of its own: writes its numbers, and those of the partial ensemble if it is interrupted"
+    warnings.simplefilter("ignore")
+    Ledger.pause = pause
+    begun.set()
+    try: result, status = RUNS[name](how), "done"
+    except KeyboardInterrupt as stop: result, status = stop.partial, "interrupted"
+    np.savez(f"{out}.{status}.npz", **({} if result is None else numbers(result)))
+
+@pytest.fixture(scope="module")
+def fork():
+    "Starts a child in a process that is a copy of one which has torch, and what torch loads late, in memory already"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "sympy", "samsde.sde", "samsde.ensemble"])
+    def start(name, out, **how):
+        begun = context.Event()
+        process = context.Process(target=child, args=(name, out, begun, how))
+        process.start()
+        assert begun.wait(60)
+        return process
+    return start
+
+@forks
+@pytest.mark.parametrize("number, name", list(enumerate(RUNS)), ids=RUNS)
+def test_killed_at_random_moments(fork, tmp_path, number, name):
+    """kill -9, five times for each of four runs; what comes out in the end is the undisturbed run, to the last bit. The control is another seed."""
+    def undisturbed(seed):
+        process, begin = fork(name, tmp_path/f"seed{seed}", seed=seed), time.monotonic()
+        process.join(100)
+        return stored(tmp_path/f"seed{seed}.done.npz"), time.monotonic() - begin
+    (whole, took), (other, _) = undisturbed(0), undisturbed(1)
+    moments, kills, used, file = random.Random(number), 0, 0, tmp_path/"run.npz"
+    for attempt in range(100):
+        used += file.exists() # there is something to go on from
+        process = fork(name, tmp_path/f"try{attempt}", seed=0, checkpoint=file)
+        if kills < 5 or not used: process.join(moments.uniform(.1, 1) * took)
+        else: process.join(100)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        if process.exitcode == 0:
+            assert same(stored(tmp_path/f"try{attempt}.done.npz"), whole)
+            if kills >= 5 and used: break
+            file.unlink() # finished before it was killed: once more
+        else:
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+    assert kills >= 5 and used and not same(other, whole)
+    assert sorted(p.name for p in tmp_path.glob("run*")) == ["run.npz"] # nothing of the killed ones stays
+
+@forks
+@pytest.mark.parametrize("name", ["8 blocks on 2 threads", "one block of minibatches"])
+def test_interrupted_by_a_signal(fork, tmp_path, name):
+    """The KeyboardInterrupt has what is done, and there is a file to go on from."""
+    process, file = fork(name, tmp_path/"first", checkpoint=tmp_path/"run.npz"), tmp_path/"run.npz"
+    while not file.exists(): time.sleep(.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    partial = stored(tmp_path/"first.interrupted.npz")
+    for out, how in (("again", dict(checkpoint=file)), ("whole", {})): fork(name, tmp_path/out, **how).join(100)
+    whole = stored(tmp_path/"whole.done.npz")
+    assert same(stored(tmp_path/"again.done.npz"), whole)
+    if "one block" in name: assert not partial # no path was at its end
+    else: assert 0 <= len(partial.get("final", ())) < 200_000 and (not partial or (partial["final"] == whole["final"][:len(partial["final"])]).all())
+
+def test_interrupt_ends_a_program_as_ever(tmp_path):
+    """A program that does not catch it ends by SIGINT, as shells expect, and says what was done."""
+    program = "import torch; from samsde.algorithm import *; from samsde.ensemble import simulate; from samsde.objective import Quadratic\n" \
+              "simulate(Chain(SAM(.1), Quadratic(torch.eye(2)), .1), torch.ones(2), 1e5, 4, observe=lambda x: print('on', flush=True) or x, every=10**5, threads=1)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "on\n"
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt: 0 of 4 paths were done" in error
+
+
+# Smaller runs, in this process: 12 paths in blocks of 4, where an observable counts and stops
+calls, stop_at = [0], [0]
+def watch(x):
+    calls[0] += 1
+    if calls[0] == stop_at[0]: raise KeyboardInterrupt
+    return x
+
+@pytest.fixture
+def small(monkeypatch):
+    "A run of three blocks; states are kept after every step"
+    monkeypatch.setattr(Ledger, "pause", 0)
+    monkeypatch.setattr("samsde.ensemble.block_size", lambda n, size: 4)
+    def go(process=None, x0=None, t_end=2., n_paths=12, stop=0, **how):
+        calls[0], stop_at[0] = 0, stop
+        return simulate(process or Chain(SAM(.1), Quadratic(H, .5), .1), torch.ones(2, **f64) if x0 is None else x0, t_end, n_paths, **dict(observe=watch, threads=1) | how)
+    return go
+
+@pytest.fixture
+def file(small, tmp_path):
+    "A checkpoint with a block that is done, and one on its way"
+    with pytest.raises(KeyboardInterrupt): small(stop=30, checkpoint=tmp_path/"run.npz")
+    return tmp_path/"run.npz"
+
+def refused(go, file, match):
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=match): go(checkpoint=file)
+    assert file.read_bytes() == before and [p.name for p in file.parent.iterdir()] == [file.name]
+
+@pytest.mark.parametrize("stop", range(2, 65, 7))
+@pytest.mark.parametrize("process", [Chain(SAM(.1), Quadratic(H, .5), .1), SDE(SAM(.1), steep(), .1, seed=None), Chain(DNSAM(.1), data(2, False), .1)], ids=["additive", "drawn", "minibatches"])
+def test_stopped_at_every_record(small, tmp_path, process, stop):
+    """Only what was not known is computed again: at most the record at which it stopped."""
+    whole, file = numbers(small(process)), tmp_path/"run.npz"
+    assert calls[0] == 63
+    with pytest.raises(KeyboardInterrupt) as error: small(process, stop=stop, checkpoint=file)
+    assert len(error.value.partial.final if error.value.partial else ()) == (stop - 2) // 21 * 4
+    assert same(numbers(small(process, checkpoint=file)), whole) and calls[0] <= 1 + 63 - (stop - 2) + 1
+    assert same(numbers(small(process, checkpoint=file)), whole) and calls[0] == 1 # the probe's
+    assert not same(numbers(small(process, seed=1)), whole)
+
+def test_the_main_thread_takes_no_steps(small):
+    """Signals reach the main thread. An interrupt in the middle of a vmap would leave torch in disorder."""
+    seen = set()
+    small(observe=lambda x: seen.add(threading.current_thread()) or x)
+    assert len(seen) == 1 and threading.main_thread() not in seen
+
+def test_threads_and_chunks_may_change(small, file):
+    whole = numbers(small())
+    for how in (dict(threads=2), dict(chunk=12), dict(threads=2, chunk=8), dict(progress=False)):
+        copy = file.with_name("copy.npz")
+        copy.write_bytes(file.read_bytes())
+        assert same(numbers(small(checkpoint=copy, **how)), whole)
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_precision(small, tmp_path, dtype):
+    process, x0 = Chain(SAM(.1), Quadratic(H.to(dtype), .5), .1), torch.ones(2, dtype=dtype)
+    whole = small(process, x0, keep=True)
+    with pytest.raises(KeyboardInterrupt): small(process, x0, keep=True, stop=30, checkpoint=tmp_path/"run.npz")
+    again = small(process, x0, keep=True, checkpoint=tmp_path/"run.npz")
+    assert again.final.equal(whole.final) and again.mean["watch"].equal(whole.mean["watch"]) and again.paths["watch"].equal(whole.paths["watch"])
+    assert again.paths["watch"].dtype == dtype
+
+def test_a_network_from_its_record(small, tmp_path):
+    """Steps of a network are replayed from a record after some calls. A run that goes on in a new process, before it has one, gives the same numbers."""
+    def network():
+        net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+        with torch.no_grad():
+            for k, p in enumerate(net.parameters()): p.copy_(torch.linspace(-1, 1, p.numel()).add(k).sin().view_as(p))
+        return FiniteSum.from_module(net, torch.nn.MSELoss(), A.float(), A[:, :1].float())
+    for kind in (Chain, SDE):
+        go = lambda objective=None, **how: small(kind(SAM(.1), objective or network(), .1), network().x0, 10., 4, **how)
+        whole, file = numbers(go(used := network())), tmp_path/f"{kind.__name__}.npz"
+        assert used.network.recorder.records # there was one
+        with pytest.raises(KeyboardInterrupt): go(stop=90, checkpoint=file)
+        assert same(numbers(go(checkpoint=file)), whole)
+
+
+class Full(io.FileIO):
+    "A file on a disk with so many bytes left"
+    def __init__(self, path, left): super().__init__(path, "wb"); self.left = left
+    def write(self, data):
+        self.left -= len(data)
+        if self.left < 0: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+def fill(monkeypatch, left, files=0):
+    "From now on files are written to a disk that has place for so many of them, and so many bytes more"
+    usual, count = Path.open, [0]
+    def full(path, mode="r", *rest, **more):
+        if "w" not in mode: return usual(path, mode, *rest, **more)
+        count[0] += 1
+        return usual(path, mode, *rest, **more) if count[0] <= files else io.BufferedWriter(Full(path, left), 64)
+    monkeypatch.setattr(Path, "open", full)
+
+@pytest.mark.parametrize("left", [0, 100, 3_000])
+@pytest.mark.parametrize("files", [0, 1])
+def test_full_disk(small, tmp_path, monkeypatch, left, files):
+    """The run goes on, warns, and returns its numbers; the last good file is there, and nothing else."""
+    whole, file = numbers(small()), tmp_path/"run.npz"
+    with monkeypatch.context() as change, pytest.warns(UserWarning, match="could not be written .*No space left.*: the run goes on"):
+        fill(change, left, files)
+        run = small(checkpoint=file)
+    assert same(numbers(run), whole) and [p.name for p in tmp_path.iterdir()] == ["run.npz"] * files
+    assert same(numbers(small(checkpoint=file)), whole) and 1 < calls[0] <= 64 - files # one file: it was used
+
+def test_full_disk_when_interrupted(small, file, monkeypatch):
+    """What is done is in the interrupt all the same, and the old file stays."""
+    before = file.read_bytes()
+    with monkeypatch.context() as change, pytest.warns(UserWarning, match="No space left"), pytest.raises(KeyboardInterrupt) as error:
+        fill(change, 3_000)
+        small(stop=30, checkpoint=file)
+    assert len(error.value.partial.final) == 8 and file.read_bytes() == before and len(list(file.parent.iterdir())) == 1
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() or not sys.platform.startswith("linux"), reason="only root may mount a file system")
+def test_full_file_system(small, tmp_path):
+    """A real one, of 8 KiB."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "samsde", tmp_path], capture_output=True).returncode: pytest.skip("no mount here")
+    try:
+        with pytest.warns(UserWarning, match="No space left"): run = small(keep=True, checkpoint=tmp_path/"run.npz")
+        assert same(numbers(run), numbers(small(keep=True))) and not list(tmp_path.iterdir())
+    finally: subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_random_damage(small, file):
+    """Files cut short are refused. A file with a bit turned is refused, or, where the bit means nothing, gives the right numbers."""
+    whole, good, draw, refusals = numbers(small()), file.read_bytes(), random.Random(0), 0
+    for size in [0, 1, len(good) - 1, *(draw.randrange(len(good)) for _ in range(30))]:
+        file.write_bytes(good[:size])
+        refused(small, file, "is no checkpoint of simulate, or damaged")
+    for _ in range(200):
+        i, bit = draw.randrange(len(good)), 1 << draw.randrange(8)
+        file.write_bytes(good[:i] + bytes([good[i] ^ bit]) + good[i + 1:])
+        try: assert same(numbers(small(checkpoint=file)), whole)
+        except ValueError as error:
+            assert "is no checkpoint of simulate, or damaged" in str(error)
+            refusals += 1
+    assert refusals > 150
+
+def test_other_files(small, file):
+    """Text, a pickle, an array, another zip: refused, and not opened as a pickle."""
+    class Trap:
+        def __reduce__(self): return os._exit, (1,)
+    trap, one = io.BytesIO(), io.BytesIO()
+    np.savez(trap, about=np.array([Trap()], dtype=object))
+    np.save(one, np.ones(3))
+    other = io.BytesIO()
+    with zipfile.ZipFile(other, "w") as z: z.writestr("a.txt", "hello")
+    for content in (b"hello", pickle.dumps(Trap()), one.getvalue(), trap.getvalue(), other.getvalue()):
+        file.write_bytes(content)
+        refused(small, file, "is no checkpoint of simulate, or damaged")
+
+def test_wrong_arrays(small, file):
+    """A whole file whose arrays are not those of the run, by name, shape or dtype."""
+    good = stored(file)
+    assert any(name.startswith("part0:") for name in good) and any(name.startswith("block4:") for name in good)
+    for name in set(good) - {"about"}:
+        for bad in (good | {name: good[name][..., None]}, good | {name: good[name][:1] if good[name].ndim else good[name][None]}, good | {name: good[name].astype(np.float32)},
+                    {k: v for k, v in good.items() if k != name}, good | {name + "0": good[name]}):
+            np.savez(file, **bad)
+            refused(small, file, "is damaged")
+    about = good["about"].item()
+    for a, b in (('"parts": [[0, 4]]', '"parts": [[0, 3]]'), ('"parts": [[0, 4]]', '"parts": [[4, 4]]'), ('"blocks": [[4, ', '"blocks": [[0, '), ('"blocks": [[4, ', '"blocks": [[5, '),
+                 ('"blocks": [[4, ', '"blocks": [[4, 9'), ('"blocks": [[4, ', '"blocks": [["4", ')):
+        assert about.count(a) == 1
+        np.savez(file, **good | {"about": np.array(about.replace(a, b))})
+        refused(small, file, "is damaged")
+    np.savez(file, **good)
+    assert small(checkpoint=file).n_paths == 12 # the control
+
+bowl, mirror = Quadratic(H, .5), torch.tensor([1., -1.], **f64)
+twelve = torch.linspace(-1, 1, 24, **f64).reshape(12, 2)
+late = A.clone()
+late[2] += 1e-6
+def close(x): return watch(x) * (1 + 1e-9)
+OTHERS = { # base, what differs, what the refusal names
+    "seed": ({}, dict(seed=1), "seed"), "end": ({}, dict(t_end=2.1), "times"), "records": ({}, dict(every=2), "times"), "paths": ({}, dict(n_paths=16), "shape"),
+    "step": (dict(process=SDE(SAM(.1), bowl, .1)), dict(dt=.05), "times"), "kept": ({}, dict(keep=True), "keep"), "start": ({}, dict(x0=mirror), "x0"),
+    "start by one bit": ({}, dict(x0=torch.nextafter(torch.ones(2, **f64), mirror)), "x0"), "starts in another order": (dict(x0=twelve), dict(x0=twelve.flip(0)), "x0"),
+    "a start at 0 sees no curvature": (dict(x0=torch.zeros(2, **f64), process=Chain(USAM(.1), bowl, .1)), dict(process=Chain(USAM(.1), Quadratic(2 * H, .5), .1)), "what a step does"),
+    "algorithm": ({}, dict(process=Chain(USAM(.1), bowl, .1)), "algorithm"), "radius by one bit": ({}, dict(process=Chain(SAM(math.nextafter(.1, 1)), bowl, .1)), "algorithm"),
+    "learning rate by one bit": ({}, dict(process=Chain(SAM(.1), bowl, math.nextafter(.1, 1))), "process"), "SDE": ({}, dict(process=SDE(SAM(.1), bowl, .1)), "process"),
+    "curvature": ({}, dict(process=Chain(SAM(.1), Quadratic(H + 1e-8, .5), .1)), "what a step does"), "noise": ({}, dict(process=Chain(SAM(.1), Quadratic(H, .5 + 1e-8), .1)), "what a step does"),
+    "expansion": (dict(process=SDE(SAM(.1), bowl, .1)), dict(process=SDE(SAM(.1), bowl, .1, "exact")), "process"),
+    "order": (dict(process=SDE(SAM(.1), bowl, .1, "exact")), dict(process=SDE(SAM(.1), bowl, .1, "exact", order=2)), "process"),
+    "draws": (dict(process=SDE(SAM(.1), steep(), .1)), dict(process=SDE(SAM(.1), steep(), .1, draws=512)), "process"),
+    "batch size": (dict(process=Chain(SAM(.1), data(), .1)), dict(process=Chain(SAM(.1), data(2), .1)), "process"),
+    "replacement": (dict(process=Chain(SAM(.1), data(2), .1)), dict(process=Chain(SAM(.1), data(2, False), .1)), "what a step does"),
+    "a row of the data": (dict(process=Chain(SAM(.1), data(), .1)), dict(process=Chain(SAM(.1), data(rows=late), .1)), "what a step does"),
+    "observable": ({}, dict(observe={"watch": close}), "what is observed"), "name of an observable": ({}, dict(observe={"look": watch}), "observe"),
+    "shared noise": (dict(process=Chain(SAM(torch.tensor([.1, .2], **f64)), bowl, .1)), dict(share=True), "shape"),
+}
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_another_run(small, tmp_path, case):
+    """Whatever decides the numbers is compared, and what differs is named."""
+    base, change, name = OTHERS[case]
+    file = tmp_path/"run.npz"
+    with pytest.raises(KeyboardInterrupt): small(stop=10, checkpoint=file, **base)
+    refused(lambda **how: small(**base | change | how), file, rf"belongs to a run with other settings \(.*{name}")
+    assert small(checkpoint=file, **base).n_paths == 12
+
+def test_another_version(small, file, monkeypatch):
+    for target, name in (("samsde.blocks.__version__", "samsde"), ("torch.__version__", "torch")):
+        with monkeypatch.context() as change:
+            change.setattr(target, "0.0")
+            refused(small, file, rf"other settings \({name}\)")
+    with monkeypatch.context() as change:
+        change.setattr(samsde.blocks, "FORMAT", 2)
+        refused(small, file, "has format 1, but this version of samsde has 2")
+    assert small(checkpoint=file).n_paths == 12
+
+def test_rounding_is_no_other_run(small, file):
+    """The last bits of a step may differ between machines: the run goes on."""
+    class Elsewhere(Quadratic):
+        def grad(self, x): return super().grad(x) * (1 + 4e-16)
+    assert small(Chain(SAM(.1), Elsewhere(H, .5), .1), checkpoint=file).n_paths == 12
