@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['colours', 'Algorithm', 'Linear', 'SGD', 'USAM', 'DNSAM', 'SAM', 'Chain']
 
-# %% ../nbs/01_algorithm.ipynb #c860d67e
+# %% ../nbs/01_algorithm.ipynb #c7682883
 import torch
 from torch import Tensor
 
-from .objective import Additive, Objective, gradient, per_path, positive
+from .objective import Additive, Objective, common, gradient, per_path, positive
 
 # %% ../nbs/01_algorithm.ipynb #2f2506ca
 class Algorithm:
@@ -99,34 +99,34 @@ class SAM(Algorithm):
 # %% ../nbs/01_algorithm.ipynb #e207e4ca
 colours = {"SGD": "#949494", "USAM": "#0173b2", "DNSAM": "#de8f05", "SAM": "#029e73"} # one colour-blind-safe colour each, in all figures
 
-# %% ../nbs/01_algorithm.ipynb #013bf355
+# %% ../nbs/01_algorithm.ipynb #f82b4c88
 def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
     "Both, if they are what their names say; else a TypeError"
     if not isinstance(algorithm, Algorithm): raise TypeError(f"algorithm must be an Algorithm, such as SAM(0.05), got {algorithm!r}")
     if not isinstance(objective, Objective): raise TypeError(f"objective must be an Objective, such as Quadratic(H), got {type(objective).__name__}")
     return algorithm, objective
 
-def broadcast_shape(*values) -> tuple:
-    "The common shape of numbers and tensors"
-    shapes = [v.shape for v in values if isinstance(v, Tensor) and v.ndim]
-    return tuple(torch.broadcast_shapes(*shapes)) if shapes else ()
+def axes_of(**values) -> dict: # name -> shape
+    "The shapes of those values that have axes"
+    return {name: v.shape for name, v in values.items() if isinstance(v, Tensor) and v.ndim}
 
-def spread(x:Tensor, *values) -> Tensor:
-    "`x` with the axes of a sweep over `values` (numbers, or tensors with one value for each path) before its last"
-    shape = broadcast_shape(*values)
-    return x.expand(*torch.broadcast_shapes(x.shape[:-1], shape), -1) if shape else x
+def spread(x:Tensor, **values) -> Tensor:
+    "`x` with the axes of a sweep over `values` (numbers, or tensors with one value for each path) before its last. Raises ValueError if they do not broadcast."
+    shapes = axes_of(**values)
+    return x.expand(*common(x=x.shape[:-1], **shapes), -1) if shapes else x
 
-# %% ../nbs/01_algorithm.ipynb #6f1f120e
+# %% ../nbs/01_algorithm.ipynb #8a824f50
 class Chain:
-    "The discrete process x⁺ = x − η G_ρ(x). Raises ValueError if `eta` is not positive, TypeError on arguments of the wrong kind."
+    "The discrete process x⁺ = x − η G_ρ(x). Raises ValueError if `eta` is not positive or does not broadcast with ρ, TypeError on arguments of the wrong kind."
     def __init__(self, algorithm:Algorithm, # what steps
                  objective:Objective, # on which loss
                  eta # learning rate η; a number, or a tensor that broadcasts over the paths
                 ):
         self.algorithm, self.objective, self.eta = *pair(algorithm, objective), positive("eta", eta)
+        self.shape # raises where ρ and η do not broadcast
 
     @property
-    def shape(self) -> tuple: return broadcast_shape(self.algorithm.rho, self.eta)
+    def shape(self) -> tuple: return tuple(common(**axes_of(rho=self.algorithm.rho, eta=self.eta)))
     @property
     def noise_dim(self) -> int: return self.objective.dim if isinstance(self.objective, Additive) else self.objective.law.batch_size
     def step(self, x:Tensor, gamma:Tensor) -> Tensor: return self.algorithm.step(self.objective, x, self.eta, gamma)

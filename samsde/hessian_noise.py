@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['sgd_covariance', 'cross_covariance', 'noise_covariance', 'noise_dim', 'noise_sample']
 
-# %% ../nbs/04_hessian_noise.ipynb #4634edaf
+# %% ../nbs/04_hessian_noise.ipynb #8e50c716
 import torch
 from torch import Tensor
 
 from .algorithm import Algorithm, pair, spread
 from .implicit_regularizer import (all_samples, closed_form, expectation, first_axis, hessian_perturbation, over,
                                          perturbation_sum, response, weighted_sum)
-from .objective import Additive, FiniteSum, Objective, Quadratic, Support, per_path, psd_root
+from .objective import Additive, FiniteSum, Objective, Quadratic, Support, aligned, per_path, point, psd_root
 from .sample_sums import pull, way_of
 
 # %% ../nbs/04_hessian_noise.ipynb #5289c90f
@@ -103,7 +103,7 @@ def resolve(algorithm:Algorithm, objective:Objective, form:str) -> str:
     if form == "exact" and isinstance(objective, Quadratic) and algorithm.scale is not None and not own: return "factor"
     return form
 
-# %% ../nbs/04_hessian_noise.ipynb #999d11a0
+# %% ../nbs/04_hessian_noise.ipynb #6f759ed8
 def noise_covariance(algorithm:Algorithm, objective:Objective,
                      x:Tensor, # (..., d)
                      form:str="factor", # "factor", "truncated", "exact", "sgd" or "none"
@@ -112,7 +112,7 @@ def noise_covariance(algorithm:Algorithm, objective:Objective,
                     ) -> Tensor: # (..., d, d)
     "a(x), the covariance of the noise without η. Raises ValueError on an unknown form, or a truncated one that is no covariance."
     pair(algorithm, objective)
-    x, rho = spread(objective.check(x), algorithm.rho), per_path(per_path(algorithm.rho, x), x)
+    x, rho = spread(objective.check(x), rho=algorithm.rho), per_path(per_path(algorithm.rho, x), x)
     form = resolve(algorithm, objective, form)
     if form == "none": return torch.zeros(*x.shape, objective.dim, dtype=x.dtype, device=x.device)
     if form == "sgd": return sgd_covariance(objective, x, draws=draws, seed=seed)
@@ -176,7 +176,7 @@ def batch_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor, w:Tensor, h:fl
     Hu = Hu + objective.hvp(x, (1 - ratio) * a + h * (1 - tau) * grad) + (1 - ratio) * objective.weighted_hvp(x, w, grad)
     return h * grad + a + per_path(algorithm.rho, x) * algorithm.scale(grad) * Hu
 
-# %% ../nbs/04_hessian_noise.ipynb #b0a6e8f3
+# %% ../nbs/04_hessian_noise.ipynb #65209496
 def noise_sample(algorithm:Algorithm, objective:Objective,
                  x:Tensor, # (..., d)
                  xi:Tensor, # standard normal, (..., m) with m = noise_dim(objective, algorithm, form, draws)
@@ -186,10 +186,9 @@ def noise_sample(algorithm:Algorithm, objective:Objective,
                 ) -> Tensor: # (..., d)
     "B(x) ξ with B Bᵀ = a(x), matrix-free but for the truncated form. Raises ValueError on an unknown form or a ξ of the wrong length."
     form, m = resolve(*pair(algorithm, objective), form), noise_dim(objective, algorithm, form, draws)
-    if xi.shape[-1] != m: raise ValueError(f"xi must have shape (..., {m}), got {tuple(xi.shape)}")
-    x = spread(objective.check(x), algorithm.rho)
-    lead = torch.broadcast_shapes(x.shape[:-1], xi.shape[:-1])
-    x, xi = x.expand(*lead, -1), xi.expand(*lead, -1)
+    x = spread(objective.check(x), rho=algorithm.rho)
+    x = aligned(x, xi=point("xi", xi, m, x.dtype))
+    xi = xi.expand(*x.shape[:-1], -1)
     if form == "none": return torch.zeros_like(x)
     if form == "truncated":
         a = noise_covariance(algorithm, objective, x, form, draws=draws, seed=seed)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['expectation', 'drift', 'regularized_loss', 'gaussian_direction']
 
-# %% ../nbs/03_implicit_regularizer.ipynb #5e8ce5d2
+# %% ../nbs/03_implicit_regularizer.ipynb #7760ca4e
 from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .algorithm import DNSAM, SAM, Algorithm, Linear, pair, spread
-from .objective import Additive, FiniteSum, Objective, Quadratic, Support, gradient, per_path, whole
+from .objective import Additive, FiniteSum, Objective, Quadratic, Support, aligned, gradient, per_path, whole
 from .sample_sums import pull, signed_products, way_of
 from .random_direction import gaussian_direction, gaussian_factors
 
@@ -72,10 +72,10 @@ def expectation(fn:Callable, # values of γ (k, 1, ..., 1, b) -> (k, ..., m)
     if support.exact: return shift + mean, torch.zeros_like(mean)
     return shift + mean, ((square / n - mean.detach()**2).clamp(min=0) / (n - 1)).sqrt()
 
-# %% ../nbs/03_implicit_regularizer.ipynb #5189977e
+# %% ../nbs/03_implicit_regularizer.ipynb #ffd3d7b5
 def gradient_product(objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
     "H_γ g_γ, the gradient of ½‖∇f_γ‖²"
-    x = x.expand(*torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1]), -1)
+    x = aligned(x, gamma=gamma)
     return gradient(lambda z: objective.sample_grad(z, gamma).square().sum(-1) / 2, x)
 
 def hessian_perturbation(algorithm:Algorithm, objective:Objective,
@@ -84,7 +84,7 @@ def hessian_perturbation(algorithm:Algorithm, objective:Objective,
                         ) -> Tensor: # (..., d)
     "H_γ u_γ, Theorem 1's Hessian-vector product"
     if algorithm.scale is not None: return algorithm.scale_at(objective, x) * gradient_product(objective, x, gamma)
-    x = x.expand(*torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1]), -1)
+    x = aligned(x, gamma=gamma)
     if type(algorithm).potential is Algorithm.potential: return objective.sample_hvp(x, gamma, algorithm.perturbation(objective, x, gamma))
     return gradient(lambda z: algorithm.potential(objective.sample_grad(z, gamma)), x)
 
@@ -159,7 +159,7 @@ def mean_hessian_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor
         return linear_mean(algorithm, objective, x, grad), torch.zeros_like(x)
     return expectation(lambda c: hessian_perturbation(algorithm, objective, x, c), over(objective, x, draws, seed), x)
 
-# %% ../nbs/03_implicit_regularizer.ipynb #a960ff3c
+# %% ../nbs/03_implicit_regularizer.ipynb #83629680
 def drift(algorithm:Algorithm, objective:Objective,
           x:Tensor, # (..., d)
           expansion:str="first", # "first": −(ḡ + ρ E[Hu]), or "exact": −E ∇f_γ(x + ρu)
@@ -170,7 +170,7 @@ def drift(algorithm:Algorithm, objective:Objective,
     "The SDE's drift (Theorem 1, Eq. (1)). Raises ValueError on an unknown `expansion`."
     pair(algorithm, objective)
     if expansion not in ("first", "exact"): raise ValueError(f"expansion must be 'first' or 'exact', got {expansion!r}")
-    x, own = spread(objective.check(x), algorithm.rho), type(algorithm).direction is not Algorithm.direction
+    x, own = spread(objective.check(x), rho=algorithm.rho), type(algorithm).direction is not Algorithm.direction
     if own and expansion == "first":
         raise ValueError(f"{type(algorithm).__name__} overrides `direction` and so has no first-order expansion: use expansion='exact'")
     if algorithm.still and not own: b, sem = objective.grad(x), torch.zeros_like(x)
@@ -189,7 +189,7 @@ def noise_trace(objective:Additive|FiniteSum, x:Tensor, grad:Tensor):
     spread = lambda c: (objective.sample_grad(x, c) - grad).square().sum(-1)
     return objective.law.tau * expectation(spread, Support(all_samples(objective, x), True), x)[0]
 
-# %% ../nbs/03_implicit_regularizer.ipynb #79d94cf8
+# %% ../nbs/03_implicit_regularizer.ipynb #f69199ed
 def regularized_loss(algorithm:Algorithm, objective:Objective,
                      x:Tensor, # (..., d)
                      *, draws:int=1024, # γ drawn where the expectation has no closed form
@@ -198,7 +198,7 @@ def regularized_loss(algorithm:Algorithm, objective:Objective,
                     ) -> Tensor: # (...)
     "f̃(x) = f + ρ E ψ(∇f_γ) (Theorem 1, Eq. (1)). Raises ValueError where there is none: DNSAM with noise that depends on x."
     pair(algorithm, objective)
-    law, rho, x = objective.law, algorithm.rho, spread(objective.check(x), algorithm.rho)
+    law, rho, x = objective.law, algorithm.rho, spread(objective.check(x), rho=algorithm.rho)
     grad = objective.grad(x)
     sem = torch.zeros_like(grad[..., 0])
     if type(algorithm).scale is DNSAM.scale:

@@ -16,7 +16,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-# %% ../nbs/00_objective.ipynb #d8084a09
+# %% ../nbs/00_objective.ipynb #3e9ee7b0
 def positive(name:str, # what to call the value in the error message
              value, # a number, or a tensor with one value for each path
              zero:bool=False # is zero allowed?
@@ -25,10 +25,18 @@ def positive(name:str, # what to call the value in the error message
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     t = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+    if t.is_complex() or t.dtype == torch.bool: raise TypeError(f"{name} must hold real numbers, got {t.dtype}")
+    if not t.numel(): raise ValueError(f"{name} must hold at least one number, got shape {tuple(t.shape)}")
     if not (torch.isfinite(t) & ((t >= 0) if zero else (t > 0))).all():
         raise ValueError(f"{name} must be {'non-negative' if zero else 'positive'} and finite, got {value}")
     return value
 
+def one(name:str, value, zero:bool=False) -> float:
+    "A positive (or, with `zero`, non-negative) number; else a ValueError or TypeError"
+    if isinstance(value, Tensor) and value.numel() != 1: raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
+    return float(positive(name, value, zero))
+
+# %% ../nbs/00_objective.ipynb #0c60dcc4
 def whole(name:str, # what to call the value in the error message
           value, # a whole number
           least:int=1 # the smallest allowed
@@ -45,29 +53,35 @@ def per_path(value, # a number, or a tensor with one value for each path
     "`value` such that it multiplies points: a number as it is, a tensor with an axis for the coordinates, in kind with `x`"
     return value.to(x)[..., None] if isinstance(value, Tensor) else value
 
-# %% ../nbs/00_objective.ipynb #446ffef0
+# %% ../nbs/00_objective.ipynb #694dcd48
+def floating(name:str, x) -> Tensor:
+    "`x` if it is a floating-point tensor; else a TypeError"
+    if isinstance(x, Tensor) and x.is_floating_point(): return x
+    raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+
+def finite(name:str, x:Tensor) -> Tensor:
+    "`x` if all of it is finite; else a ValueError"
+    if torch.isfinite(x).all(): return x
+    raise ValueError(f"{name} must be finite, got infinite or NaN entries")
+
 def point(name:str, # what to call the tensor in the error message
           x, # a point or points, (..., d)
           dim:int, # the length of a point, d
           dtype:torch.dtype|None=None # the dtype that it must have, if any
          ) -> Tensor:
     "`x` if it is a floating-point tensor of shape (..., dim) and of the right dtype; else a ValueError or TypeError"
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.ndim == 0 or x.shape[-1] != dim: raise ValueError(f"{name} must have shape (..., {dim}), got {tuple(x.shape)}")
+    if floating(name, x).ndim == 0 or x.shape[-1] != dim: raise ValueError(f"{name} must have shape (..., {dim}), got {tuple(x.shape)}")
     if dtype in (None, x.dtype): return x
     raise TypeError(f"{name} is {x.dtype}, but the data it meets are {dtype}: convert one of them")
 
+# %% ../nbs/00_objective.ipynb #a2da6236
 def symmetric(name:str, # what to call the matrix in the error message
               M # (d, d)
              ) -> Tensor:
     "`M` if it is a finite, symmetric, floating-point matrix; else a ValueError or TypeError"
-    if not isinstance(M, Tensor) or not M.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(M, 'dtype', type(M).__name__)}")
-    if M.ndim != 2 or M.shape[0] != M.shape[1] or not len(M):
+    if floating(name, M).ndim != 2 or M.shape[0] != M.shape[1] or not len(M):
         raise ValueError(f"{name} must be a square matrix (d, d), got shape {tuple(M.shape)}")
-    if not torch.isfinite(M).all(): raise ValueError(f"{name} must be finite, got infinite or NaN entries")
-    gap, scale = (M - M.mT).abs().max().item(), M.abs().max().item()
+    gap, scale = (finite(name, M) - M.mT).abs().max().item(), M.abs().max().item()
     if gap <= 100 * torch.finfo(M.dtype).eps * scale: return M
     raise ValueError(f"{name} must be symmetric, got entries that differ from their transposes by up to {gap:.3g}")
 
@@ -81,6 +95,18 @@ def psd_root(name:str, # what to call the matrix in the error message
     if (least < -tiny).any():
         raise ValueError(f"{name} must be positive semidefinite, got an eigenvalue of {least.min().item():.9g}")
     return (V * lam.clamp(min=0).sqrt()[..., None, :]) @ V.mT
+
+# %% ../nbs/00_objective.ipynb #f416ad07
+def common(**shapes) -> torch.Size: # leading axes by name
+    "The shape to which all broadcast; else a ValueError that names them"
+    try: return torch.broadcast_shapes(*shapes.values())
+    except RuntimeError: raise ValueError(f"leading axes must broadcast, got {', '.join(f'{k} {tuple(v)}' for k, v in shapes.items())}") from None
+
+def aligned(x:Tensor, **others:Tensor) -> Tensor: # (..., d) each
+    "`x` with the leading axes that all have together; a ValueError if they do not broadcast"
+    lead = x.shape[:-1]
+    if all(v.ndim == 1 or v.shape[:-1] == lead for v in others.values()): return x
+    return x.expand(*common(x=lead, **{k: v.shape[:-1] for k, v in others.items()}), -1)
 
 # %% ../nbs/00_objective.ipynb #1c15d243
 def add_(y:Tensor, # (..., d), changed
@@ -105,7 +131,7 @@ def gradient(f:Callable, # (..., d) -> (...)
         if not total.requires_grad: return torch.zeros_like(x)
         return torch.autograd.grad(total, z, create_graph=track, allow_unused=True, materialize_grads=True)[0]
 
-# %% ../nbs/00_objective.ipynb #f18a48a7
+# %% ../nbs/00_objective.ipynb #95331523
 class Support(NamedTuple):
     "Values of γ over which an expectation is taken"
     gammas: Tensor # K values along the first axis
@@ -124,7 +150,7 @@ class Objective:
         return gradient(self.loss, self.check(x))
     def hvp(self, x:Tensor, v:Tensor) -> Tensor:
         "∇²f(x) v, for shapes (..., d) that broadcast"
-        x, v = torch.broadcast_tensors(self.check(x), self.check(v, "v"))
+        x = aligned(self.check(x), v=self.check(v, "v"))
         return gradient(lambda z: (self.grad(z) * v).sum(-1), x)
     def add_grad_(self, y:Tensor, x:Tensor, a) -> Tensor:
         "y + a ∇f(x), into `y`, for a number `a` or a tensor (..., 1)"
@@ -143,12 +169,12 @@ class Objective:
         return self.sample_grad(x, gamma), self.grad(x)
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor:
         "∇f_γ(x), for leading axes of `x` and `gamma` that broadcast"
-        x = self.check(x).expand(*torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1]), -1)
+        x = aligned(self.check(x), gamma=gamma)
         return gradient(lambda z: self.sample_loss(z, gamma), x)
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
         "∇²f_γ(x) v, likewise"
-        lead = torch.broadcast_shapes(self.check(x).shape[:-1], gamma.shape[:-1], self.check(v, "v").shape[:-1])
-        return gradient(lambda z: (self.sample_grad(z, gamma) * v).sum(-1), x.expand(*lead, -1))
+        x = aligned(self.check(x), gamma=gamma, v=self.check(v, "v"))
+        return gradient(lambda z: (self.sample_grad(z, gamma) * v).sum(-1), x)
 
 # %% ../nbs/00_objective.ipynb #439c3187
 class Gaussian:
@@ -181,7 +207,7 @@ class Gaussian:
     @property
     def silent(self) -> bool: return self.trace == 0
 
-# %% ../nbs/00_objective.ipynb #5a04e1f4
+# %% ../nbs/00_objective.ipynb #0dc35d32
 class Additive(Objective):
     "A loss whose gradient is seen with Gaussian noise: γ is the noise Z, and ∇f_γ(x) = ∇f(x) + Z"
     def __init__(self, dim:int, sigma:float=0.0, cov:Tensor|None=None):
@@ -192,10 +218,10 @@ class Additive(Objective):
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor: return self.grads(x, gamma)[0]
     def grads(self, x:Tensor, gamma:Tensor) -> tuple[Tensor, Tensor]:
         g = self.grad(x)
-        return g + point("gamma", gamma, self.dim, x.dtype), g
+        return aligned(g, gamma=point("gamma", gamma, self.dim, x.dtype)) + gamma, g
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor: return self.hvp(x, v)
 
-# %% ../nbs/00_objective.ipynb #46370c9d
+# %% ../nbs/00_objective.ipynb #2b08b808
 class Quadratic(Additive):
     "½ xᵀHx with additive Gaussian noise. Raises ValueError or TypeError if `H` is not finite, symmetric and floating-point."
     def __init__(self, H:Tensor, # (d, d), symmetric
@@ -210,7 +236,7 @@ class Quadratic(Additive):
     def grad(self, x:Tensor) -> Tensor: return self.check(x) @ self.H
     def hvp(self, x:Tensor, v:Tensor) -> Tensor:
         Hv = self.check(v, "v") @ self.H
-        return Hv if self.check(x).shape == v.shape else Hv.expand(torch.broadcast_shapes(x.shape, v.shape))
+        return Hv if self.check(x).shape == v.shape else Hv.expand(*common(x=x.shape[:-1], v=v.shape[:-1]), -1)
     def add_grad_(self, y:Tensor, x:Tensor, a) -> Tensor: return add_(y, a, self.check(x), self.H)
     def add_hvp_(self, y:Tensor, x:Tensor, v:Tensor, a) -> Tensor: return add_(y, a, self.check(v, "v"), self.H)
     def hessian(self, x:Tensor) -> Tensor: return self.H.expand(*self.check(x).shape[:-1], -1, -1)
@@ -270,7 +296,7 @@ class Minibatches:
         return Support(torch.tensor(list(every), device=device).reshape(K, B), True)
     def size(self, draws:int) -> int: return self.count if self.count <= max(self.n, draws) else draws
 
-# %% ../nbs/00_objective.ipynb #0b4c3bd7
+# %% ../nbs/00_objective.ipynb #e588674c
 class FiniteSum(Objective):
     "The mean of `n` sample losses; γ is a minibatch of sample numbers. Raises ValueError on empty data or an impossible batch size."
     network = None # where it was made from a module
@@ -290,6 +316,10 @@ class FiniteSum(Objective):
         self.chunk = chunk if chunk is None else whole("chunk", chunk)
         self.sample_losses, self.select = sample_losses, select or (lambda x, i: sample_losses(x)[i])
 
+    def numbers(self, gamma:Tensor) -> Tensor:
+        "`gamma` if it can hold sample numbers; else a TypeError"
+        if not gamma.is_floating_point(): return gamma
+        raise TypeError(f"gamma must hold sample numbers, got {gamma.dtype}")
     def slices(self, x:Tensor # (..., d)
               ) -> list:
         "The samples of each pass over the data, such that samples times paths are at most `chunk`; at least one sample"
@@ -305,24 +335,25 @@ class FiniteSum(Objective):
         "f_i(x) of all samples, (..., d) -> (..., n)"
         return torch.cat([self.some(self.check(x), s) for s in self.slices(x)], -1)
     def loss(self, x:Tensor) -> Tensor: return self.losses(x).mean(-1)
-    def grad(self, x:Tensor) -> Tensor: return self.weighted_grad(x, x.new_full((1,), 1 / self.n).expand(self.n))
-    def hvp(self, x:Tensor, v:Tensor) -> Tensor:
-        x, v = torch.broadcast_tensors(self.check(x), self.check(v, "v"))
-        return self.weighted_hvp(x, x.new_full((1,), 1 / self.n).expand(self.n), v)
+    def even(self, x:Tensor) -> Tensor: return self.check(x).new_full((1,), 1 / self.n).expand(self.n)
+    def grad(self, x:Tensor) -> Tensor: return self.weighted_grad(x, self.even(x))
+    def hvp(self, x:Tensor, v:Tensor) -> Tensor: return self.weighted_hvp(x, self.even(x), v)
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
         "The mean loss of the samples `gamma`, (..., d) and (..., b) -> (...); `b` need not be the batch size"
-        lead = torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1])
-        return lift(lambda x, i: self.select(x, i).mean(), x.expand(*lead, -1), gamma.expand(*lead, -1))
+        x = aligned(x, gamma=self.numbers(gamma))
+        return lift(lambda x, i: self.select(x, i).mean(), x, gamma.expand(*x.shape[:-1], -1))
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor: return self.run("sample", super().sample_grad, self.check(x), gamma)
     def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor:
         "Σ_i w_i ∇f_i(x), (..., d) and (..., n) -> (..., d)"
+        x = aligned(self.check(x), w=point("w", w, self.n, x.dtype))
         part = lambda s: lambda x, w: gradient(lambda z: (self.some(z, s) * w[..., s]).sum(-1), x)
-        return sum(self.run(("grad", s.start, s.stop), part(s), self.check(x), w) for s in self.slices(x))
+        return sum(self.run(("grad", s.start, s.stop), part(s), x, w) for s in self.slices(x))
     def weighted_hvp(self, x:Tensor, w:Tensor, v:Tensor) -> Tensor:
         "Σ_i w_i ∇²f_i(x) v"
+        x = aligned(self.check(x), w=point("w", w, self.n, x.dtype), v=self.check(v, "v"))
         pull = lambda z, w, s: gradient(lambda y: (self.some(y, s) * w[..., s]).sum(-1), z)
         part = lambda s: lambda x, w, v: gradient(lambda z: (pull(z, w, s) * v).sum(-1), x)
-        return sum(self.run(("hvp", s.start, s.stop), part(s), self.check(x), w, v) for s in self.slices(x))
+        return sum(self.run(("hvp", s.start, s.stop), part(s), x, w, v) for s in self.slices(x))
     def run(self, name, # of the function, for a record
             fn:Callable, *tensors:Tensor) -> Tensor:
         "fn(*tensors), from a record of its operations if it is called often and there is a network"

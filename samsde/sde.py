@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SDE']
 
-# %% ../nbs/05_sde.ipynb #c0697dc1
+# %% ../nbs/05_sde.ipynb #68025b66
 import torch
 from torch import Tensor
 
-from .algorithm import Algorithm, broadcast_shape, pair, spread
+from .algorithm import Algorithm, axes_of, pair, spread
 from .hessian_noise import batch_formula, batch_sum, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
 from .implicit_regularizer import closed_form, drift, response
-from .objective import Additive, Objective, per_path, positive, whole
+from .objective import Additive, Objective, aligned, common, per_path, point, positive, whole
 from .sample_sums import seed_of, way_of
 
 # %% ../nbs/05_sde.ipynb #50a07ed7
@@ -54,7 +54,7 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
         return x - dt * objective.grad(x) - combination(algorithm, objective, x, w, form, support.gammas, v)
     return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
 
-# %% ../nbs/05_sde.ipynb #73f59e8b
+# %% ../nbs/05_sde.ipynb #e946b7f0
 class SDE:
     "dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 1). Raises ValueError or TypeError on arguments that make no SDE."
     def __init__(self, algorithm:Algorithm, # what it is a model of
@@ -73,9 +73,10 @@ class SDE:
         self.expansion, self.order, self.draws, self.seed = expansion, order, whole("draws", draws), seed
         self.noise, self.form = noise, resolve(algorithm, objective, noise)
         self.noise_dim = noise_dim(objective, algorithm, noise, draws)
+        self.shape # raises where ρ and η do not broadcast
 
     @property
-    def shape(self) -> tuple: return broadcast_shape(self.algorithm.rho, self.eta)
+    def shape(self) -> tuple: return tuple(common(**axes_of(rho=self.algorithm.rho, eta=self.eta)))
     @property
     def way(self) -> str:
         "How a step finds the products of Hessians and perturbations, in words"
@@ -86,7 +87,7 @@ class SDE:
         return f"{objective.law.size(self.draws)} minibatches"
     def __repr__(self) -> str: return f"SDE({self.algorithm}, {type(self.objective).__name__} in {self.objective.dim} dimensions, eta={self.eta}; {self.way})"
     def settings(self, seed=None) -> dict: return dict(draws=self.draws, seed=self.seed or 0 if seed is None else seed)
-    def spread(self, x:Tensor) -> Tensor: return spread(self.objective.check(x), self.algorithm.rho, self.eta)
+    def spread(self, x:Tensor) -> Tensor: return spread(self.objective.check(x), rho=self.algorithm.rho, eta=self.eta)
     def drift(self, x:Tensor, seed=None # of the draws: a number or a generator; the SDE's own if None
              ) -> Tensor:
         "b(x), (..., d) -> (..., d)"
@@ -109,8 +110,9 @@ class SDE:
         "Euler–Maruyama, x + dt b(x) + √dt · diffusion(x, ξ)"
         if not dt > 0: raise ValueError(f"dt must be positive, got {dt}")
         if (torch.as_tensor(self.eta) < dt * (1 - 1e-9)).any(): raise ValueError(f"dt must be at most eta={self.eta}, got {dt}")
-        if xi.shape[-1] != self.noise_dim: raise ValueError(f"xi must have shape (..., {self.noise_dim}), got {tuple(xi.shape)}")
-        return euler_step(self, self.spread(x), xi, dt, self.seed or 0)
+        x = self.spread(x)
+        x = aligned(x, xi=point("xi", xi, self.noise_dim, x.dtype))
+        return euler_step(self, x, xi, dt, self.seed or 0)
     def advance(self, x:Tensor, draw, steps:list) -> Tensor:
         x = self.spread(x)
         for h in steps:

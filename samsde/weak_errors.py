@@ -7,7 +7,7 @@ __all__ = ['TrigonometricSum', 'circle_problem', 'torus_problem', 'periodic_exam
            'exact_difference', 'exact_error', 'circle_error', 'torus_error', 'linear_moments', 'stationary_covariance',
            'WeakError', 'weak_error']
 
-# %% ../nbs/05b_weak_errors.ipynb #8f9e63e7
+# %% ../nbs/05b_weak_errors.ipynb #78df3a03
 import functools, sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from torch import Tensor
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
 from .ensemble import simulate, time_grid
 from .implicit_regularizer import over
-from .objective import Additive, FiniteSum, Objective, Quadratic, positive, whole
+from .objective import Additive, FiniteSum, Objective, Quadratic, aligned, point, positive, whole
 from .sde import SDE
 
 # %% ../nbs/05b_weak_errors.ipynb #73fb23be
@@ -38,7 +38,7 @@ def wave_data(c, a, m, p) -> list: # tensors in double precision
     if not (m == m.round()).all(): raise ValueError(f"m must hold whole numbers, or gradients are not periodic, got {m.tolist()}")
     return [c, a, m, p]
 
-# %% ../nbs/05b_weak_errors.ipynb #efd944c6
+# %% ../nbs/05b_weak_errors.ipynb #23e13a9e
 class TrigonometricSum(FiniteSum):
     "f_i(x) = c_i·x − Σ_j a_ij cos(m_ij·x + p_ij), Eq. (2). Raises ValueError if shapes do not fit or `m` is not whole."
     def __init__(self, c, a, m, p, # tilts (n, d), amplitudes (n, waves), wave vectors (n, waves, d), phases (n, waves)
@@ -55,9 +55,9 @@ class TrigonometricSum(FiniteSum):
         "∇f_i(x) of all samples, (..., d) -> (..., n, d)"
         return self.c + torch.einsum("...nj,njd->...nd", self.a * self.phases(x).sin(), self.m)
     def grad(self, x:Tensor) -> Tensor: return self.gradients(x).mean(-2)
-    def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor: return (w[..., None] * self.gradients(x)).sum(-2)
+    def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor: return (point("w", w, self.n, self.dtype)[..., None] * self.gradients(x)).sum(-2)
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor:
-        lead = torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1])
+        lead = aligned(self.check(x), gamma=self.numbers(gamma)).shape[:-1]
         rows = gamma.expand(*lead, -1)[..., None].expand(*lead, -1, self.dim)
         return self.gradients(x).expand(*lead, -1, -1).gather(-2, rows).mean(-2)
 

@@ -138,8 +138,8 @@ TABLE |= { # objective, and the arguments that all share
     "rho is true": (lambda: SAM(True), TypeError, "rho must be a number or a tensor, got bool"),
     "rho is None": (lambda: SAM(None), TypeError, "rho must be a number or a tensor, got NoneType"),
     "rho a list": (lambda: Algorithm([.1, .2]), TypeError, "rho must be a number or a tensor, got list"),
-    "rho is complex": (lambda: SAM(torch.tensor(1j)), TypeError, "rho must .* complex"),
-    "rho of truth values": (lambda: Linear(torch.tensor([True])), TypeError, "rho must .* bool"),
+    "rho is complex": (lambda: SAM(torch.tensor(1j)), TypeError, "rho must .*complex"),
+    "rho of truth values": (lambda: Linear(torch.tensor([True])), TypeError, "rho must .*bool"),
     "eta is None": (lambda: Chain(SAM(.1), bowl, None), TypeError, "eta must be a number or a tensor, got NoneType"),
     "eta is text": (lambda: Chain(SAM(.1), bowl, "a"), TypeError, "eta must be a number or a tensor, got str"),
     "eta is empty": (lambda: Chain(SAM(.1), bowl, torch.ones(0)), ValueError, r"eta must .* \(0,\)"),
@@ -511,8 +511,6 @@ COMMANDS = { # words after `samsde` -> what it says, with exit status 2, or 1 wh
 
 # Entries of a list of bugs that are not mended yet: number -> cases
 BUGS = {
-    1: ["too many weights", "too few weights", "signs with too many weights"],
-    2: ["xi a list", "xi of whole numbers", "xi in another precision", "xi a number", "a step with xi as a list", "a step with xi in another precision"],
     3: ["replace is text"],
     4: ["norm of no module", "norm of rows without targets", "norm of no rows", "norm of a list", "norm in chunks of 0"],
     5: ["exit without noise", "exit with negative noise", "exit in 0 dimensions", "exit to a negative distance", "exit at a rate of NaN"],
@@ -521,8 +519,7 @@ BUGS = {
     8: ["observe nothing", "an observable named by a number"],
     9: ["an autoencoder of a list", "an autoencoder of no square", "an autoencoder that starts nowhere"],
     10: ["a jackknife of one run"],
-    11: ["rho is complex", "rho of truth values", "eta is empty"],
-    12: ["rho and eta of shapes that do not fit", "rho of a shape that does not fit the points", "x and v of shapes that do not fit", "x and gamma of shapes that do not fit", "x and xi of shapes that do not fit", "x0 for another sweep"],
+    12: ["x0 for another sweep"],
     13: ["gamma of floats for a sum", "select no function"],
     14: ["no module", "a function for a module", "loss of a module is None", "inputs a number", "inputs of the wrong width", "labels out of range", "inputs with NaN", "targets infinite"],
     15: ["sigma for each coordinate", "direction of whole numbers", "direction of a number", "direction without coordinates", "direction with two sigmas", "kappa in 0 dimensions", "kappa in 1.5 dimensions"],
@@ -574,7 +571,7 @@ def test_every_public_name_has_a_bad_input():
     import inspect
     text, missing = Path(__file__).read_text(encoding="utf-8"), []
     results = "Support GaussianDirection Ensemble Verdict WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
-    fine = "Perturbed from_module expectation obstacle plot_validity parser own_options reproduce main".split() # tested through others, or with nothing to refuse
+    fine = "sweep Perturbed from_module expectation obstacle plot_validity parser own_options reproduce main".split() # tested through others, or with nothing to refuse
     for name in sorted(p.stem for p in Path(samsde.__file__).parent.glob("[a-z]*.py")):
         module = importlib.import_module(f"samsde.{name}")
         for public in getattr(module, "__all__", []):
