@@ -14,12 +14,17 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import LBFGS, Optimizer
 
-# %% ../nbs/08_optim.ipynb #07a7a88b
+# %% ../nbs/08_optim.ipynb #9ea7525a
 def checked_radius(rho) -> float:
     "`rho` if it is a non-negative finite number; else a ValueError or TypeError"
     if isinstance(rho, bool) or not isinstance(rho, (int, float)): raise TypeError(f"rho must be a number, got {type(rho).__name__}")
     if 0 <= rho < float("inf"): return rho
     raise ValueError(f"rho must be non-negative and finite, got {rho}")
+
+def checked_module(module) -> torch.nn.Module:
+    "`module` if it is one; else a TypeError"
+    if isinstance(module, torch.nn.Module): return module
+    raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
 
 def norm(tensors:list) -> float:
     "The norm of all tensors together, in single precision at least"
@@ -136,14 +141,19 @@ class DNSAM(Perturbed):
         raise ValueError(f"DNSAM divides by full_grad_norm(), which must be positive and finite, got {n}")
     def __getstate__(self): return super().__getstate__() | dict(full_grad_norm=self.full_grad_norm)
 
-# %% ../nbs/08_optim.ipynb #978ad10b
+# %% ../nbs/08_optim.ipynb #9b065599
 def full_gradient_norm(module:torch.nn.Module,
                        loss:Callable, # loss(module(X), y), a mean over the samples
                        X:Tensor, y:Tensor, # all of the data
                        chunk:int=1024 # samples that are treated at a time
                       ) -> Callable: # () -> ‖∇f‖
-    "What `DNSAM` takes as `full_grad_norm`: the norm of the gradient of the mean loss over all data, at the module's current parameters"
-    params = [p for p in module.parameters() if p.requires_grad]
+    "What `DNSAM` takes as `full_grad_norm`: the norm of the gradient of the mean loss over all data, at the module's current parameters. Raises ValueError or TypeError on bad input."
+    params = [p for p in checked_module(module).parameters() if p.requires_grad]
+    for name, t in (("X", X), ("y", y)):
+        if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if not len(X) or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
+    if isinstance(chunk, bool) or not isinstance(chunk, int): raise TypeError(f"chunk must be a whole number, got {type(chunk).__name__}")
+    if chunk < 1: raise ValueError(f"chunk must be at least 1, got {chunk}")
     def current() -> float:
         total = None
         with torch.enable_grad(), frozen_statistics(module):
@@ -153,11 +163,11 @@ def full_gradient_norm(module:torch.nn.Module,
         return norm(list(total))
     return current
 
-# %% ../nbs/08_optim.ipynb #c1301790
+# %% ../nbs/08_optim.ipynb #35a6bb92
 @contextmanager
 def frozen_statistics(module:torch.nn.Module):
     "A context in which the running statistics of batch norm (and of instance norm) are put back at the end"
-    buffers = [b for m in module.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)]
+    buffers = [b for m in checked_module(module).modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)]
     saved = [b.clone() for b in buffers]
     try: yield
     finally:
