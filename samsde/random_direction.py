@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GaussianDirection', 'gaussian_direction', 'kappa']
 
-# %% ../nbs/02b_random_direction.ipynb #50ecba99
+# %% ../nbs/02b_random_direction.ipynb #7797ea47
 import functools, math
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .objective import positive
+from .objective import floating, one, whole
 
 # %% ../nbs/02b_random_direction.ipynb #646cea8b
 def gaussian_integrals(r:Tensor, # ‖∇f‖ in units of the noise's standard deviation, (...), double precision
@@ -61,7 +61,7 @@ def gaussian_factors(square:Tensor, # ‖∇f‖², (...)
         return FACTORS[name](v, q, sigma).to(square.dtype)
     return [value(name) for name in names]
 
-# %% ../nbs/02b_random_direction.ipynb #475563f8
+# %% ../nbs/02b_random_direction.ipynb #8aa69822
 class GaussianDirection(NamedTuple):
     "Moments of u = g/‖g‖ for g = ḡ + Z, Z ~ N(0, σ² I)"
     norm: Tensor # E‖g‖, (...)
@@ -72,13 +72,15 @@ class GaussianDirection(NamedTuple):
 def gaussian_direction(g:Tensor, # ḡ, (..., d)
                        sigma:float # standard deviation of each coordinate
                       ) -> GaussianDirection:
-    "The closed forms of Eqs. (3) to (5); their limits if `sigma` is 0. Raises ValueError or TypeError if `sigma` is negative or no number."
-    r, sigma = torch.linalg.vector_norm(g, dim=-1), float(positive("sigma", sigma, zero=True))
+    "The closed forms of Eqs. (3) to (5); their limits if `sigma` is 0. Raises ValueError or TypeError if `sigma` is negative or no number, or `g` no vector."
+    if floating("g", g).ndim == 0 or not g.shape[-1]: raise ValueError(f"g must have shape (..., d), got {tuple(g.shape)}")
+    r, sigma = torch.linalg.vector_norm(g, dim=-1), one("sigma", sigma, zero=True)
     if sigma == 0: return GaussianDirection(r, g / torch.where(r == 0, 1, r)[..., None], torch.zeros_like(r), torch.zeros_like(r))
     A, along = gaussian_factors(r.square(), sigma, g.shape[-1], "A", "along")
     return GaussianDirection(A * r**2 + sigma**2 * ((g.shape[-1] - 1) * A + along), A[..., None] * g, sigma**2 * along, sigma**2 * A)
 
-# %% ../nbs/02b_random_direction.ipynb #44848135
+# %% ../nbs/02b_random_direction.ipynb #0ef8f249
 def kappa(d:int) -> float:
     "κ_d of Eq. (6): E[g/‖g‖] = κ_d ḡ/s to first order in ḡ, for g ~ N(ḡ, s² I) in d dimensions"
+    d = whole("d", d)
     return math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2)) / d
