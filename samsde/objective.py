@@ -176,14 +176,14 @@ class Objective:
         x = aligned(self.check(x), gamma=gamma, v=self.check(v, "v"))
         return gradient(lambda z: (self.sample_grad(z, gamma) * v).sum(-1), x)
 
-# %% ../nbs/00_objective.ipynb #439c3187
+# %% ../nbs/00_objective.ipynb #63c56705
 class Gaussian:
     "The law N(0, Σ) on R^dim, with Σ = sigma² I or Σ = cov"
     def __init__(self, dim:int, # d
                  sigma:float=0.0, # standard deviation of each coordinate
                  cov:Tensor|None=None # (d, d), positive semidefinite; instead of sigma
                 ):
-        self.dim, self.sigma, self.cov, self.root = dim, float(positive("sigma", sigma, zero=True)), cov, None
+        self.dim, self.sigma, self.cov, self.root = whole("dim", dim), one("sigma", sigma, zero=True), cov, None
         if cov is None: return
         if sigma != 0: raise ValueError(f"give sigma or cov, not both: got sigma={sigma} and a covariance")
         if len(symmetric("cov", cov)) != dim: raise ValueError(f"cov must have shape ({dim}, {dim}), got {tuple(cov.shape)}")
@@ -207,12 +207,11 @@ class Gaussian:
     @property
     def silent(self) -> bool: return self.trace == 0
 
-# %% ../nbs/00_objective.ipynb #0dc35d32
+# %% ../nbs/00_objective.ipynb #58b4523c
 class Additive(Objective):
     "A loss whose gradient is seen with Gaussian noise: γ is the noise Z, and ∇f_γ(x) = ∇f(x) + Z"
     def __init__(self, dim:int, sigma:float=0.0, cov:Tensor|None=None):
-        self.dim, self.dtype = whole("dim", dim), getattr(cov, "dtype", None)
-        self.law = Gaussian(dim, sigma, cov)
+        self.dim, self.dtype, self.law = dim, getattr(cov, "dtype", None), Gaussian(dim, sigma, cov)
 
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor: return self.loss(x) + (x * self.check(gamma, "gamma")).sum(-1)
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor: return self.grads(x, gamma)[0]
@@ -269,14 +268,15 @@ class NoisyLoss(Additive):
         if out.shape == x.shape[:-1]: return out
         raise ValueError(f"the loss of one point must be a scalar, got shape {tuple(out.shape[x.ndim - 1:])}")
 
-# %% ../nbs/00_objective.ipynb #d57cdde1
+# %% ../nbs/00_objective.ipynb #2ef76139
 class Minibatches:
     "The law of minibatches of `batch_size` sample numbers out of `n`. Raises ValueError if that is impossible."
     def __init__(self, n:int, # number of samples, N
                  batch_size:int=1, # B
                  replace:bool=True # may a sample occur twice in a minibatch?
                 ):
-        self.n, self.batch_size, self.replace = whole("n", n), whole("batch_size", batch_size), bool(replace)
+        if not isinstance(replace, bool): raise TypeError(f"replace must be True or False, got {replace!r}")
+        self.n, self.batch_size, self.replace = whole("n", n), whole("batch_size", batch_size), replace
         if not replace and batch_size > n:
             raise ValueError(f"batch_size must be at most n without replacement, got batch_size={batch_size} and n={n}")
         N, B = self.n, self.batch_size
@@ -296,7 +296,7 @@ class Minibatches:
         return Support(torch.tensor(list(every), device=device).reshape(K, B), True)
     def size(self, draws:int) -> int: return self.count if self.count <= max(self.n, draws) else draws
 
-# %% ../nbs/00_objective.ipynb #e588674c
+# %% ../nbs/00_objective.ipynb #0cccbcc3
 class FiniteSum(Objective):
     "The mean of `n` sample losses; γ is a minibatch of sample numbers. Raises ValueError on empty data or an impossible batch size."
     network = None # where it was made from a module
@@ -311,6 +311,7 @@ class FiniteSum(Objective):
                  chunk:int|None=None # samples, times paths, in one pass over the data, to bound memory; all if None. Needs `select`.
                 ):
         if not callable(sample_losses): raise TypeError(f"sample_losses must be a function of one point, got {type(sample_losses).__name__}")
+        if select is not None and not callable(select): raise TypeError(f"select must be a function of a point and sample numbers, got {type(select).__name__}")
         if chunk and not select: raise ValueError("chunk needs select, the losses of chosen samples, got none")
         self.n, self.dim, self.law = whole("n", n), whole("dim", dim), Minibatches(n, batch_size, replace)
         self.chunk = chunk if chunk is None else whole("chunk", chunk)
@@ -319,7 +320,7 @@ class FiniteSum(Objective):
     def numbers(self, gamma:Tensor) -> Tensor:
         "`gamma` if it can hold sample numbers; else a TypeError"
         if not gamma.is_floating_point(): return gamma
-        raise TypeError(f"gamma must hold sample numbers, got {gamma.dtype}")
+        raise TypeError(f"gamma must be sample numbers, got {gamma.dtype}")
     def slices(self, x:Tensor # (..., d)
               ) -> list:
         "The samples of each pass over the data, such that samples times paths are at most `chunk`; at least one sample"
@@ -435,7 +436,18 @@ class Recorder:
             except Exception: self.records[key] = None # whatever a module does that no record can hold: it works without
         return out
 
-# %% ../nbs/00_objective.ipynb #971a9414
+# %% ../nbs/00_objective.ipynb #adf7e726
+def check_data(module, loss, X, y):
+    "Raises ValueError or TypeError unless these are a module, its loss, and data"
+    if not isinstance(module, torch.nn.Module): raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if not callable(loss): raise TypeError(f"loss must be a function of (output, target), got {type(loss).__name__}")
+    for name, t in (("X", X), ("y", y)):
+        if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if t.ndim == 0: raise ValueError(f"{name} must hold one row for each sample, got a single number")
+        finite(name, t)
+    if len(X) == 0 or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
+
+# %% ../nbs/00_objective.ipynb #541b7a0c
 class Network:
     "A module, its loss and its data, as a function of its flat trainable parameters. Raises ValueError or TypeError if it is none."
     def __init__(self, module:torch.nn.Module, # any network
@@ -443,9 +455,7 @@ class Network:
                  X:Tensor, # inputs, (n, ...)
                  y:Tensor # targets, (n, ...)
                 ):
-        for name, t in (("X", X), ("y", y)):
-            if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if len(X) == 0 or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
+        check_data(module, loss, X, y)
         params = {k: p for k, p in module.named_parameters() if p.requires_grad}
         if not params: raise ValueError(f"the module must have trainable parameters, got none in {type(module).__name__}")
         if len(kinds := {p.dtype for p in params.values()} | ({X.dtype} if X.is_floating_point() else set())) > 1:
@@ -490,16 +500,22 @@ def rough_layer(network:Network) -> str:
         except RuntimeError: return f"layer {name!r} ({type(layer).__name__})"
     return f"the module ({type(network.module).__name__})"
 
-# %% ../nbs/00_objective.ipynb #849722ea
+# %% ../nbs/00_objective.ipynb #5fc76cb2
+@torch.enable_grad()
 def check_network(network:Network):
     "Raises ValueError if the network has no sample losses, none that stay the same, or none that can be differentiated twice"
     x, losses = network.x0, network.losses
-    if (out := losses(x)).shape != (len(network.X),):
+    try: out = losses(x)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"the module and its loss must take the data, but torch says: {str(error).splitlines()[0]}") from error
+    if out.shape != (len(network.X),):
         raise ValueError(f"the loss of a batch must be a scalar (its mean), got shape {tuple(out.shape[1:])}")
     if not torch.allclose(losses(x), out, equal_nan=True):
         raise ValueError("a sample's loss must not change from one call to the next: does the module draw random numbers?")
     if not torch.allclose(losses(x, torch.arange(1)), out[:1], rtol=1e-3, equal_nan=True):
         raise ValueError("a sample's loss must not depend on the other samples, but the first one's changes when it is alone: does the module mix a batch?")
+    if not losses(x.clone().requires_grad_(), torch.arange(1)).requires_grad:
+        raise ValueError("the loss must depend on the trainable parameters, but it has no gradient")
     try: second_derivative(lambda z: losses(z, torch.arange(1)), [x])
     except RuntimeError as error:
         raise ValueError(f"{rough_layer(network)} cannot be differentiated twice, or not at several points at once: "

@@ -511,25 +511,18 @@ COMMANDS = { # words after `samsde` -> what it says, with exit status 2, or 1 wh
 
 # Entries of a list of bugs that are not mended yet: number -> cases
 BUGS = {
-    3: ["replace is text"],
-    4: ["norm of no module", "norm of rows without targets", "norm of no rows", "norm of a list", "norm in chunks of 0"],
-    5: ["exit without noise", "exit with negative noise", "exit in 0 dimensions", "exit to a negative distance", "exit at a rate of NaN"],
     6: ["moments from NaN"],
     7: ["eigenvectors at several points", "eigenvectors at NaN", "eigenvectors of nothing", "diagnosis at NaN"],
     8: ["observe nothing", "an observable named by a number"],
     9: ["an autoencoder of a list", "an autoencoder of no square", "an autoencoder that starts nowhere"],
     10: ["a jackknife of one run"],
     12: ["x0 for another sweep"],
-    13: ["gamma of floats for a sum", "select no function"],
-    14: ["no module", "a function for a module", "loss of a module is None", "inputs a number", "inputs of the wrong width", "labels out of range", "inputs with NaN", "targets infinite"],
-    15: ["sigma for each coordinate", "direction of whole numbers", "direction of a number", "direction without coordinates", "direction with two sigmas", "kappa in 0 dimensions", "kappa in 1.5 dimensions"],
     16: ["seed of draws is text", "seed of draws is negative", "covariance of nothing", "length of the noise of nothing", "length of the noise of a number", "an SDE's seed is text", "an SDE's seed is negative"],
     17: ["closure of nothing", "closure of an algorithm", "closure of a sweep", "closure without noise"],
     18: ["an unknown problem", "an unknown algorithm", "no problems", "an experiment at negative eta", "unknown data", "a network without units", "no mildest eigenvalue"],
     19: ["an observable of None", "checkpoint a number", "no nodes", "eigenvalue at a list", "diagnosis at several eta"],
     20: ["more times than memory"],
     21: ["reproduce error_vs_rho scaling --quick --problem quadratic"],
-    24: ["statistics of no module", "dimension is true"],
 }
 KNOWN = {case: n for n, cases in BUGS.items() for case in cases}
 def known(cases): return [pytest.param(c, marks=pytest.mark.xfail(strict=True, reason=f"bug {KNOWN[c]}", run=KNOWN[c] != 20)) if c in KNOWN else c for c in cases]
