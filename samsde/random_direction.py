@@ -29,7 +29,7 @@ def gaussian_integrals(r:Tensor, # ‖∇f‖ in units of the noise's standard d
     A = const * (bell * theta.cos()**(d - m)).sum(-1)
     return A, const * (d - 1) * (bell * s2).sum(-1) if d > 1 else const * torch.exp(-z[..., 0])
 
-# %% ../nbs/02b_random_direction.ipynb #3408ad2e
+# %% ../nbs/02b_random_direction.ipynb #1e2e1233
 FACTORS = dict(A=lambda v, q, s: v / s, along=lambda v, q, s: v * q**3 / s, share=lambda v, q, s: v) # from what is tabulated, in this order
 
 @functools.cache
@@ -40,6 +40,7 @@ def factor_table(d:int, dtype:torch.dtype, device:str) -> tuple[Tensor, int, int
     q = (torch.arange(cells)[:, None] + t) / cells
     A, along = gaussian_integrals((d * (1 - q) * (1 + q)).sqrt() / q, d)
     table = torch.linalg.solve(torch.linalg.vander(t).flip(-1), torch.stack([A, along / q**3, 1 - along / A], -1)).mT
+    table[0, 0, -1] = 0 # A(0) = 0: what were left of it is multiplied by r/s later
     end = torch.zeros_like(table[:1])
     end[..., -1] = table[-1].sum(-1) # at q = 1
     return torch.cat([table, end]).flatten(1).to(device, dtype), cells, degree
