@@ -129,7 +129,7 @@ class Response(NamedTuple):
     push: Callable # h, s, ξ (..., d), and w = h ḡ + s Σ^{1/2} ξ -> h E u + s J Σ^{1/2} ξ (..., d)
     sem: Tensor|float # standard error of E u, 0 where it has a closed form
 
-# %% ../nbs/03_implicit_regularizer.ipynb #44b9a0fd
+# %% ../nbs/03_implicit_regularizer.ipynb #df36fd14
 def response(algorithm:Algorithm, objective:Additive, x:Tensor, grad:Tensor, # ∇f(x)
              draws:int=1024, seed:int=0) -> Response:
     "E u and J Σ^{1/2} under additive noise, as their linear combinations"
@@ -139,7 +139,7 @@ def response(algorithm:Algorithm, objective:Additive, x:Tensor, grad:Tensor, # �
         return Response(lambda h, s, xi, w: w if isinstance(c, float) and c == 1 else c * w, 0.0)
     if law.silent:
         u = algorithm.perturbation(objective, x, torch.zeros_like(grad))
-        return Response(lambda h, s, xi, w: h * u, 0.0)
+        return Response(lambda h, s, xi, w: aligned(h * u, w=w), 0.0)
     if closed_form(algorithm, objective): return Response(sam_push(grad, law.sigma), 0.0)
     generator = generator_of(seed, x.device)
     half = torch.randn(law.size(draws) // 2, objective.dim, generator=generator, dtype=x.dtype, device=x.device)

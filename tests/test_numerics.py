@@ -93,7 +93,6 @@ def test_single_against_double(name, algorithm):
         assert single[what].dtype == F32 and off <= allowed, f"{what}: off by {off:.3g}, {off / allowed:.2g} of what is allowed"
         if value.abs().max() > 0: assert allowed < 1e-3 * value.abs().max(), f"{what}: the test would see nothing"
 
-@pytest.mark.xfail(strict=True, reason="bug 28: the shape of E u without noise")
 @pytest.mark.parametrize("algorithm", [SAM(.1), Cube(.1)], ids=lambda a: type(a).__name__)
 def test_no_noise_has_no_covariance_with_anything(algorithm):
     t = data()
