@@ -99,19 +99,23 @@ class SAM(Algorithm):
 # %% ../nbs/01_algorithm.ipynb #e207e4ca
 colours = {"SGD": "#949494", "USAM": "#0173b2", "DNSAM": "#de8f05", "SAM": "#029e73"} # one colour-blind-safe colour each, in all figures
 
-# %% ../nbs/01_algorithm.ipynb #f82b4c88
+# %% ../nbs/01_algorithm.ipynb #b31b64be
+def an_objective(objective) -> Objective:
+    "`objective` if it is one; else a TypeError"
+    if isinstance(objective, Objective): return objective
+    raise TypeError(f"objective must be an Objective, such as Quadratic(H), got {type(objective).__name__}")
+
 def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
     "Both, if they are what their names say; else a TypeError"
     if not isinstance(algorithm, Algorithm): raise TypeError(f"algorithm must be an Algorithm, such as SAM(0.05), got {algorithm!r}")
-    if not isinstance(objective, Objective): raise TypeError(f"objective must be an Objective, such as Quadratic(H), got {type(objective).__name__}")
-    return algorithm, objective
+    return algorithm, an_objective(objective)
 
 def axes_of(**values) -> dict: # name -> shape
     "The shapes of those values that have axes"
     return {name: v.shape for name, v in values.items() if isinstance(v, Tensor) and v.ndim}
 
 def spread(x:Tensor, **values) -> Tensor:
-    "`x` with the axes of a sweep over `values` (numbers, or tensors with one value for each path) before its last. Raises ValueError if they do not broadcast."
+    "`x` with the axes of a sweep over `values` (numbers, or tensors with one value for each path) before its last; a ValueError if they do not fit"
     shapes = axes_of(**values)
     return x.expand(*common(x=x.shape[:-1], **shapes), -1) if shapes else x
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['sgd_covariance', 'cross_covariance', 'noise_covariance', 'noise_dim', 'noise_sample']
 
-# %% ../nbs/04_hessian_noise.ipynb #8e50c716
+# %% ../nbs/04_hessian_noise.ipynb #12e5cb71
 import torch
 from torch import Tensor
 
-from .algorithm import Algorithm, pair, spread
+from .algorithm import Algorithm, an_objective, pair, spread
 from .implicit_regularizer import (all_samples, closed_form, expectation, first_axis, hessian_perturbation, over,
                                          perturbation_sum, response, weighted_sum)
 from .objective import Additive, FiniteSum, Objective, Quadratic, Support, aligned, per_path, point, psd_root
@@ -57,14 +57,14 @@ def columns(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int=1024, 
     if ratio != 1: q = q + (1 - ratio) * (objective.hvp(x, g) + objective.sample_hvp(x, singles.gammas, grad)) # n Hessian-vector products
     return law.tau**.5 * centred(g, singles), law.tau**.5 * algorithm.scale(grad) * centred(q, singles)
 
-# %% ../nbs/04_hessian_noise.ipynb #4fb18945
+# %% ../nbs/04_hessian_noise.ipynb #fba020dd
 def sgd_covariance(objective:Objective,
                    x:Tensor, # (..., d)
                    *, draws:int=1024, # γ drawn where there is no closed form: neither additive noise nor a finite sum
                    seed:int=0 # of those draws
                   ) -> Tensor: # (..., d, d)
     "Σ(x) = Cov(∇f_γ(x)), for minibatches of the objective's size"
-    if isinstance(objective, Additive): return objective.law.matrix(x.dtype, x.device).expand(*objective.check(x).shape[:-1], -1, -1)
+    if isinstance(an_objective(objective), Additive): return objective.law.matrix(x.dtype, x.device).expand(*objective.check(x).shape[:-1], -1, -1)
     single = isinstance(objective, FiniteSum)
     s = Support(all_samples(objective, x), True) if single else over(objective, x, draws, seed)
     g = centred(objective.sample_grad(x, s.gammas), s)
@@ -127,11 +127,11 @@ def noise_covariance(algorithm:Algorithm, objective:Objective,
     psd_root("the truncated covariance Σ + ρ(S + Sᵀ)", a)
     return a
 
-# %% ../nbs/04_hessian_noise.ipynb #3943df66
+# %% ../nbs/04_hessian_noise.ipynb #582b2e31
 def noise_dim(objective:Objective, algorithm:Algorithm|None=None, form:str="factor", draws:int=1024) -> int:
     "The length of ξ that `noise_sample` takes; without an algorithm, that of SGD's noise"
-    form = resolve(algorithm, objective, form) if algorithm else "sgd"
-    if isinstance(objective, Additive): return objective.law.size(draws) if form == "exact" else objective.dim
+    form = "sgd" if algorithm is None else resolve(*pair(algorithm, objective), form)
+    if isinstance(an_objective(objective), Additive): return objective.law.size(draws) if form == "exact" else objective.dim
     if form in ("none", "truncated"): return objective.dim
     return objective.n if by_sample(algorithm, objective, form) else objective.law.size(draws)
 

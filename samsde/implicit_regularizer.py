@@ -19,9 +19,9 @@ from .random_direction import gaussian_direction, gaussian_factors
 # %% ../nbs/03_implicit_regularizer.ipynb #regula0a
 _all_ = ["gaussian_direction"]
 
-# %% ../nbs/03_implicit_regularizer.ipynb #d4d866db
+# %% ../nbs/03_implicit_regularizer.ipynb #87d0a9da
 def generator_of(seed, device) -> torch.Generator:
-    return seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(seed)
+    return seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(whole("seed", seed, least=0))
 
 def over(objective:Objective, x:Tensor, draws:int,
          seed # of the draws: a number, then all points share them; or a generator, then each path has minibatches of its own

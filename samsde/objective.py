@@ -296,7 +296,7 @@ class Minibatches:
         return Support(torch.tensor(list(every), device=device).reshape(K, B), True)
     def size(self, draws:int) -> int: return self.count if self.count <= max(self.n, draws) else draws
 
-# %% ../nbs/00_objective.ipynb #0cccbcc3
+# %% ../nbs/00_objective.ipynb #15d6bbbf
 class FiniteSum(Objective):
     "The mean of `n` sample losses; γ is a minibatch of sample numbers. Raises ValueError on empty data or an impossible batch size."
     network = None # where it was made from a module
@@ -311,7 +311,7 @@ class FiniteSum(Objective):
                  chunk:int|None=None # samples, times paths, in one pass over the data, to bound memory; all if None. Needs `select`.
                 ):
         if not callable(sample_losses): raise TypeError(f"sample_losses must be a function of one point, got {type(sample_losses).__name__}")
-        if select is not None and not callable(select): raise TypeError(f"select must be a function of a point and sample numbers, got {type(select).__name__}")
+        if not callable(select or sample_losses): raise TypeError(f"select must be a function of a point and sample numbers, got {type(select).__name__}")
         if chunk and not select: raise ValueError("chunk needs select, the losses of chosen samples, got none")
         self.n, self.dim, self.law = whole("n", n), whole("dim", dim), Minibatches(n, batch_size, replace)
         self.chunk = chunk if chunk is None else whole("chunk", chunk)

@@ -54,7 +54,7 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
         return x - dt * objective.grad(x) - combination(algorithm, objective, x, w, form, support.gammas, v)
     return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
 
-# %% ../nbs/05_sde.ipynb #e946b7f0
+# %% ../nbs/05_sde.ipynb #58d92873
 class SDE:
     "dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 1). Raises ValueError or TypeError on arguments that make no SDE."
     def __init__(self, algorithm:Algorithm, # what it is a model of
@@ -70,7 +70,8 @@ class SDE:
         if expansion not in ("first", "exact"): raise ValueError(f"expansion must be 'first' or 'exact', got {expansion!r}")
         if order not in (1, 2): raise ValueError(f"order must be 1 or 2, got {order!r}")
         if order == 2 and expansion != "exact": raise ValueError(f"order=2 needs expansion='exact', got {expansion!r}")
-        self.expansion, self.order, self.draws, self.seed = expansion, order, whole("draws", draws), seed
+        self.expansion, self.order, self.draws = expansion, order, whole("draws", draws, least=4)
+        self.seed = seed if seed is None else whole("seed", seed, least=0)
         self.noise, self.form = noise, resolve(algorithm, objective, noise)
         self.noise_dim = noise_dim(objective, algorithm, noise, draws)
         self.shape # raises where ρ and η do not broadcast

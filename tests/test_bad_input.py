@@ -517,7 +517,6 @@ BUGS = {
     9: ["an autoencoder of a list", "an autoencoder of no square", "an autoencoder that starts nowhere"],
     10: ["a jackknife of one run"],
     12: ["x0 for another sweep"],
-    16: ["seed of draws is text", "seed of draws is negative", "covariance of nothing", "length of the noise of nothing", "length of the noise of a number", "an SDE's seed is text", "an SDE's seed is negative"],
     17: ["closure of nothing", "closure of an algorithm", "closure of a sweep", "closure without noise"],
     18: ["an unknown problem", "an unknown algorithm", "no problems", "an experiment at negative eta", "unknown data", "a network without units", "no mildest eigenvalue"],
     19: ["an observable of None", "checkpoint a number", "no nodes", "eigenvalue at a list", "diagnosis at several eta"],
