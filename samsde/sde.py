@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SDE']
 
-# %% ../nbs/05_sde.ipynb #68025b66
+# %% ../nbs/05_sde.ipynb #c0697dc1
 import torch
 from torch import Tensor
 
-from .algorithm import Algorithm, axes_of, pair, spread
+from .algorithm import Algorithm, Chain, axes_of, pair, spread
 from .hessian_noise import batch_formula, batch_sum, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
 from .implicit_regularizer import closed_form, drift, response
 from .objective import Additive, Objective, aligned, common, per_path, point, positive, whole
@@ -54,7 +54,7 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
         return x - dt * objective.grad(x) - combination(algorithm, objective, x, w, form, support.gammas, v)
     return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
 
-# %% ../nbs/05_sde.ipynb #58d92873
+# %% ../nbs/05_sde.ipynb #73f59e8b
 class SDE:
     "dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 1). Raises ValueError or TypeError on arguments that make no SDE."
     def __init__(self, algorithm:Algorithm, # what it is a model of
@@ -122,6 +122,13 @@ class SDE:
             x = euler_step(self, x, xi, h, seed)
         return x
     def to_torchsde(self): return ForTorchsde(self)
+
+# %% ../nbs/05_sde.ipynb #c74e5ec0
+def one_process(process) -> Chain|SDE:
+    "`process` if it is one Chain or SDE, not a sweep; else a TypeError or ValueError"
+    if not isinstance(process, (Chain, SDE)): raise TypeError(f"process must be a Chain or an SDE, got {type(process).__name__}")
+    if process.shape: raise ValueError(f"one eta and one rho at a time, got a sweep of shape {process.shape}")
+    return process
 
 # %% ../nbs/05_sde.ipynb #8704c0ba
 class ForTorchsde:

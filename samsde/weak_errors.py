@@ -7,7 +7,7 @@ __all__ = ['TrigonometricSum', 'circle_problem', 'torus_problem', 'periodic_exam
            'exact_difference', 'exact_error', 'circle_error', 'torus_error', 'linear_moments', 'stationary_covariance',
            'WeakError', 'weak_error']
 
-# %% ../nbs/05b_weak_errors.ipynb #78df3a03
+# %% ../nbs/05b_weak_errors.ipynb #8f9e63e7
 import functools, sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from torch import Tensor
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
 from .ensemble import simulate, time_grid
 from .implicit_regularizer import over
-from .objective import Additive, FiniteSum, Objective, Quadratic, aligned, point, positive, whole
-from .sde import SDE
+from .objective import Additive, FiniteSum, Objective, Quadratic, aligned, finite, point, positive, whole
+from .sde import SDE, one_process
 
 # %% ../nbs/05b_weak_errors.ipynb #73fb23be
 def wave_data(c, a, m, p) -> list: # tensors in double precision
@@ -38,7 +38,7 @@ def wave_data(c, a, m, p) -> list: # tensors in double precision
     if not (m == m.round()).all(): raise ValueError(f"m must hold whole numbers, or gradients are not periodic, got {m.tolist()}")
     return [c, a, m, p]
 
-# %% ../nbs/05b_weak_errors.ipynb #23e13a9e
+# %% ../nbs/05b_weak_errors.ipynb #efd944c6
 class TrigonometricSum(FiniteSum):
     "f_i(x) = c_i·x − Σ_j a_ij cos(m_ij·x + p_ij), Eq. (2). Raises ValueError if shapes do not fit or `m` is not whole."
     def __init__(self, c, a, m, p, # tilts (n, d), amplitudes (n, waves), wave vectors (n, waves, d), phases (n, waves)
@@ -194,7 +194,7 @@ def exact_difference(chain:Chain, # the algorithm
     "The weak error (1) at `t_end` from every node, exactly. Raises ValueError or TypeError if the two do not belong together."
     together(chain, sde)
     steps, dim = step_count(chain.eta, t_end), periodic(chain).dim
-    nodes = nodes or (96 if dim == 1 else 20)
+    if nodes is None: nodes = 96 if dim == 1 else 20
     x = torus_nodes(nodes, dim)[1]
     values = np.asarray(test(*x.numpy().T), dtype=float)
     if values.shape != (len(x),): raise ValueError(f"test must return one number for each of {len(x)} nodes, got shape {values.shape}")
@@ -239,11 +239,9 @@ def torus_error(algorithm:Algorithm, # any, on both sides
 # %% ../nbs/05b_weak_errors.ipynb #f5886ab1
 def linear_system(process:Chain|SDE) -> tuple[np.ndarray, np.ndarray]: # F and C, (d, d)
     "F and C of Eq. (5). Raises TypeError or ValueError unless the process is that of SGD or USAM on a Quadratic."
-    if not isinstance(process, (Chain, SDE)): raise TypeError(f"process must be a Chain or an SDE, got {type(process).__name__}")
-    if type(process.algorithm) not in (SGD, USAM) or not isinstance(process.objective, Quadratic):
+    if type(one_process(process).algorithm) not in (SGD, USAM) or not isinstance(process.objective, Quadratic):
         what = f"{process.algorithm!r} on {type(process.objective).__name__}"
         raise TypeError(f"moments are exact for SGD or USAM on a Quadratic, got {what}")
-    if process.shape: raise ValueError(f"one eta and one rho at a time, got a sweep of shape {process.shape}")
     H, array = process.objective.H, lambda v: v.double().cpu().numpy()
     eye, zero = torch.eye(len(H), dtype=H.dtype, device=H.device), torch.zeros_like(H)
     if isinstance(process, SDE): return array(process.drift(eye).T), array(process.covariance(zero[0]))
@@ -266,6 +264,7 @@ def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
     "Exact mean and covariance at `t_end`, Eq. (5). Raises TypeError or ValueError on another process, start or time."
     (F, C), d = linear_system(process), process.objective.dim
     if process.objective.check(x0, "x0").shape != (d,): raise ValueError(f"x0 must have shape ({d},), got {tuple(x0.shape)}")
+    finite("x0", x0)
     if isinstance(process, Chain): n = step_count(process.eta, t_end)
     else:
         n = 2**max(0, int(np.ceil(np.log2(np.abs(F).sum(1).max() * float(positive("t_end", t_end)) + 1e-300))))
