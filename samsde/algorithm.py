@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['colours', 'Algorithm', 'Linear', 'SGD', 'USAM', 'DNSAM', 'SAM', 'Chain']
 
-# %% ../nbs/01_algorithm.ipynb #c7682883
+# %% ../nbs/01_algorithm.ipynb #c860d67e
 import torch
 from torch import Tensor
 
@@ -119,7 +119,7 @@ def spread(x:Tensor, **values) -> Tensor:
     shapes = axes_of(**values)
     return x.expand(*common(x=x.shape[:-1], **shapes), -1) if shapes else x
 
-# %% ../nbs/01_algorithm.ipynb #8a824f50
+# %% ../nbs/01_algorithm.ipynb #6f1f120e
 class Chain:
     "The discrete process x⁺ = x − η G_ρ(x). Raises ValueError if `eta` is not positive or does not broadcast with ρ, TypeError on arguments of the wrong kind."
     def __init__(self, algorithm:Algorithm, # what steps

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sgd_covariance', 'cross_covariance', 'noise_covariance', 'noise_dim', 'noise_sample']
 
-# %% ../nbs/04_hessian_noise.ipynb #12e5cb71
+# %% ../nbs/04_hessian_noise.ipynb #4634edaf
 import torch
 from torch import Tensor
 
@@ -57,7 +57,7 @@ def columns(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int=1024, 
     if ratio != 1: q = q + (1 - ratio) * (objective.hvp(x, g) + objective.sample_hvp(x, singles.gammas, grad)) # n Hessian-vector products
     return law.tau**.5 * centred(g, singles), law.tau**.5 * algorithm.scale(grad) * centred(q, singles)
 
-# %% ../nbs/04_hessian_noise.ipynb #fba020dd
+# %% ../nbs/04_hessian_noise.ipynb #4fb18945
 def sgd_covariance(objective:Objective,
                    x:Tensor, # (..., d)
                    *, draws:int=1024, # γ drawn where there is no closed form: neither additive noise nor a finite sum
@@ -103,7 +103,7 @@ def resolve(algorithm:Algorithm, objective:Objective, form:str) -> str:
     if form == "exact" and isinstance(objective, Quadratic) and algorithm.scale is not None and not own: return "factor"
     return form
 
-# %% ../nbs/04_hessian_noise.ipynb #6f759ed8
+# %% ../nbs/04_hessian_noise.ipynb #999d11a0
 def noise_covariance(algorithm:Algorithm, objective:Objective,
                      x:Tensor, # (..., d)
                      form:str="factor", # "factor", "truncated", "exact", "sgd" or "none"
@@ -127,7 +127,7 @@ def noise_covariance(algorithm:Algorithm, objective:Objective,
     psd_root("the truncated covariance Σ + ρ(S + Sᵀ)", a)
     return a
 
-# %% ../nbs/04_hessian_noise.ipynb #582b2e31
+# %% ../nbs/04_hessian_noise.ipynb #3943df66
 def noise_dim(objective:Objective, algorithm:Algorithm|None=None, form:str="factor", draws:int=1024) -> int:
     "The length of ξ that `noise_sample` takes; without an algorithm, that of SGD's noise"
     form = "sgd" if algorithm is None else resolve(*pair(algorithm, objective), form)
@@ -176,7 +176,7 @@ def batch_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor, w:Tensor, h:fl
     Hu = Hu + objective.hvp(x, (1 - ratio) * a + h * (1 - tau) * grad) + (1 - ratio) * objective.weighted_hvp(x, w, grad)
     return h * grad + a + per_path(algorithm.rho, x) * algorithm.scale(grad) * Hu
 
-# %% ../nbs/04_hessian_noise.ipynb #65209496
+# %% ../nbs/04_hessian_noise.ipynb #b0a6e8f3
 def noise_sample(algorithm:Algorithm, objective:Objective,
                  x:Tensor, # (..., d)
                  xi:Tensor, # standard normal, (..., m) with m = noise_dim(objective, algorithm, form, draws)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['expectation', 'drift', 'regularized_loss', 'gaussian_direction']
 
-# %% ../nbs/03_implicit_regularizer.ipynb #7760ca4e
+# %% ../nbs/03_implicit_regularizer.ipynb #5e8ce5d2
 from typing import Callable, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from .random_direction import gaussian_direction, gaussian_factors
 # %% ../nbs/03_implicit_regularizer.ipynb #regula0a
 _all_ = ["gaussian_direction"]
 
-# %% ../nbs/03_implicit_regularizer.ipynb #87d0a9da
+# %% ../nbs/03_implicit_regularizer.ipynb #d4d866db
 def generator_of(seed, device) -> torch.Generator:
     return seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(whole("seed", seed, least=0))
 
@@ -72,7 +72,7 @@ def expectation(fn:Callable, # values of γ (k, 1, ..., 1, b) -> (k, ..., m)
     if support.exact: return shift + mean, torch.zeros_like(mean)
     return shift + mean, ((square / n - mean.detach()**2).clamp(min=0) / (n - 1)).sqrt()
 
-# %% ../nbs/03_implicit_regularizer.ipynb #ffd3d7b5
+# %% ../nbs/03_implicit_regularizer.ipynb #5189977e
 def gradient_product(objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
     "H_γ g_γ, the gradient of ½‖∇f_γ‖²"
     x = aligned(x, gamma=gamma)
@@ -129,7 +129,7 @@ class Response(NamedTuple):
     push: Callable # h, s, ξ (..., d), and w = h ḡ + s Σ^{1/2} ξ -> h E u + s J Σ^{1/2} ξ (..., d)
     sem: Tensor|float # standard error of E u, 0 where it has a closed form
 
-# %% ../nbs/03_implicit_regularizer.ipynb #df36fd14
+# %% ../nbs/03_implicit_regularizer.ipynb #44b9a0fd
 def response(algorithm:Algorithm, objective:Additive, x:Tensor, grad:Tensor, # ∇f(x)
              draws:int=1024, seed:int=0) -> Response:
     "E u and J Σ^{1/2} under additive noise, as their linear combinations"
@@ -159,7 +159,7 @@ def mean_hessian_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor
         return linear_mean(algorithm, objective, x, grad), torch.zeros_like(x)
     return expectation(lambda c: hessian_perturbation(algorithm, objective, x, c), over(objective, x, draws, seed), x)
 
-# %% ../nbs/03_implicit_regularizer.ipynb #83629680
+# %% ../nbs/03_implicit_regularizer.ipynb #a960ff3c
 def drift(algorithm:Algorithm, objective:Objective,
           x:Tensor, # (..., d)
           expansion:str="first", # "first": −(ḡ + ρ E[Hu]), or "exact": −E ∇f_γ(x + ρu)
@@ -189,7 +189,7 @@ def noise_trace(objective:Additive|FiniteSum, x:Tensor, grad:Tensor):
     spread = lambda c: (objective.sample_grad(x, c) - grad).square().sum(-1)
     return objective.law.tau * expectation(spread, Support(all_samples(objective, x), True), x)[0]
 
-# %% ../nbs/03_implicit_regularizer.ipynb #f69199ed
+# %% ../nbs/03_implicit_regularizer.ipynb #79d94cf8
 def regularized_loss(algorithm:Algorithm, objective:Objective,
                      x:Tensor, # (..., d)
                      *, draws:int=1024, # γ drawn where the expectation has no closed form

@@ -16,7 +16,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-# %% ../nbs/00_objective.ipynb #3e9ee7b0
+# %% ../nbs/00_objective.ipynb #d8084a09
 def positive(name:str, # what to call the value in the error message
              value, # a number, or a tensor with one value for each path
              zero:bool=False # is zero allowed?
@@ -131,7 +131,7 @@ def gradient(f:Callable, # (..., d) -> (...)
         if not total.requires_grad: return torch.zeros_like(x)
         return torch.autograd.grad(total, z, create_graph=track, allow_unused=True, materialize_grads=True)[0]
 
-# %% ../nbs/00_objective.ipynb #95331523
+# %% ../nbs/00_objective.ipynb #f18a48a7
 class Support(NamedTuple):
     "Values of γ over which an expectation is taken"
     gammas: Tensor # K values along the first axis
@@ -176,7 +176,7 @@ class Objective:
         x = aligned(self.check(x), gamma=gamma, v=self.check(v, "v"))
         return gradient(lambda z: (self.sample_grad(z, gamma) * v).sum(-1), x)
 
-# %% ../nbs/00_objective.ipynb #63c56705
+# %% ../nbs/00_objective.ipynb #439c3187
 class Gaussian:
     "The law N(0, Σ) on R^dim, with Σ = sigma² I or Σ = cov"
     def __init__(self, dim:int, # d
@@ -207,7 +207,7 @@ class Gaussian:
     @property
     def silent(self) -> bool: return self.trace == 0
 
-# %% ../nbs/00_objective.ipynb #58b4523c
+# %% ../nbs/00_objective.ipynb #5a04e1f4
 class Additive(Objective):
     "A loss whose gradient is seen with Gaussian noise: γ is the noise Z, and ∇f_γ(x) = ∇f(x) + Z"
     def __init__(self, dim:int, sigma:float=0.0, cov:Tensor|None=None):
@@ -220,7 +220,7 @@ class Additive(Objective):
         return aligned(g, gamma=point("gamma", gamma, self.dim, x.dtype)) + gamma, g
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor: return self.hvp(x, v)
 
-# %% ../nbs/00_objective.ipynb #2b08b808
+# %% ../nbs/00_objective.ipynb #46370c9d
 class Quadratic(Additive):
     "½ xᵀHx with additive Gaussian noise. Raises ValueError or TypeError if `H` is not finite, symmetric and floating-point."
     def __init__(self, H:Tensor, # (d, d), symmetric
@@ -268,7 +268,7 @@ class NoisyLoss(Additive):
         if out.shape == x.shape[:-1]: return out
         raise ValueError(f"the loss of one point must be a scalar, got shape {tuple(out.shape[x.ndim - 1:])}")
 
-# %% ../nbs/00_objective.ipynb #2ef76139
+# %% ../nbs/00_objective.ipynb #d57cdde1
 class Minibatches:
     "The law of minibatches of `batch_size` sample numbers out of `n`. Raises ValueError if that is impossible."
     def __init__(self, n:int, # number of samples, N
@@ -296,7 +296,7 @@ class Minibatches:
         return Support(torch.tensor(list(every), device=device).reshape(K, B), True)
     def size(self, draws:int) -> int: return self.count if self.count <= max(self.n, draws) else draws
 
-# %% ../nbs/00_objective.ipynb #15d6bbbf
+# %% ../nbs/00_objective.ipynb #0b4c3bd7
 class FiniteSum(Objective):
     "The mean of `n` sample losses; γ is a minibatch of sample numbers. Raises ValueError on empty data or an impossible batch size."
     network = None # where it was made from a module
@@ -447,7 +447,7 @@ def check_data(module, loss, X, y):
         finite(name, t)
     if len(X) == 0 or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
 
-# %% ../nbs/00_objective.ipynb #541b7a0c
+# %% ../nbs/00_objective.ipynb #971a9414
 class Network:
     "A module, its loss and its data, as a function of its flat trainable parameters. Raises ValueError or TypeError if it is none."
     def __init__(self, module:torch.nn.Module, # any network

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import LBFGS, Optimizer
 
-# %% ../nbs/08_optim.ipynb #9ea7525a
+# %% ../nbs/08_optim.ipynb #07a7a88b
 def checked_radius(rho) -> float:
     "`rho` if it is a non-negative finite number; else a ValueError or TypeError"
     if isinstance(rho, bool) or not isinstance(rho, (int, float)): raise TypeError(f"rho must be a number, got {type(rho).__name__}")
@@ -141,7 +141,7 @@ class DNSAM(Perturbed):
         raise ValueError(f"DNSAM divides by full_grad_norm(), which must be positive and finite, got {n}")
     def __getstate__(self): return super().__getstate__() | dict(full_grad_norm=self.full_grad_norm)
 
-# %% ../nbs/08_optim.ipynb #9b065599
+# %% ../nbs/08_optim.ipynb #978ad10b
 def full_gradient_norm(module:torch.nn.Module,
                        loss:Callable, # loss(module(X), y), a mean over the samples
                        X:Tensor, y:Tensor, # all of the data
@@ -163,7 +163,7 @@ def full_gradient_norm(module:torch.nn.Module,
         return norm(list(total))
     return current
 
-# %% ../nbs/08_optim.ipynb #35a6bb92
+# %% ../nbs/08_optim.ipynb #c1301790
 @contextmanager
 def frozen_statistics(module:torch.nn.Module):
     "A context in which the running statistics of batch norm (and of instance norm) are put back at the end"

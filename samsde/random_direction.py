@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GaussianDirection', 'gaussian_direction', 'kappa']
 
-# %% ../nbs/02b_random_direction.ipynb #7797ea47
+# %% ../nbs/02b_random_direction.ipynb #50ecba99
 import functools, math
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ def gaussian_integrals(r:Tensor, # ‖∇f‖ in units of the noise's standard d
     A = const * (bell * theta.cos()**(d - m)).sum(-1)
     return A, const * (d - 1) * (bell * s2).sum(-1) if d > 1 else const * torch.exp(-z[..., 0])
 
-# %% ../nbs/02b_random_direction.ipynb #1e2e1233
+# %% ../nbs/02b_random_direction.ipynb #3408ad2e
 FACTORS = dict(A=lambda v, q, s: v / s, along=lambda v, q, s: v * q**3 / s, share=lambda v, q, s: v) # from what is tabulated, in this order
 
 @functools.cache
@@ -62,7 +62,7 @@ def gaussian_factors(square:Tensor, # ‖∇f‖², (...)
         return FACTORS[name](v, q, sigma).to(square.dtype)
     return [value(name) for name in names]
 
-# %% ../nbs/02b_random_direction.ipynb #8aa69822
+# %% ../nbs/02b_random_direction.ipynb #475563f8
 class GaussianDirection(NamedTuple):
     "Moments of u = g/‖g‖ for g = ḡ + Z, Z ~ N(0, σ² I)"
     norm: Tensor # E‖g‖, (...)
@@ -80,7 +80,7 @@ def gaussian_direction(g:Tensor, # ḡ, (..., d)
     A, along = gaussian_factors(r.square(), sigma, g.shape[-1], "A", "along")
     return GaussianDirection(A * r**2 + sigma**2 * ((g.shape[-1] - 1) * A + along), A[..., None] * g, sigma**2 * along, sigma**2 * A)
 
-# %% ../nbs/02b_random_direction.ipynb #0ef8f249
+# %% ../nbs/02b_random_direction.ipynb #44848135
 def kappa(d:int) -> float:
     "κ_d of Eq. (6): E[g/‖g‖] = κ_d ḡ/s to first order in ḡ, for g ~ N(ḡ, s² I) in d dimensions"
     d = whole("d", d)

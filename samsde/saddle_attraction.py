@@ -6,7 +6,7 @@
 __all__ = ['hover_radius', 'Verdict', 'is_attracting', 'exit_time', 'escape_time', 'flow', 'basin_radius', 'latest_arrival',
            'arrival_time']
 
-# %% ../nbs/07_saddle_attraction.ipynb #fbf4ffad
+# %% ../nbs/07_saddle_attraction.ipynb #sflow020
 import math
 from dataclasses import dataclass
 
@@ -94,7 +94,7 @@ def is_attracting(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     _, stays, reason = regime(lam, eta)
     return Verdict(stays, reason + quiet)
 
-# %% ../nbs/07_saddle_attraction.ipynb #128c4bbd
+# %% ../nbs/07_saddle_attraction.ipynb #45382553
 def exit_time(a:float, # growth rate, of any sign
               D:float, # noise
               m:int, # dimension

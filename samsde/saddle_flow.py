@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['flow', 'basin_radius', 'latest_arrival', 'arrival_time']
 
-# %% ../nbs/06b_saddle_flow.ipynb #217b6739
+# %% ../nbs/06b_saddle_flow.ipynb #sflow003
 import math
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm
 from .objective import finite, one, point, positive, symmetric, whole
 
-# %% ../nbs/06b_saddle_flow.ipynb #cfe40ee3
+# %% ../nbs/06b_saddle_flow.ipynb #b4196ecb
 def spectrum(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
              H:Tensor # (d, d), symmetric
             ) -> tuple[float, np.ndarray, np.ndarray]: # ρ, eigenvalues in ascending order, eigenvectors in columns
@@ -31,7 +31,7 @@ def normalised(algorithm:Algorithm, rho:float) -> bool:
     "Does it divide by the norm of the gradient (and move at all)?"
     return type(algorithm) in (SAM, DNSAM) and rho > 0
 
-# %% ../nbs/06b_saddle_flow.ipynb #ee3f940c
+# %% ../nbs/06b_saddle_flow.ipynb #5b7a2a26
 def coordinates(H:Tensor, V:np.ndarray, x0:Tensor) -> np.ndarray: # (paths, d)
     "Starting points in the eigenvectors' coordinates. Raises ValueError or TypeError if `x0` does not fit."
     return finite("x0", point("x0", x0, len(H), H.dtype)).detach().double().cpu().numpy().reshape(-1, len(H)) @ V

@@ -511,15 +511,12 @@ COMMANDS = { # words after `samsde` -> what it says, with exit status 2, or 1 wh
 
 # Entries of a list of bugs that are not mended yet: number -> cases
 BUGS = {
-    6: ["moments from NaN"],
-    7: ["eigenvectors at several points", "eigenvectors at NaN", "eigenvectors of nothing", "diagnosis at NaN"],
     8: ["observe nothing", "an observable named by a number"],
     9: ["an autoencoder of a list", "an autoencoder of no square", "an autoencoder that starts nowhere"],
     10: ["a jackknife of one run"],
     12: ["x0 for another sweep"],
-    17: ["closure of nothing", "closure of an algorithm", "closure of a sweep", "closure without noise"],
     18: ["an unknown problem", "an unknown algorithm", "no problems", "an experiment at negative eta", "unknown data", "a network without units", "no mildest eigenvalue"],
-    19: ["an observable of None", "checkpoint a number", "no nodes", "eigenvalue at a list", "diagnosis at several eta"],
+    19: ["an observable of None", "checkpoint a number"],
     20: ["more times than memory"],
     21: ["reproduce error_vs_rho scaling --quick --problem quadratic"],
 }
