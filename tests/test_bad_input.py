@@ -14,7 +14,7 @@ from samsde import cli, optim
 from samsde.algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Linear
 from samsde.diagnosis import diagnose, largest_eigenvalue, top_eigenvectors
 from samsde.ensemble import simulate
-from samsde.experiments import error_vs_rho, escape, experiment, problems, saddles, scaling
+from samsde.experiments import error_vs_rho, escape, experiment, flat_minima, networks, problems, saddles, scaling, suboptimality as levels
 from samsde.hessian_noise import cross_covariance, noise_covariance, noise_dim, noise_sample, sgd_covariance
 from samsde.implicit_regularizer import drift, gaussian_direction, regularized_loss
 from samsde.objective import FiniteSum, Gaussian, Minibatches, NoisyLoss, Quadratic
@@ -490,6 +490,10 @@ TABLE |= { # experiments
     "an experiment of one run": (lambda: error_vs_rho.measure(quick=True, problems=["quadratic"], runs=1), ValueError, "runs must be at least 3, got 1"),
     "an experiment with a negative seed": (lambda: error_vs_rho.measure(quick=True, problems=["quadratic"], seed=-1), ValueError, "seed must be at least 0, got -1"),
     "saddles with a negative seed": (lambda: saddles.measure(quick=True, seed=-1), ValueError, "seed must be at least 0, got -1"),
+    "scaling with a negative seed": (lambda: scaling.measure(quick=True, seed=-1), ValueError, "seed must be at least 0, got -1"),
+    "levels with a negative seed": (lambda: levels.measure(quick=True, seed=-1), ValueError, "seed must be at least 0, got -1"),
+    "flat minima with a negative seed": (lambda: flat_minima.measure(quick=True, seed=-1), ValueError, "seed must be at least 0, got -1"),
+    "networks with a negative seed": (lambda: networks.measure(quick=True, seed=-1), ValueError, "seed must be at least 0, got -1"),
     "unknown data": (lambda: problems.classification("mnist"), ValueError, "data must be .* 'mnist'"),
     "a quadratic in 0 dimensions": (lambda: problems.quadratic(d=0), ValueError, r"square matrix .* \(0, 0\)"),
     "a problem with negative noise": (lambda: problems.teacher_student(sigma=-1), ValueError, "sigma must be non-negative and finite, got -1"),
@@ -512,13 +516,9 @@ COMMANDS = { # words after `samsde` -> what it says, with exit status 2, or 1 wh
 # Entries of a list of bugs that are not mended yet: number -> cases
 BUGS = {
     8: ["observe nothing", "an observable named by a number"],
-    9: ["an autoencoder of a list", "an autoencoder of no square", "an autoencoder that starts nowhere"],
-    10: ["a jackknife of one run"],
     12: ["x0 for another sweep"],
-    18: ["an unknown problem", "an unknown algorithm", "no problems", "an experiment at negative eta", "unknown data", "a network without units", "no mildest eigenvalue"],
     19: ["an observable of None", "checkpoint a number"],
     20: ["more times than memory"],
-    21: ["reproduce error_vs_rho scaling --quick --problem quadratic"],
 }
 KNOWN = {case: n for n, cases in BUGS.items() for case in cases}
 def known(cases): return [pytest.param(c, marks=pytest.mark.xfail(strict=True, reason=f"bug {KNOWN[c]}", run=KNOWN[c] != 20)) if c in KNOWN else c for c in cases]
