@@ -99,7 +99,7 @@ class SAM(Algorithm):
 # %% ../nbs/01_algorithm.ipynb #e207e4ca
 colours = {"SGD": "#949494", "USAM": "#0173b2", "DNSAM": "#de8f05", "SAM": "#029e73"} # one colour-blind-safe colour each, in all figures
 
-# %% ../nbs/01_algorithm.ipynb #b31b64be
+# %% ../nbs/01_algorithm.ipynb #b07a64c6
 def an_objective(objective) -> Objective:
     "`objective` if it is one; else a TypeError"
     if isinstance(objective, Objective): return objective
@@ -115,13 +115,13 @@ def axes_of(**values) -> dict: # name -> shape
     return {name: v.shape for name, v in values.items() if isinstance(v, Tensor) and v.ndim}
 
 def spread(x:Tensor, **values) -> Tensor:
-    "`x` with the axes of a sweep over `values` (numbers, or tensors with one value for each path) before its last; a ValueError if they do not fit"
+    "`x` with the axes of a sweep over `values`, numbers or tensors, before its last; a ValueError if they do not fit"
     shapes = axes_of(**values)
     return x.expand(*common(x=x.shape[:-1], **shapes), -1) if shapes else x
 
 # %% ../nbs/01_algorithm.ipynb #6f1f120e
 class Chain:
-    "The discrete process x⁺ = x − η G_ρ(x). Raises ValueError if `eta` is not positive or does not broadcast with ρ, TypeError on arguments of the wrong kind."
+    "The discrete process x⁺ = x − η G_ρ(x). Raises ValueError or TypeError on arguments that make none."
     def __init__(self, algorithm:Algorithm, # what steps
                  objective:Objective, # on which loss
                  eta # learning rate η; a number, or a tensor that broadcasts over the paths

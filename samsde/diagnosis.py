@@ -19,11 +19,11 @@ from .algorithm import Algorithm, an_objective, colours, pair
 from .implicit_regularizer import drift, hessian_perturbation, pieces
 from .objective import Objective, finite, floating, one, positive, whole
 
-# %% ../nbs/08b_diagnosis.ipynb #ff9fd31f
+# %% ../nbs/08b_diagnosis.ipynb #f41251e1
 def one_point(objective, x) -> Tensor: # (d,)
     "`x` if it is one finite point of an objective; else a ValueError or TypeError"
-    if an_objective(objective).check(x).ndim != 1: raise ValueError(f"x must be one point of shape ({objective.dim},), got {tuple(x.shape)}")
-    return finite("x", x)
+    if an_objective(objective).check(x).ndim == 1: return finite("x", x)
+    raise ValueError(f"x must be one point of shape ({objective.dim},), got {tuple(x.shape)}")
 
 # %% ../nbs/08b_diagnosis.ipynb #990e4ab5
 def top_eigenvectors(objective:Objective,

@@ -64,7 +64,8 @@ def sgd_covariance(objective:Objective,
                    seed:int=0 # of those draws
                   ) -> Tensor: # (..., d, d)
     "Σ(x) = Cov(∇f_γ(x)), for minibatches of the objective's size"
-    if isinstance(an_objective(objective), Additive): return objective.law.matrix(x.dtype, x.device).expand(*objective.check(x).shape[:-1], -1, -1)
+    if isinstance(an_objective(objective), Additive):
+        return objective.law.matrix(x.dtype, x.device).expand(*objective.check(x).shape[:-1], -1, -1)
     single = isinstance(objective, FiniteSum)
     s = Support(all_samples(objective, x), True) if single else over(objective, x, draws, seed)
     g = centred(objective.sample_grad(x, s.gammas), s)

@@ -96,11 +96,12 @@ def psd_root(name:str, # what to call the matrix in the error message
         raise ValueError(f"{name} must be positive semidefinite, got an eigenvalue of {least.min().item():.9g}")
     return (V * lam.clamp(min=0).sqrt()[..., None, :]) @ V.mT
 
-# %% ../nbs/00_objective.ipynb #f416ad07
+# %% ../nbs/00_objective.ipynb #644f3395
 def common(**shapes) -> torch.Size: # leading axes by name
     "The shape to which all broadcast; else a ValueError that names them"
     try: return torch.broadcast_shapes(*shapes.values())
-    except RuntimeError: raise ValueError(f"leading axes must broadcast, got {', '.join(f'{k} {tuple(v)}' for k, v in shapes.items())}") from None
+    except RuntimeError:
+        raise ValueError(f"leading axes must broadcast, got {', '.join(f'{k} {tuple(v)}' for k, v in shapes.items())}") from None
 
 def aligned(x:Tensor, **others:Tensor) -> Tensor: # (..., d) each
     "`x` with the leading axes that all have together; a ValueError if they do not broadcast"
@@ -311,7 +312,8 @@ class FiniteSum(Objective):
                  chunk:int|None=None # samples, times paths, in one pass over the data, to bound memory; all if None. Needs `select`.
                 ):
         if not callable(sample_losses): raise TypeError(f"sample_losses must be a function of one point, got {type(sample_losses).__name__}")
-        if not callable(select or sample_losses): raise TypeError(f"select must be a function of a point and sample numbers, got {type(select).__name__}")
+        if not callable(select or sample_losses):
+            raise TypeError(f"select must be a function of a point and sample numbers, got {type(select).__name__}")
         if chunk and not select: raise ValueError("chunk needs select, the losses of chosen samples, got none")
         self.n, self.dim, self.law = whole("n", n), whole("dim", dim), Minibatches(n, batch_size, replace)
         self.chunk = chunk if chunk is None else whole("chunk", chunk)

@@ -147,7 +147,8 @@ def full_gradient_norm(module:torch.nn.Module,
                        X:Tensor, y:Tensor, # all of the data
                        chunk:int=1024 # samples that are treated at a time
                       ) -> Callable: # () -> ‖∇f‖
-    "What `DNSAM` takes as `full_grad_norm`: the norm of the gradient of the mean loss over all data, at the module's current parameters. Raises ValueError or TypeError on bad input."
+    """What `DNSAM` takes as `full_grad_norm`: the norm of the gradient of the mean loss over all data, at the module's current parameters.
+    Raises ValueError or TypeError on bad input."""
     params = [p for p in checked_module(module).parameters() if p.requires_grad]
     for name, t in (("X", X), ("y", y)):
         if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")

@@ -73,7 +73,7 @@ class GaussianDirection(NamedTuple):
 def gaussian_direction(g:Tensor, # ḡ, (..., d)
                        sigma:float # standard deviation of each coordinate
                       ) -> GaussianDirection:
-    "The closed forms of Eqs. (3) to (5); their limits if `sigma` is 0. Raises ValueError or TypeError if `sigma` is negative or no number, or `g` no vector."
+    "The closed forms of Eqs. (3) to (5); their limits if `sigma` is 0. Raises ValueError or TypeError on bad input."
     if floating("g", g).ndim == 0 or not g.shape[-1]: raise ValueError(f"g must have shape (..., d), got {tuple(g.shape)}")
     r, sigma = torch.linalg.vector_norm(g, dim=-1), one("sigma", sigma, zero=True)
     if sigma == 0: return GaussianDirection(r, g / torch.where(r == 0, 1, r)[..., None], torch.zeros_like(r), torch.zeros_like(r))

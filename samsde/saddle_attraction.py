@@ -100,7 +100,8 @@ def exit_time(a:float, # growth rate, of any sign
               m:int, # dimension
               L:float # distance
              ) -> float:
-    "Mean time to reach distance L from 0 for dx = a x dt + √D dW in m dimensions, Eq. (13); inf beyond what a double can hold. Raises ValueError or TypeError on bad input."
+    """Mean time to reach distance L from 0 for dx = a x dt + √D dW in m dimensions, Eq. (13); inf beyond what a double can hold.
+    Raises ValueError or TypeError on bad input."""
     if not math.isfinite(a): raise ValueError(f"a must be finite, got {a}")
     D, m, L = one("D", D), whole("m", m), one("L", L)
     Z, f = a * L**2 / D, lambda z: hyp1f1(1, m / 2 + 1, -z)

@@ -198,7 +198,7 @@ def measure(quick:bool=False, # fewer runs, for a first look
     "Errors of all models of all algorithms on all problems. Raises ValueError on bad input."
     tables, eta = [], one("eta", eta)
     for name in problems: one_of("problem", name, PROBLEMS)
-    if not problems or not algorithms: raise ValueError(f"problems and algorithms must hold a name each, got {list(problems)} and {list(algorithms)}")
+    if not problems or not algorithms: raise ValueError(f"problems and algorithms must not be empty, got {problems} and {algorithms}")
     rhos = [radii(eta)[k] for k in (0, 4, 6)] if quick and rhos is None else rhos
     for name in problems:
         problem = PROBLEMS[name](dtype, device)
