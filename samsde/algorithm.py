@@ -9,7 +9,7 @@ __all__ = ['Algorithm', 'Linear', 'SGD', 'USAM', 'DNSAM', 'SAM', 'Chain', 'colou
 import torch
 from torch import Tensor
 
-from .objective import Additive, Objective, gradient, per_path, positive
+from .objective import Additive, Objective, common, gradient, per_path, positive
 from .style import colours
 
 # %% ../nbs/01_algorithm.ipynb #2f2506ca
@@ -100,34 +100,38 @@ class SAM(Algorithm):
 # %% ../nbs/01_algorithm.ipynb #e207e4ca
 _all_ = ["colours"] # also here, beside the algorithms
 
-# %% ../nbs/01_algorithm.ipynb #013bf355
+# %% ../nbs/01_algorithm.ipynb #b07a64c6
+def an_objective(objective) -> Objective:
+    "`objective` if it is one; else a TypeError"
+    if isinstance(objective, Objective): return objective
+    raise TypeError(f"objective must be an Objective, such as Quadratic(H), got {type(objective).__name__}")
+
 def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
     "Both, if they are what their names say; else a TypeError"
     if not isinstance(algorithm, Algorithm): raise TypeError(f"algorithm must be an Algorithm, such as SAM(0.05), got {algorithm!r}")
-    if not isinstance(objective, Objective): raise TypeError(f"objective must be an Objective, such as Quadratic(H), got {type(objective).__name__}")
-    return algorithm, objective
+    return algorithm, an_objective(objective)
 
-def broadcast_shape(*values) -> tuple:
-    "The common shape of numbers and tensors"
-    shapes = [v.shape for v in values if isinstance(v, Tensor) and v.ndim]
-    return tuple(torch.broadcast_shapes(*shapes)) if shapes else ()
+def axes_of(**values) -> dict: # name -> shape
+    "The shapes of those values that have axes"
+    return {name: v.shape for name, v in values.items() if isinstance(v, Tensor) and v.ndim}
 
-def spread(x:Tensor, *values) -> Tensor:
-    "`x` with the axes of a sweep over `values` (numbers, or tensors with one value for each path) before its last"
-    shape = broadcast_shape(*values)
-    return x.expand(*torch.broadcast_shapes(x.shape[:-1], shape), -1) if shape else x
+def spread(x:Tensor, **values) -> Tensor:
+    "`x` with the axes of a sweep over `values`, numbers or tensors, before its last; a ValueError if they do not fit"
+    shapes = axes_of(**values)
+    return x.expand(*common(x=x.shape[:-1], **shapes), -1) if shapes else x
 
 # %% ../nbs/01_algorithm.ipynb #6f1f120e
 class Chain:
-    "The discrete process x⁺ = x − η G_ρ(x). Raises ValueError if `eta` is not positive, TypeError on arguments of the wrong kind."
+    "The discrete process x⁺ = x − η G_ρ(x). Raises ValueError or TypeError on arguments that make none."
     def __init__(self, algorithm:Algorithm, # what steps
                  objective:Objective, # on which loss
                  eta # learning rate η; a number, or a tensor that broadcasts over the paths
                 ):
         self.algorithm, self.objective, self.eta = *pair(algorithm, objective), positive("eta", eta)
+        self.shape # raises where ρ and η do not broadcast
 
     @property
-    def shape(self) -> tuple: return broadcast_shape(self.algorithm.rho, self.eta)
+    def shape(self) -> tuple: return tuple(common(**axes_of(rho=self.algorithm.rho, eta=self.eta)))
     @property
     def noise_dim(self) -> int: return self.objective.dim if isinstance(self.objective, Additive) else self.objective.law.batch_size
     def step(self, x:Tensor, gamma:Tensor) -> Tensor: return self.algorithm.step(self.objective, x, self.eta, gamma)

@@ -94,9 +94,12 @@ def main(argv:list|None=None) -> int:
     "The console script; returns the exit status"
     options = parser().parse_args(argv)
     try:
-        for experiment in chosen(["all"] if options.list else options.names):
-            if options.list: print(f"{experiment.name:16} {experiment.question} ({experiment.full})")
-            else: reproduce(experiment, options)
+        experiments = chosen(["all"] if options.list else options.names)
+        if options.list:
+            for e in experiments: print(f"{e.name:16} {e.question} ({e.full})")
+            return 0
+        for e in experiments: own_options(e, options) # what one of them refuses is said before the first runs
+        for e in experiments: reproduce(e, options)
     except (DivergenceError, ValueError, OSError) as e:
         print(f"samsde: {e}", file=sys.stderr)
         return 1

@@ -15,24 +15,31 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from .algorithm import Algorithm, pair
+from .algorithm import Algorithm, an_objective, pair
 from .style import colours
 from .implicit_regularizer import drift, hessian_perturbation, pieces
-from .objective import Objective, positive, whole
+from .objective import Objective, finite, floating, one, positive, whole
+
+# %% ../nbs/08b_diagnosis.ipynb #f41251e1
+def one_point(objective, x) -> Tensor: # (d,)
+    "`x` if it is one finite point of an objective; else a ValueError or TypeError"
+    if an_objective(objective).check(x).ndim == 1: return finite("x", x)
+    raise ValueError(f"x must be one point of shape ({objective.dim},), got {tuple(x.shape)}")
 
 # %% ../nbs/08b_diagnosis.ipynb #990e4ab5
 def top_eigenvectors(objective:Objective,
                      x:Tensor, # one point, (d,)
                      k:int=3 # how many, at most d
                     ) -> tuple[Tensor, Tensor]: # (k,) in falling order, and (k, d)
-    "The largest eigenvalues of ∇²f(x) and their eigenvectors. Raises ValueError on a k that is none."
-    d, k = objective.dim, whole("k", k)
+    "The largest eigenvalues of ∇²f(x) and their eigenvectors. Raises ValueError or TypeError on a k or a point that is none."
+    x, d, k = one_point(objective, x), objective.dim, whole("k", k)
     if k > d: raise ValueError(f"k must be at most the dimension {d}, got {k}")
     if k > d / 2:
         values, vectors = torch.linalg.eigh(objective.hessian(x))
         return values[-k:].flip(0), vectors.T[-k:].flip(0)
     def product(v): return objective.hvp(x, torch.from_numpy(np.ascontiguousarray(v.ravel())).to(x)).double().cpu().numpy()
     start = np.random.default_rng(0).standard_normal(d)
+    if not product(start).any(): return x.new_zeros(k), torch.eye(k, d).to(x) # the zero matrix, at which Lanczos fails
     values, vectors = eigsh(LinearOperator((d, d), product, dtype=np.float64), k, which="LA", v0=start, tol=1e-6 if x.dtype == torch.float64 else 1e-3)
     order = np.argsort(-values)
     return torch.from_numpy(values[order].copy()).to(x), torch.from_numpy(vectors.T[order].copy()).to(x)
@@ -43,11 +50,12 @@ def largest_eigenvalue(hvp:Callable, # x, v, (..., d) each -> (..., d), such as 
                        steps:int=12 # Hessian-vector products
                       ) -> Tensor: # (...)
     "The largest eigenvalue at every point, from below, by Lanczos' method with full orthogonalisation"
-    v = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x).expand_as(x)
+    v = torch.randn(floating("x", x).shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x).expand_as(x)
     Q, diagonal, beside = (v / torch.linalg.vector_norm(v, dim=-1, keepdim=True))[None], [], []
     for _ in range(min(whole("steps", steps), x.shape[-1])):
         w = hvp(x, Q[-1])
-        diagonal.append((w * Q[-1]).sum(-1))
+        value = (w * Q[-1]).sum(-1)
+        diagonal.append(torch.where(Q[-1].any(-1), value, diagonal[-1]) if diagonal else value) # a vector is 0 where the space is exhausted
         for _ in range(2): w = w - ((w * Q).sum(-1, keepdim=True) * Q).sum(0)
         beside.append(torch.linalg.vector_norm(w, dim=-1))
         Q = torch.cat([Q, (w / beside[-1][..., None].clamp(min=torch.finfo(x.dtype).tiny))[None]])
@@ -127,8 +135,8 @@ def diagnose(algorithm:Algorithm, # with one radius
     """Is the SDE of an algorithm a fair model at a point? Terms, of which all but the first are ratios: "gradient", ‖ḡ‖; "regulariser", ρ‖E[Hu]‖/‖ḡ‖;
     "neglected in ρ", ‖E[G] − E[g + ρHu]‖/‖b‖, and "error of that", the size that the draws alone would give it; "neglected in η", ½‖b(x + ηb) − b(x)‖/‖b‖;
     "noise", the root of the noise's total variance in one step over ‖ηb‖; "noise, SGD", that of SGD's. Raises ValueError or TypeError on bad input."""
-    eta, draws, rho = float(positive("eta", eta)), whole("draws", draws, least=4), pair(algorithm, objective)[0].rho
-    if objective.check(x).ndim != 1: raise ValueError(f"x must be one point of shape ({objective.dim},), got {tuple(x.shape)}")
+    eta, draws, rho = one("eta", eta), whole("draws", draws, least=4), pair(algorithm, objective)[0].rho
+    x = one_point(objective, x)
     if isinstance(rho, Tensor) and rho.ndim: raise ValueError(f"the algorithm must have one radius, got shape {tuple(rho.shape)}")
     positive("tolerance", tolerance)
     lam, vectors = top_eigenvectors(objective, x, top)

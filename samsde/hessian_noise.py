@@ -9,10 +9,10 @@ __all__ = ['sgd_covariance', 'cross_covariance', 'noise_covariance', 'noise_dim'
 import torch
 from torch import Tensor
 
-from .algorithm import Algorithm, pair, spread
+from .algorithm import Algorithm, an_objective, pair, spread
 from .implicit_regularizer import (all_samples, closed_form, expectation, first_axis, hessian_perturbation, over,
                                          perturbation_sum, response, weighted_sum)
-from .objective import Additive, FiniteSum, Objective, Quadratic, Support, per_path, psd_root
+from .objective import Additive, FiniteSum, Objective, Quadratic, Support, aligned, per_path, point, psd_root
 from .sample_sums import pull, way_of
 
 # %% ../nbs/04_hessian_noise.ipynb #5289c90f
@@ -64,7 +64,8 @@ def sgd_covariance(objective:Objective,
                    seed:int=0 # of those draws
                   ) -> Tensor: # (..., d, d)
     "Σ(x) = Cov(∇f_γ(x)), for minibatches of the objective's size"
-    if isinstance(objective, Additive): return objective.law.matrix(x.dtype, x.device).expand(*objective.check(x).shape[:-1], -1, -1)
+    if isinstance(an_objective(objective), Additive):
+        return objective.law.matrix(x.dtype, x.device).expand(*objective.check(x).shape[:-1], -1, -1)
     single = isinstance(objective, FiniteSum)
     s = Support(all_samples(objective, x), True) if single else over(objective, x, draws, seed)
     g = centred(objective.sample_grad(x, s.gammas), s)
@@ -112,7 +113,7 @@ def noise_covariance(algorithm:Algorithm, objective:Objective,
                     ) -> Tensor: # (..., d, d)
     "a(x), the covariance of the noise without η. Raises ValueError on an unknown form, or a truncated one that is no covariance."
     pair(algorithm, objective)
-    x, rho = spread(objective.check(x), algorithm.rho), per_path(per_path(algorithm.rho, x), x)
+    x, rho = spread(objective.check(x), rho=algorithm.rho), per_path(per_path(algorithm.rho, x), x)
     form = resolve(algorithm, objective, form)
     if form == "none": return torch.zeros(*x.shape, objective.dim, dtype=x.dtype, device=x.device)
     if form == "sgd": return sgd_covariance(objective, x, draws=draws, seed=seed)
@@ -130,8 +131,8 @@ def noise_covariance(algorithm:Algorithm, objective:Objective,
 # %% ../nbs/04_hessian_noise.ipynb #3943df66
 def noise_dim(objective:Objective, algorithm:Algorithm|None=None, form:str="factor", draws:int=1024) -> int:
     "The length of ξ that `noise_sample` takes; without an algorithm, that of SGD's noise"
-    form = resolve(algorithm, objective, form) if algorithm else "sgd"
-    if isinstance(objective, Additive): return objective.law.size(draws) if form == "exact" else objective.dim
+    form = "sgd" if algorithm is None else resolve(*pair(algorithm, objective), form)
+    if isinstance(an_objective(objective), Additive): return objective.law.size(draws) if form == "exact" else objective.dim
     if form in ("none", "truncated"): return objective.dim
     return objective.n if by_sample(algorithm, objective, form) else objective.law.size(draws)
 
@@ -184,12 +185,11 @@ def noise_sample(algorithm:Algorithm, objective:Objective,
                  *, draws:int=1024, # γ drawn where there is no closed form
                  seed:int=0 # of those draws
                 ) -> Tensor: # (..., d)
-    "B(x) ξ with B Bᵀ = a(x), matrix-free but for the truncated form. Raises ValueError on an unknown form or a ξ of the wrong length."
+    "R(x) ξ with R Rᵀ = a(x), matrix-free but for the truncated form. Raises ValueError on an unknown form or a ξ of the wrong length."
     form, m = resolve(*pair(algorithm, objective), form), noise_dim(objective, algorithm, form, draws)
-    if xi.shape[-1] != m: raise ValueError(f"xi must have shape (..., {m}), got {tuple(xi.shape)}")
-    x = spread(objective.check(x), algorithm.rho)
-    lead = torch.broadcast_shapes(x.shape[:-1], xi.shape[:-1])
-    x, xi = x.expand(*lead, -1), xi.expand(*lead, -1)
+    x = spread(objective.check(x), rho=algorithm.rho)
+    x = aligned(x, xi=point("xi", xi, m, x.dtype))
+    xi = xi.expand(*x.shape[:-1], -1)
     if form == "none": return torch.zeros_like(x)
     if form == "truncated":
         a = noise_covariance(algorithm, objective, x, form, draws=draws, seed=seed)

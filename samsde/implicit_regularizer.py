@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .algorithm import DNSAM, SAM, Algorithm, Linear, pair, spread
-from .objective import Additive, FiniteSum, Objective, Quadratic, Support, gradient, per_path, whole
+from .objective import Additive, FiniteSum, Objective, Quadratic, Support, aligned, gradient, per_path, whole
 from .sample_sums import pull, signed_products, way_of
 from .random_direction import gaussian_direction, gaussian_factors
 
@@ -21,7 +21,7 @@ _all_ = ["gaussian_direction"]
 
 # %% ../nbs/03_implicit_regularizer.ipynb #d4d866db
 def generator_of(seed, device) -> torch.Generator:
-    return seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(seed)
+    return seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(whole("seed", seed, least=0))
 
 def over(objective:Objective, x:Tensor, draws:int,
          seed # of the draws: a number, then all points share them; or a generator, then each path has minibatches of its own
@@ -75,7 +75,7 @@ def expectation(fn:Callable, # values of γ (k, 1, ..., 1, b) -> (k, ..., m)
 # %% ../nbs/03_implicit_regularizer.ipynb #5189977e
 def gradient_product(objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
     "H_γ g_γ, the gradient of ½‖∇f_γ‖²"
-    x = x.expand(*torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1]), -1)
+    x = aligned(x, gamma=gamma)
     return gradient(lambda z: objective.sample_grad(z, gamma).square().sum(-1) / 2, x)
 
 def hessian_perturbation(algorithm:Algorithm, objective:Objective,
@@ -84,7 +84,7 @@ def hessian_perturbation(algorithm:Algorithm, objective:Objective,
                         ) -> Tensor: # (..., d)
     "H_γ u_γ, Theorem 1's Hessian-vector product"
     if algorithm.scale is not None: return algorithm.scale_at(objective, x) * gradient_product(objective, x, gamma)
-    x = x.expand(*torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1]), -1)
+    x = aligned(x, gamma=gamma)
     if type(algorithm).potential is Algorithm.potential: return objective.sample_hvp(x, gamma, algorithm.perturbation(objective, x, gamma))
     return gradient(lambda z: algorithm.potential(objective.sample_grad(z, gamma)), x)
 
@@ -139,7 +139,7 @@ def response(algorithm:Algorithm, objective:Additive, x:Tensor, grad:Tensor, # �
         return Response(lambda h, s, xi, w: w if isinstance(c, float) and c == 1 else c * w, 0.0)
     if law.silent:
         u = algorithm.perturbation(objective, x, torch.zeros_like(grad))
-        return Response(lambda h, s, xi, w: h * u, 0.0)
+        return Response(lambda h, s, xi, w: aligned(h * u, w=w), 0.0)
     if closed_form(algorithm, objective): return Response(sam_push(grad, law.sigma), 0.0)
     generator = generator_of(seed, x.device)
     half = torch.randn(law.size(draws) // 2, objective.dim, generator=generator, dtype=x.dtype, device=x.device)
@@ -170,7 +170,7 @@ def drift(algorithm:Algorithm, objective:Objective,
     "The SDE's drift (Theorem 1, Eq. (1)). Raises ValueError on an unknown `expansion`."
     pair(algorithm, objective)
     if expansion not in ("first", "exact"): raise ValueError(f"expansion must be 'first' or 'exact', got {expansion!r}")
-    x, own = spread(objective.check(x), algorithm.rho), type(algorithm).direction is not Algorithm.direction
+    x, own = spread(objective.check(x), rho=algorithm.rho), type(algorithm).direction is not Algorithm.direction
     if own and expansion == "first":
         raise ValueError(f"{type(algorithm).__name__} overrides `direction` and so has no first-order expansion: use expansion='exact'")
     if algorithm.still and not own: b, sem = objective.grad(x), torch.zeros_like(x)
@@ -198,7 +198,7 @@ def regularized_loss(algorithm:Algorithm, objective:Objective,
                     ) -> Tensor: # (...)
     "f̃(x) = f + ρ E ψ(∇f_γ) (Theorem 1, Eq. (1)). Raises ValueError where there is none: DNSAM with noise that depends on x."
     pair(algorithm, objective)
-    law, rho, x = objective.law, algorithm.rho, spread(objective.check(x), algorithm.rho)
+    law, rho, x = objective.law, algorithm.rho, spread(objective.check(x), rho=algorithm.rho)
     grad = objective.grad(x)
     sem = torch.zeros_like(grad[..., 0])
     if type(algorithm).scale is DNSAM.scale:

@@ -25,10 +25,18 @@ def positive(name:str, # what to call the value in the error message
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     t = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+    if t.is_complex() or t.dtype == torch.bool: raise TypeError(f"{name} must hold real numbers, got {t.dtype}")
+    if not t.numel(): raise ValueError(f"{name} must hold at least one number, got shape {tuple(t.shape)}")
     if not (torch.isfinite(t) & ((t >= 0) if zero else (t > 0))).all():
         raise ValueError(f"{name} must be {'non-negative' if zero else 'positive'} and finite, got {value}")
     return value
 
+def one(name:str, value, zero:bool=False) -> float:
+    "A positive (or, with `zero`, non-negative) number; else a ValueError or TypeError"
+    if isinstance(value, Tensor) and value.numel() != 1: raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
+    return float(positive(name, value, zero))
+
+# %% ../nbs/00_objective.ipynb #0c60dcc4
 def whole(name:str, # what to call the value in the error message
           value, # a whole number
           least:int=1 # the smallest allowed
@@ -45,29 +53,35 @@ def per_path(value, # a number, or a tensor with one value for each path
     "`value` such that it multiplies points: a number as it is, a tensor with an axis for the coordinates, in kind with `x`"
     return value.to(x)[..., None] if isinstance(value, Tensor) else value
 
-# %% ../nbs/00_objective.ipynb #446ffef0
+# %% ../nbs/00_objective.ipynb #694dcd48
+def floating(name:str, x) -> Tensor:
+    "`x` if it is a floating-point tensor; else a TypeError"
+    if isinstance(x, Tensor) and x.is_floating_point(): return x
+    raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+
+def finite(name:str, x:Tensor) -> Tensor:
+    "`x` if all of it is finite; else a ValueError"
+    if torch.isfinite(x).all(): return x
+    raise ValueError(f"{name} must be finite, got infinite or NaN entries")
+
 def point(name:str, # what to call the tensor in the error message
           x, # a point or points, (..., d)
           dim:int, # the length of a point, d
           dtype:torch.dtype|None=None # the dtype that it must have, if any
          ) -> Tensor:
     "`x` if it is a floating-point tensor of shape (..., dim) and of the right dtype; else a ValueError or TypeError"
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.ndim == 0 or x.shape[-1] != dim: raise ValueError(f"{name} must have shape (..., {dim}), got {tuple(x.shape)}")
+    if floating(name, x).ndim == 0 or x.shape[-1] != dim: raise ValueError(f"{name} must have shape (..., {dim}), got {tuple(x.shape)}")
     if dtype in (None, x.dtype): return x
     raise TypeError(f"{name} is {x.dtype}, but the data it meets are {dtype}: convert one of them")
 
+# %% ../nbs/00_objective.ipynb #a2da6236
 def symmetric(name:str, # what to call the matrix in the error message
               M # (d, d)
              ) -> Tensor:
     "`M` if it is a finite, symmetric, floating-point matrix; else a ValueError or TypeError"
-    if not isinstance(M, Tensor) or not M.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(M, 'dtype', type(M).__name__)}")
-    if M.ndim != 2 or M.shape[0] != M.shape[1] or not len(M):
+    if floating(name, M).ndim != 2 or M.shape[0] != M.shape[1] or not len(M):
         raise ValueError(f"{name} must be a square matrix (d, d), got shape {tuple(M.shape)}")
-    if not torch.isfinite(M).all(): raise ValueError(f"{name} must be finite, got infinite or NaN entries")
-    gap, scale = (M - M.mT).abs().max().item(), M.abs().max().item()
+    gap, scale = (finite(name, M) - M.mT).abs().max().item(), M.abs().max().item()
     if gap <= 100 * torch.finfo(M.dtype).eps * scale: return M
     raise ValueError(f"{name} must be symmetric, got entries that differ from their transposes by up to {gap:.3g}")
 
@@ -81,6 +95,19 @@ def psd_root(name:str, # what to call the matrix in the error message
     if (least < -tiny).any():
         raise ValueError(f"{name} must be positive semidefinite, got an eigenvalue of {least.min().item():.9g}")
     return (V * lam.clamp(min=0).sqrt()[..., None, :]) @ V.mT
+
+# %% ../nbs/00_objective.ipynb #644f3395
+def common(**shapes) -> torch.Size: # leading axes by name
+    "The shape to which all broadcast; else a ValueError that names them"
+    try: return torch.broadcast_shapes(*shapes.values())
+    except RuntimeError:
+        raise ValueError(f"leading axes must broadcast, got {', '.join(f'{k} {tuple(v)}' for k, v in shapes.items())}") from None
+
+def aligned(x:Tensor, **others:Tensor) -> Tensor: # (..., d) each
+    "`x` with the leading axes that all have together; a ValueError if they do not broadcast"
+    lead = x.shape[:-1]
+    if all(v.ndim == 1 or v.shape[:-1] == lead for v in others.values()): return x
+    return x.expand(*common(x=lead, **{k: v.shape[:-1] for k, v in others.items()}), -1)
 
 # %% ../nbs/00_objective.ipynb #1c15d243
 def add_(y:Tensor, # (..., d), changed
@@ -124,7 +151,7 @@ class Objective:
         return gradient(self.loss, self.check(x))
     def hvp(self, x:Tensor, v:Tensor) -> Tensor:
         "∇²f(x) v, for shapes (..., d) that broadcast"
-        x, v = torch.broadcast_tensors(self.check(x), self.check(v, "v"))
+        x = aligned(self.check(x), v=self.check(v, "v"))
         return gradient(lambda z: (self.grad(z) * v).sum(-1), x)
     def add_grad_(self, y:Tensor, x:Tensor, a) -> Tensor:
         "y + a ∇f(x), into `y`, for a number `a` or a tensor (..., 1)"
@@ -143,12 +170,12 @@ class Objective:
         return self.sample_grad(x, gamma), self.grad(x)
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor:
         "∇f_γ(x), for leading axes of `x` and `gamma` that broadcast"
-        x = self.check(x).expand(*torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1]), -1)
+        x = aligned(self.check(x), gamma=gamma)
         return gradient(lambda z: self.sample_loss(z, gamma), x)
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
         "∇²f_γ(x) v, likewise"
-        lead = torch.broadcast_shapes(self.check(x).shape[:-1], gamma.shape[:-1], self.check(v, "v").shape[:-1])
-        return gradient(lambda z: (self.sample_grad(z, gamma) * v).sum(-1), x.expand(*lead, -1))
+        x = aligned(self.check(x), gamma=gamma, v=self.check(v, "v"))
+        return gradient(lambda z: (self.sample_grad(z, gamma) * v).sum(-1), x)
 
 # %% ../nbs/00_objective.ipynb #439c3187
 class Gaussian:
@@ -157,7 +184,7 @@ class Gaussian:
                  sigma:float=0.0, # standard deviation of each coordinate
                  cov:Tensor|None=None # (d, d), positive semidefinite; instead of sigma
                 ):
-        self.dim, self.sigma, self.cov, self.root = dim, float(positive("sigma", sigma, zero=True)), cov, None
+        self.dim, self.sigma, self.cov, self.root = whole("dim", dim), one("sigma", sigma, zero=True), cov, None
         if cov is None: return
         if sigma != 0: raise ValueError(f"give sigma or cov, not both: got sigma={sigma} and a covariance")
         if len(symmetric("cov", cov)) != dim: raise ValueError(f"cov must have shape ({dim}, {dim}), got {tuple(cov.shape)}")
@@ -185,14 +212,13 @@ class Gaussian:
 class Additive(Objective):
     "A loss whose gradient is seen with Gaussian noise: γ is the noise Z, and ∇f_γ(x) = ∇f(x) + Z"
     def __init__(self, dim:int, sigma:float=0.0, cov:Tensor|None=None):
-        self.dim, self.dtype = whole("dim", dim), getattr(cov, "dtype", None)
-        self.law = Gaussian(dim, sigma, cov)
+        self.dim, self.dtype, self.law = dim, getattr(cov, "dtype", None), Gaussian(dim, sigma, cov)
 
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor: return self.loss(x) + (x * self.check(gamma, "gamma")).sum(-1)
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor: return self.grads(x, gamma)[0]
     def grads(self, x:Tensor, gamma:Tensor) -> tuple[Tensor, Tensor]:
         g = self.grad(x)
-        return g + point("gamma", gamma, self.dim, x.dtype), g
+        return aligned(g, gamma=point("gamma", gamma, self.dim, x.dtype)) + gamma, g
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor: return self.hvp(x, v)
 
 # %% ../nbs/00_objective.ipynb #46370c9d
@@ -210,7 +236,7 @@ class Quadratic(Additive):
     def grad(self, x:Tensor) -> Tensor: return self.check(x) @ self.H
     def hvp(self, x:Tensor, v:Tensor) -> Tensor:
         Hv = self.check(v, "v") @ self.H
-        return Hv if self.check(x).shape == v.shape else Hv.expand(torch.broadcast_shapes(x.shape, v.shape))
+        return Hv if self.check(x).shape == v.shape else Hv.expand(*common(x=x.shape[:-1], v=v.shape[:-1]), -1)
     def add_grad_(self, y:Tensor, x:Tensor, a) -> Tensor: return add_(y, a, self.check(x), self.H)
     def add_hvp_(self, y:Tensor, x:Tensor, v:Tensor, a) -> Tensor: return add_(y, a, self.check(v, "v"), self.H)
     def hessian(self, x:Tensor) -> Tensor: return self.H.expand(*self.check(x).shape[:-1], -1, -1)
@@ -250,7 +276,8 @@ class Minibatches:
                  batch_size:int=1, # B
                  replace:bool=True # may a sample occur twice in a minibatch?
                 ):
-        self.n, self.batch_size, self.replace = whole("n", n), whole("batch_size", batch_size), bool(replace)
+        if not isinstance(replace, bool): raise TypeError(f"replace must be True or False, got {replace!r}")
+        self.n, self.batch_size, self.replace = whole("n", n), whole("batch_size", batch_size), replace
         if not replace and batch_size > n:
             raise ValueError(f"batch_size must be at most n without replacement, got batch_size={batch_size} and n={n}")
         N, B = self.n, self.batch_size
@@ -285,11 +312,17 @@ class FiniteSum(Objective):
                  chunk:int|None=None # samples, times paths, in one pass over the data, to bound memory; all if None. Needs `select`.
                 ):
         if not callable(sample_losses): raise TypeError(f"sample_losses must be a function of one point, got {type(sample_losses).__name__}")
+        if not callable(select or sample_losses):
+            raise TypeError(f"select must be a function of a point and sample numbers, got {type(select).__name__}")
         if chunk and not select: raise ValueError("chunk needs select, the losses of chosen samples, got none")
         self.n, self.dim, self.law = whole("n", n), whole("dim", dim), Minibatches(n, batch_size, replace)
         self.chunk = chunk if chunk is None else whole("chunk", chunk)
         self.sample_losses, self.select = sample_losses, select or (lambda x, i: sample_losses(x)[i])
 
+    def numbers(self, gamma:Tensor) -> Tensor:
+        "`gamma` if it can hold sample numbers; else a TypeError"
+        if not gamma.is_floating_point(): return gamma
+        raise TypeError(f"gamma must be sample numbers, got {gamma.dtype}")
     def slices(self, x:Tensor # (..., d)
               ) -> list:
         "The samples of each pass over the data, such that samples times paths are at most `chunk`; at least one sample"
@@ -305,24 +338,25 @@ class FiniteSum(Objective):
         "f_i(x) of all samples, (..., d) -> (..., n)"
         return torch.cat([self.some(self.check(x), s) for s in self.slices(x)], -1)
     def loss(self, x:Tensor) -> Tensor: return self.losses(x).mean(-1)
-    def grad(self, x:Tensor) -> Tensor: return self.weighted_grad(x, x.new_full((1,), 1 / self.n).expand(self.n))
-    def hvp(self, x:Tensor, v:Tensor) -> Tensor:
-        x, v = torch.broadcast_tensors(self.check(x), self.check(v, "v"))
-        return self.weighted_hvp(x, x.new_full((1,), 1 / self.n).expand(self.n), v)
+    def even(self, x:Tensor) -> Tensor: return self.check(x).new_full((1,), 1 / self.n).expand(self.n)
+    def grad(self, x:Tensor) -> Tensor: return self.weighted_grad(x, self.even(x))
+    def hvp(self, x:Tensor, v:Tensor) -> Tensor: return self.weighted_hvp(x, self.even(x), v)
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
         "The mean loss of the samples `gamma`, (..., d) and (..., b) -> (...); `b` need not be the batch size"
-        lead = torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1])
-        return lift(lambda x, i: self.select(x, i).mean(), x.expand(*lead, -1), gamma.expand(*lead, -1))
+        x = aligned(x, gamma=self.numbers(gamma))
+        return lift(lambda x, i: self.select(x, i).mean(), x, gamma.expand(*x.shape[:-1], -1))
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor: return self.run("sample", super().sample_grad, self.check(x), gamma)
     def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor:
         "Σ_i w_i ∇f_i(x), (..., d) and (..., n) -> (..., d)"
+        x = aligned(self.check(x), w=point("w", w, self.n, x.dtype))
         part = lambda s: lambda x, w: gradient(lambda z: (self.some(z, s) * w[..., s]).sum(-1), x)
-        return sum(self.run(("grad", s.start, s.stop), part(s), self.check(x), w) for s in self.slices(x))
+        return sum(self.run(("grad", s.start, s.stop), part(s), x, w) for s in self.slices(x))
     def weighted_hvp(self, x:Tensor, w:Tensor, v:Tensor) -> Tensor:
         "Σ_i w_i ∇²f_i(x) v"
+        x = aligned(self.check(x), w=point("w", w, self.n, x.dtype), v=self.check(v, "v"))
         pull = lambda z, w, s: gradient(lambda y: (self.some(y, s) * w[..., s]).sum(-1), z)
         part = lambda s: lambda x, w, v: gradient(lambda z: (pull(z, w, s) * v).sum(-1), x)
-        return sum(self.run(("hvp", s.start, s.stop), part(s), self.check(x), w, v) for s in self.slices(x))
+        return sum(self.run(("hvp", s.start, s.stop), part(s), x, w, v) for s in self.slices(x))
     def run(self, name, # of the function, for a record
             fn:Callable, *tensors:Tensor) -> Tensor:
         "fn(*tensors), from a record of its operations if it is called often and there is a network"
@@ -404,7 +438,18 @@ class Recorder:
             except Exception: self.records[key] = None # whatever a module does that no record can hold: it works without
         return out
 
-# %% ../nbs/00_objective.ipynb #57927e6d
+# %% ../nbs/00_objective.ipynb #adf7e726
+def check_data(module, loss, X, y):
+    "Raises ValueError or TypeError unless these are a module, its loss, and data"
+    if not isinstance(module, torch.nn.Module): raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if not callable(loss): raise TypeError(f"loss must be a function of (output, target), got {type(loss).__name__}")
+    for name, t in (("X", X), ("y", y)):
+        if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if t.ndim == 0: raise ValueError(f"{name} must hold one row for each sample, got a single number")
+        finite(name, t)
+    if len(X) == 0 or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
+
+# %% ../nbs/00_objective.ipynb #971a9414
 class Network:
     "A module, its loss and its data, as a function of its flat trainable parameters. Raises ValueError or TypeError if it is none."
     def __init__(self, module:torch.nn.Module, # any network
@@ -412,9 +457,7 @@ class Network:
                  X:Tensor, # inputs, (n, ...), which stay as they are
                  y:Tensor # targets, (n, ...), likewise
                 ):
-        for name, t in (("X", X), ("y", y)):
-            if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if len(X) == 0 or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
+        check_data(module, loss, X, y)
         params = {k: p for k, p in module.named_parameters() if p.requires_grad}
         if not params: raise ValueError(f"the module must have trainable parameters, got none in {type(module).__name__}")
         if len(kinds := {p.dtype for p in params.values()} | ({X.dtype} if X.is_floating_point() else set())) > 1:
@@ -459,16 +502,22 @@ def rough_layer(network:Network) -> str:
         except RuntimeError: return f"layer {name!r} ({type(layer).__name__})"
     return f"the module ({type(network.module).__name__})"
 
-# %% ../nbs/00_objective.ipynb #849722ea
+# %% ../nbs/00_objective.ipynb #5fc76cb2
+@torch.enable_grad()
 def check_network(network:Network):
     "Raises ValueError if the network has no sample losses, none that stay the same, or none that can be differentiated twice"
     x, losses = network.x0, network.losses
-    if (out := losses(x)).shape != (len(network.X),):
+    try: out = losses(x)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"the module and its loss must take the data, but torch says: {str(error).splitlines()[0]}") from error
+    if out.shape != (len(network.X),):
         raise ValueError(f"the loss of a batch must be a scalar (its mean), got shape {tuple(out.shape[1:])}")
     if not torch.allclose(losses(x), out, equal_nan=True):
         raise ValueError("a sample's loss must not change from one call to the next: does the module draw random numbers?")
     if not torch.allclose(losses(x, torch.arange(1)), out[:1], rtol=1e-3, equal_nan=True):
         raise ValueError("a sample's loss must not depend on the other samples, but the first one's changes when it is alone: does the module mix a batch?")
+    if not losses(x.clone().requires_grad_(), torch.arange(1)).requires_grad:
+        raise ValueError("the loss must depend on the trainable parameters, but it has no gradient")
     try: second_derivative(lambda z: losses(z, torch.arange(1)), [x])
     except RuntimeError as error:
         raise ValueError(f"{rough_layer(network)} cannot be differentiated twice, or not at several points at once: "

@@ -21,6 +21,11 @@ def checked_radius(rho) -> float:
     if 0 <= rho < float("inf"): return rho
     raise ValueError(f"rho must be non-negative and finite, got {rho}")
 
+def checked_module(module) -> torch.nn.Module:
+    "`module` if it is one; else a TypeError"
+    if isinstance(module, torch.nn.Module): return module
+    raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+
 def norm(tensors:list) -> float:
     "The norm of all tensors together, in single precision at least"
     if not tensors: return 0.0
@@ -142,8 +147,14 @@ def full_gradient_norm(module:torch.nn.Module,
                        X:Tensor, y:Tensor, # all of the data
                        chunk:int=1024 # samples that are treated at a time
                       ) -> Callable: # () -> ‖∇f‖
-    "What `DNSAM` takes as `full_grad_norm`: the norm of the gradient of the mean loss over all data, at the module's current parameters"
-    params = [p for p in module.parameters() if p.requires_grad]
+    """What `DNSAM` takes as `full_grad_norm`: the norm of the gradient of the mean loss over all data, at the module's current parameters.
+    Raises ValueError or TypeError on bad input."""
+    params = [p for p in checked_module(module).parameters() if p.requires_grad]
+    for name, t in (("X", X), ("y", y)):
+        if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if not len(X) or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
+    if isinstance(chunk, bool) or not isinstance(chunk, int): raise TypeError(f"chunk must be a whole number, got {type(chunk).__name__}")
+    if chunk < 1: raise ValueError(f"chunk must be at least 1, got {chunk}")
     def current() -> float:
         total = None
         with torch.enable_grad(), frozen_statistics(module):
@@ -157,7 +168,7 @@ def full_gradient_norm(module:torch.nn.Module,
 @contextmanager
 def frozen_statistics(module:torch.nn.Module):
     "A context in which the running statistics of batch norm (and of instance norm) are put back at the end"
-    buffers = [b for m in module.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)]
+    buffers = [b for m in checked_module(module).modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)]
     saved = [b.clone() for b in buffers]
     try: yield
     finally:

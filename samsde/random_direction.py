@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .objective import positive
+from .objective import floating, one, whole
 
 # %% ../nbs/02b_random_direction.ipynb #646cea8b
 def gaussian_integrals(r:Tensor, # ‖∇f‖ in units of the noise's standard deviation, (...), double precision
@@ -40,6 +40,7 @@ def factor_table(d:int, dtype:torch.dtype, device:str) -> tuple[Tensor, int, int
     q = (torch.arange(cells)[:, None] + t) / cells
     A, along = gaussian_integrals((d * (1 - q) * (1 + q)).sqrt() / q, d)
     table = torch.linalg.solve(torch.linalg.vander(t).flip(-1), torch.stack([A, along / q**3, 1 - along / A], -1)).mT
+    table[0, 0, -1] = 0 # A(0) = 0: what were left of it is multiplied by r/s later
     end = torch.zeros_like(table[:1])
     end[..., -1] = table[-1].sum(-1) # at q = 1
     return torch.cat([table, end]).flatten(1).to(device, dtype), cells, degree
@@ -72,8 +73,9 @@ class GaussianDirection(NamedTuple):
 def gaussian_direction(g:Tensor, # ḡ, (..., d)
                        sigma:float # standard deviation of each coordinate
                       ) -> GaussianDirection:
-    "The closed forms of Eqs. (3) to (5); their limits if `sigma` is 0. Raises ValueError or TypeError if `sigma` is negative or no number."
-    r, sigma = torch.linalg.vector_norm(g, dim=-1), float(positive("sigma", sigma, zero=True))
+    "The closed forms of Eqs. (3) to (5); their limits if `sigma` is 0. Raises ValueError or TypeError on bad input."
+    if floating("g", g).ndim == 0 or not g.shape[-1]: raise ValueError(f"g must have shape (..., d), got {tuple(g.shape)}")
+    r, sigma = torch.linalg.vector_norm(g, dim=-1), one("sigma", sigma, zero=True)
     if sigma == 0: return GaussianDirection(r, g / torch.where(r == 0, 1, r)[..., None], torch.zeros_like(r), torch.zeros_like(r))
     A, along = gaussian_factors(r.square(), sigma, g.shape[-1], "A", "along")
     return GaussianDirection(A * r**2 + sigma**2 * ((g.shape[-1] - 1) * A + along), A[..., None] * g, sigma**2 * along, sigma**2 * A)
@@ -81,4 +83,5 @@ def gaussian_direction(g:Tensor, # ḡ, (..., d)
 # %% ../nbs/02b_random_direction.ipynb #44848135
 def kappa(d:int) -> float:
     "κ_d of Eq. (6): E[g/‖g‖] = κ_d ḡ/s to first order in ḡ, for g ~ N(ḡ, s² I) in d dimensions"
+    d = whole("d", d)
     return math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2)) / d

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm
 from .random_direction import kappa
-from .saddle_flow import arrival_time, basin_radius, flow, latest_arrival, normalised, one, spectrum
+from .objective import one, whole
+from .saddle_flow import arrival_time, basin_radius, flow, latest_arrival, normalised, spectrum
 
 # %% ../nbs/07_saddle_attraction.ipynb #sflow021
 _all_ = ["flow", "basin_radius", "latest_arrival", "arrival_time"]
@@ -99,7 +100,10 @@ def exit_time(a:float, # growth rate, of any sign
               m:int, # dimension
               L:float # distance
              ) -> float:
-    "Mean time to reach distance L from 0 for dx = a x dt + √D dW in m dimensions, Eq. (13); inf beyond what a double can hold"
+    """Mean time to reach distance L from 0 for dx = a x dt + √D dW in m dimensions, Eq. (13); inf beyond what a double can hold.
+    Raises ValueError or TypeError on bad input."""
+    if not math.isfinite(a): raise ValueError(f"a must be finite, got {a}")
+    D, m, L = one("D", D), whole("m", m), one("L", L)
     Z, f = a * L**2 / D, lambda z: hyp1f1(1, m / 2 + 1, -z)
     if abs(Z) < 1e-8: return L**2 / (m * D)
     if Z < -690: return math.inf

@@ -14,14 +14,9 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm
-from .objective import point, positive, symmetric, whole
+from .objective import finite, one, point, positive, symmetric, whole
 
 # %% ../nbs/06b_saddle_flow.ipynb #b4196ecb
-def one(name:str, value, zero:bool=False) -> float:
-    "A positive (or, with `zero`, non-negative) number; else a ValueError or TypeError"
-    if isinstance(value, Tensor) and value.numel() != 1: raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
-    return float(positive(name, value, zero))
-
 def spectrum(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
              H:Tensor # (d, d), symmetric
             ) -> tuple[float, np.ndarray, np.ndarray]: # ρ, eigenvalues in ascending order, eigenvectors in columns
@@ -39,8 +34,7 @@ def normalised(algorithm:Algorithm, rho:float) -> bool:
 # %% ../nbs/06b_saddle_flow.ipynb #5b7a2a26
 def coordinates(H:Tensor, V:np.ndarray, x0:Tensor) -> np.ndarray: # (paths, d)
     "Starting points in the eigenvectors' coordinates. Raises ValueError or TypeError if `x0` does not fit."
-    if not torch.isfinite(point("x0", x0, len(H), H.dtype)).all(): raise ValueError("x0 must be finite, got infinite or NaN entries")
-    return x0.detach().double().cpu().numpy().reshape(-1, len(H)) @ V
+    return finite("x0", point("x0", x0, len(H), H.dtype)).detach().double().cpu().numpy().reshape(-1, len(H)) @ V
 
 def run_clocks(rho:float, lam:np.ndarray, z:np.ndarray, # (paths, d), starts with Hx ≠ 0
                end, # events of (r, t, x), scalar: where one changes sign, the integration stops

@@ -9,10 +9,10 @@ __all__ = ['SDE']
 import torch
 from torch import Tensor
 
-from .algorithm import Algorithm, broadcast_shape, pair, spread
+from .algorithm import Algorithm, Chain, axes_of, pair, spread
 from .hessian_noise import batch_formula, batch_sum, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
 from .implicit_regularizer import closed_form, drift, response
-from .objective import Additive, Objective, per_path, positive, whole
+from .objective import Additive, Objective, aligned, common, per_path, point, positive, whole
 from .sample_sums import seed_of, way_of
 
 # %% ../nbs/05_sde.ipynb #50a07ed7
@@ -70,12 +70,14 @@ class SDE:
         if expansion not in ("first", "exact"): raise ValueError(f"expansion must be 'first' or 'exact', got {expansion!r}")
         if order not in (1, 2): raise ValueError(f"order must be 1 or 2, got {order!r}")
         if order == 2 and expansion != "exact": raise ValueError(f"order=2 needs expansion='exact', got {expansion!r}")
-        self.expansion, self.order, self.draws, self.seed = expansion, order, whole("draws", draws), seed
+        self.expansion, self.order, self.draws = expansion, order, whole("draws", draws, least=4)
+        self.seed = seed if seed is None else whole("seed", seed, least=0)
         self.noise, self.form = noise, resolve(algorithm, objective, noise)
         self.noise_dim = noise_dim(objective, algorithm, noise, draws)
+        self.shape # raises where ρ and η do not broadcast
 
     @property
-    def shape(self) -> tuple: return broadcast_shape(self.algorithm.rho, self.eta)
+    def shape(self) -> tuple: return tuple(common(**axes_of(rho=self.algorithm.rho, eta=self.eta)))
     @property
     def way(self) -> str:
         "How a step finds the products of Hessians and perturbations, in words"
@@ -86,7 +88,7 @@ class SDE:
         return f"{objective.law.size(self.draws)} minibatches"
     def __repr__(self) -> str: return f"SDE({self.algorithm}, {type(self.objective).__name__} in {self.objective.dim} dimensions, eta={self.eta}; {self.way})"
     def settings(self, seed=None) -> dict: return dict(draws=self.draws, seed=self.seed or 0 if seed is None else seed)
-    def spread(self, x:Tensor) -> Tensor: return spread(self.objective.check(x), self.algorithm.rho, self.eta)
+    def spread(self, x:Tensor) -> Tensor: return spread(self.objective.check(x), rho=self.algorithm.rho, eta=self.eta)
     def drift(self, x:Tensor, seed=None # of the draws: a number or a generator; the SDE's own if None
              ) -> Tensor:
         "b(x), (..., d) -> (..., d)"
@@ -96,7 +98,7 @@ class SDE:
         b, derivative = along_itself(field, x)
         return b - per_path(self.eta, x) / 2 * derivative
     def diffusion(self, x:Tensor, xi:Tensor, seed=None) -> Tensor:
-        "−√η B(x) ξ, (..., d) and (..., noise_dim) -> (..., d)"
+        "−√η R(x) ξ, (..., d) and (..., noise_dim) -> (..., d)"
         x = self.spread(x)
         return -per_path(self.eta, x)**.5 * noise_sample(self.algorithm, self.objective, x, xi, self.noise, **self.settings(seed))
     def covariance(self, x:Tensor) -> Tensor:
@@ -109,8 +111,9 @@ class SDE:
         "Euler–Maruyama, x + dt b(x) + √dt · diffusion(x, ξ)"
         if not dt > 0: raise ValueError(f"dt must be positive, got {dt}")
         if (torch.as_tensor(self.eta) < dt * (1 - 1e-9)).any(): raise ValueError(f"dt must be at most eta={self.eta}, got {dt}")
-        if xi.shape[-1] != self.noise_dim: raise ValueError(f"xi must have shape (..., {self.noise_dim}), got {tuple(xi.shape)}")
-        return euler_step(self, self.spread(x), xi, dt, self.seed or 0)
+        x = self.spread(x)
+        x = aligned(x, xi=point("xi", xi, self.noise_dim, x.dtype))
+        return euler_step(self, x, xi, dt, self.seed or 0)
     def advance(self, x:Tensor, draw, steps:list) -> Tensor:
         x = self.spread(x)
         for h in steps:
@@ -119,6 +122,13 @@ class SDE:
             x = euler_step(self, x, xi, h, seed)
         return x
     def to_torchsde(self): return ForTorchsde(self)
+
+# %% ../nbs/05_sde.ipynb #c74e5ec0
+def one_process(process) -> Chain|SDE:
+    "`process` if it is one Chain or SDE, not a sweep; else a TypeError or ValueError"
+    if not isinstance(process, (Chain, SDE)): raise TypeError(f"process must be a Chain or an SDE, got {type(process).__name__}")
+    if process.shape: raise ValueError(f"one eta and one rho at a time, got a sweep of shape {process.shape}")
+    return process
 
 # %% ../nbs/05_sde.ipynb #8704c0ba
 class ForTorchsde:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Chain
 from .objective import Quadratic
-from .sde import SDE
+from .sde import SDE, one_process
 
 # %% ../nbs/07b_stationarity.ipynb #df1466e9
 class Direction(NamedTuple):
@@ -113,11 +113,13 @@ def suboptimality(process:Chain|SDE # likewise
 # %% ../nbs/07b_stationarity.ipynb #ad425a40
 def matrices(process) -> tuple:
     "H and Σ of a process, as blocks. Raises TypeError or ValueError if there is no closure for it."
-    algorithm, objective = process.algorithm, process.objective
+    algorithm, objective = one_process(process).algorithm, process.objective
     if type(algorithm) not in (SGD, USAM, DNSAM, SAM) or not isinstance(objective, Quadratic):
         raise TypeError(f"the closure is of SGD, USAM, DNSAM or SAM on a Quadratic, got {algorithm} on {type(objective).__name__}")
     if isinstance(algorithm, DNSAM) and objective.dim < 3:
         raise ValueError(f"DNSAM has a covariance in three dimensions or more only, got {objective.dim}")
+    if isinstance(algorithm, (SAM, DNSAM)) and algorithm.rho > 0 and objective.law.silent:
+        raise ValueError("SAM and DNSAM without noise end in a cycle, not in a Gaussian law: give the Quadratic some noise")
     law = objective.law.matrix(objective.dtype, objective.H.device)
     return blocks(*(M.detach().double().cpu().numpy() for M in (objective.H, law)))
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
 from .ensemble import simulate, time_grid
 from .implicit_regularizer import over
-from .objective import Additive, FiniteSum, Objective, Quadratic, positive, whole
-from .sde import SDE
+from .objective import Additive, FiniteSum, Objective, Quadratic, aligned, finite, point, positive, whole
+from .sde import SDE, one_process
 
 # %% ../nbs/05b_weak_errors.ipynb #73fb23be
 def wave_data(c, a, m, p) -> list: # tensors in double precision
@@ -55,9 +55,9 @@ class TrigonometricSum(FiniteSum):
         "∇f_i(x) of all samples, (..., d) -> (..., n, d)"
         return self.c + torch.einsum("...nj,njd->...nd", self.a * self.phases(x).sin(), self.m)
     def grad(self, x:Tensor) -> Tensor: return self.gradients(x).mean(-2)
-    def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor: return (w[..., None] * self.gradients(x)).sum(-2)
+    def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor: return (point("w", w, self.n, self.dtype)[..., None] * self.gradients(x)).sum(-2)
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor:
-        lead = torch.broadcast_shapes(x.shape[:-1], gamma.shape[:-1])
+        lead = aligned(self.check(x), gamma=self.numbers(gamma)).shape[:-1]
         rows = gamma.expand(*lead, -1)[..., None].expand(*lead, -1, self.dim)
         return self.gradients(x).expand(*lead, -1, -1).gather(-2, rows).mean(-2)
 
@@ -194,7 +194,7 @@ def exact_difference(chain:Chain, # the algorithm
     "The weak error (1) at `t_end` from every node, exactly. Raises ValueError or TypeError if the two do not belong together."
     together(chain, sde)
     steps, dim = step_count(chain.eta, t_end), periodic(chain).dim
-    nodes = nodes or (96 if dim == 1 else 20)
+    if nodes is None: nodes = 96 if dim == 1 else 20
     x = torus_nodes(nodes, dim)[1]
     values = np.asarray(test(*x.numpy().T), dtype=float)
     if values.shape != (len(x),): raise ValueError(f"test must return one number for each of {len(x)} nodes, got shape {values.shape}")
@@ -239,11 +239,9 @@ def torus_error(algorithm:Algorithm, # any, on both sides
 # %% ../nbs/05b_weak_errors.ipynb #f5886ab1
 def linear_system(process:Chain|SDE) -> tuple[np.ndarray, np.ndarray]: # F and C, (d, d)
     "F and C of Eq. (5). Raises TypeError or ValueError unless the process is that of SGD or USAM on a Quadratic."
-    if not isinstance(process, (Chain, SDE)): raise TypeError(f"process must be a Chain or an SDE, got {type(process).__name__}")
-    if type(process.algorithm) not in (SGD, USAM) or not isinstance(process.objective, Quadratic):
+    if type(one_process(process).algorithm) not in (SGD, USAM) or not isinstance(process.objective, Quadratic):
         what = f"{process.algorithm!r} on {type(process.objective).__name__}"
         raise TypeError(f"moments are exact for SGD or USAM on a Quadratic, got {what}")
-    if process.shape: raise ValueError(f"one eta and one rho at a time, got a sweep of shape {process.shape}")
     H, array = process.objective.H, lambda v: v.double().cpu().numpy()
     eye, zero = torch.eye(len(H), dtype=H.dtype, device=H.device), torch.zeros_like(H)
     if isinstance(process, SDE): return array(process.drift(eye).T), array(process.covariance(zero[0]))
@@ -266,6 +264,7 @@ def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
     "Exact mean and covariance at `t_end`, Eq. (5). Raises TypeError or ValueError on another process, start or time."
     (F, C), d = linear_system(process), process.objective.dim
     if process.objective.check(x0, "x0").shape != (d,): raise ValueError(f"x0 must have shape ({d},), got {tuple(x0.shape)}")
+    finite("x0", x0)
     if isinstance(process, Chain): n = step_count(process.eta, t_end)
     else:
         n = 2**max(0, int(np.ceil(np.log2(np.abs(F).sum(1).max() * float(positive("t_end", t_end)) + 1e-300))))

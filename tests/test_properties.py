@@ -258,12 +258,10 @@ def test_half_precision(algorithm, dtype):
     end = simulate(Chain(algorithm, half, .1), x[0].to(dtype), .5, 8)
     assert end.final.dtype == dtype and end.mean["x"].dtype == F64 and torch.isfinite(end.mean["x"]).all()
 
-@pytest.mark.xfail(strict=False, reason="bug 31: ARPACK does not start at a zero matrix; an older scipy's does")
 def test_eigenvectors_of_zero():
     values, vectors = top_eigenvectors(Quadratic(torch.zeros(2, 2)), torch.ones(2), 1)
     assert values.tolist() == [0.] and abs(vectors.norm().item() - 1) < 1e-6
 
-@pytest.mark.xfail(strict=True, reason="bug 32: a vector of zeros counts as an eigenvector")
 def test_largest_eigenvalue_below_zero():
     assert largest_eigenvalue(Quadratic(-.5 * torch.eye(2)).hvp, torch.ones(2)).item() == pytest.approx(-.5, rel=1e-6)
 

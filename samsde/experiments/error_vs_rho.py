@@ -17,8 +17,8 @@ from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
 from ..style import colours
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, jackknife
-from .problems import PROBLEMS, Problem
-from ..objective import Quadratic, positive, whole
+from .problems import PROBLEMS, Problem, one_of
+from ..objective import Quadratic, one, positive, whole
 from ..sde import SDE
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #3eec0dd5
@@ -81,7 +81,9 @@ def error_vs_rho(problem:Problem,
                  progress:bool=False # show a progress bar
                 ) -> pd.DataFrame: # problem, algorithm, model, eta, rho, statistic, error, se, excess, excess_se, runs, diverged
     "Error of each model of each algorithm at each ρ, and its excess over the own SDE's. Raises ValueError on bad input."
-    eta, runs = float(positive("eta", eta)), whole("runs", runs, least=3)
+    eta, runs = one("eta", eta), whole("runs", runs, least=3)
+    algorithms = [one_of("algorithm", name, ALGORITHMS) for name in algorithms]
+    models = dict.fromkeys(["own SDE", *(one_of("model", name, MODELS) for name in models)]) # the others are compared to the own SDE
     rhos = [float(positive("rho", r, zero=True)) for r in (radii(eta) if rhos is None else rhos)]
     if not rhos or len(set(rhos)) < len(rhos): raise ValueError(f"rhos must be different radii, at least one, got {rhos}")
     if eta > (t_end := t_end or problem.t_end): raise ValueError(f"eta must be at most the time of a run, {t_end:g}, got {eta:g}")
@@ -90,7 +92,7 @@ def error_vs_rho(problem:Problem,
     steps = round(t_end / eta)
     settings = dict(t_end=steps * eta, n_paths=runs, dt=eta / substeps, seed=seed, share=True, keep=True,
                     observe={"statistic": problem.statistic}, every=max(1, steps // 100))
-    rows, models = [], dict.fromkeys(["own SDE", *models]) # the others are compared to the own SDE
+    rows = []
     bar = tqdm(total=len(models) * len(algorithms) + 1, desc=problem.name, unit="ensemble", disable=not progress)
     def run(process, x0=problem.x0):
         bar.update()
@@ -195,7 +197,9 @@ def measure(quick:bool=False, # fewer runs, for a first look
             runs:int|None=None # of each algorithm and model; 16, or 4 if quick
            ) -> pd.DataFrame: # as error_vs_rho
     "Errors of all models of all algorithms on all problems. Raises ValueError on bad input."
-    tables = []
+    tables, eta = [], one("eta", eta)
+    for name in problems: one_of("problem", name, PROBLEMS)
+    if not problems or not algorithms: raise ValueError(f"problems and algorithms must not be empty, got {problems} and {algorithms}")
     rhos = [radii(eta)[k] for k in (0, 4, 6)] if quick and rhos is None else rhos
     for name in problems:
         problem = PROBLEMS[name](dtype, device)

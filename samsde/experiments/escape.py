@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
 from ..ensemble import simulate
-from .problems import Problem
-from ..objective import Additive, positive, whole
+from .problems import Problem, one_of
+from ..objective import Additive, finite, positive, symmetric, whole
 from ..saddle_attraction import kappa
 
 # %% ../../nbs/experiments/escape.ipynb #7c686949
@@ -30,8 +30,7 @@ class Saddle(Additive):
                 ):
         if not isinstance(lam, Tensor) or not lam.is_floating_point() or lam.ndim != 1:
             raise TypeError(f"lam must be a floating-point tensor of shape (d,), got {getattr(lam, 'shape', type(lam).__name__)}")
-        if not torch.isfinite(lam).all(): raise ValueError("lam must be finite, got infinite or NaN entries")
-        super().__init__(len(lam), sigma)
+        super().__init__(len(finite("lam", lam)), sigma)
         self.lam, self.quartic, self.dtype = lam, float(positive("quartic", quartic, zero=True)), lam.dtype
     def loss(self, x:Tensor) -> Tensor: return (self.lam * self.check(x)**2 / 2 + self.quartic * x**4 / 4).sum(-1)
     def grad(self, x:Tensor) -> Tensor: return self.lam * self.check(x) + (self.quartic * x**3 if self.quartic else 0)
@@ -44,12 +43,13 @@ SPECTRA = {"d = 2": (torch.tensor([1., -.5], dtype=torch.float64), .1),
            "d = 400, balanced": (torch.cat([spaced(.01, 1, 380), -spaced(.1, .5, 20)]), .1),
            "d = 400, sharp and mild": (torch.cat([spaced(.01, 1, 380), -spaced(.05, .1, 20)]), .2)}
 
-def mildest(lam:Tensor) -> float: return -lam[lam < 0].max().item() # λ*
+def mildest(lam:Tensor) -> float: # λ*
+    if not (lam < 0).any(): raise ValueError(f"lam must have a negative eigenvalue, got {lam.min():g} as its smallest")
+    return -lam[lam < 0].max().item()
 
 def saddle(dtype=torch.float64, device="cpu", spectrum:str="d = 2", quartic:float=0.0, sigma:float=0.0) -> Problem:
     "A saddle with one of SPECTRA. It starts where each direction has the same share of ‖Hx‖ = 0.03 λ*. Raises ValueError on another name."
-    if spectrum not in SPECTRA: raise ValueError(f"spectrum must be one of {', '.join(SPECTRA)}, got {spectrum!r}")
-    lam = SPECTRA[spectrum][0]
+    lam = SPECTRA[one_of("spectrum", spectrum, SPECTRA)][0]
     x0 = .03 * mildest(lam) / (len(lam)**.5 * lam)
     return Problem(f"saddle, {spectrum}", Saddle(lam.to(device, dtype), quartic, sigma), x0.to(device, dtype), t_end=40 / mildest(lam))
 
@@ -60,7 +60,7 @@ class Autoencoder(Additive):
                  hidden:int, # k
                  sigma:float=0.0 # standard deviation of each coordinate of the gradient noise
                 ):
-        super().__init__(2 * whole("hidden", hidden) * len(C), sigma)
+        super().__init__(2 * whole("hidden", hidden) * len(symmetric("C", C)), sigma)
         self.C, self.hidden, self.dtype = C, hidden, C.dtype
     def weights(self, x:Tensor) -> tuple[Tensor, Tensor]: # (..., k, m), (..., m, k)
         m, (first, second) = len(self.C), self.check(x).chunk(2, dim=-1)
@@ -94,7 +94,7 @@ def autoencoder(dtype=torch.float64, device="cpu", hidden:int=8, # k
     Y = torch.from_numpy(load_digits().data).double() / 16
     if centred: Y = Y - Y.mean(0)
     objective = Autoencoder((Y.T @ Y / len(Y)).to(device, dtype), hidden, sigma)
-    return Problem("autoencoder", objective, (radius * sphere(1, objective.dim, seed)[0]).to(device, dtype), t_end=20.)
+    return Problem("autoencoder", objective, (positive("radius", radius) * sphere(1, objective.dim, seed)[0]).to(device, dtype), t_end=20.)
 
 # %% ../../nbs/experiments/escape.ipynb #30711b8a
 def remains(lam:np.ndarray, rho:float, eta:float, s:float, r:float) -> float:

@@ -55,8 +55,9 @@ def exponent(value:float) -> int: return math.floor(math.log10(abs(value))) if v
 def jackknife(estimate, # a function of means, (T,), (T,) -> (); must take more axes behind
               *samples:Tensor # (T, runs) each
              ) -> tuple[float, float]:
-    "An estimate from means over runs, and its standard error by leaving out one run at a time"
+    "An estimate from means over runs, and its standard error by leaving out one run at a time. Raises ValueError on a single run."
     n = samples[0].shape[1]
+    if n < 2: raise ValueError(f"jackknife needs at least 2 runs, got {n}")
     left_out = estimate(*[(s.sum(1, keepdim=True) - s) / (n - 1) for s in samples])
     scatter = (left_out - left_out.mean()).square().sum() * (n - 1) / n
     return estimate(*[s.mean(1) for s in samples]).item(), scatter.sqrt().item()

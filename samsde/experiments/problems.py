@@ -15,7 +15,7 @@ import torch
 from sklearn.datasets import load_breast_cancer, load_iris
 from torch import Tensor
 
-from ..objective import NoisyLoss, Objective, Quadratic
+from ..objective import NoisyLoss, Objective, Quadratic, whole
 
 # %% ../../nbs/experiments/problems.ipynb #5c5c89a5
 @dataclass
@@ -42,6 +42,7 @@ def one_hidden_layer(fan_in:int, hidden:int, outputs:int, activation:Callable, #
                      seed:int # of the start
                     ) -> tuple[Callable, Tensor]:
     "The function of parameters (d,) and inputs (N, fan_in) -> (N, outputs), and a start (d,) in double precision"
+    hidden = whole("hidden", hidden)
     sizes = [fan_in * hidden, hidden, hidden * outputs, outputs]
     def network(x, inputs):
         W1, b1, W2, b2 = x.split(sizes)
@@ -50,12 +51,19 @@ def one_hidden_layer(fan_in:int, hidden:int, outputs:int, activation:Callable, #
     spread = torch.cat([torch.full((n,), k**-.5, dtype=torch.float64) for n, k in zip(sizes, (fan_in, fan_in, hidden, hidden))])
     return network, spread * torch.randn(len(spread), generator=generator, dtype=torch.float64)
 
+# %% ../../nbs/experiments/problems.ipynb #aebb7d48
+def one_of(name:str, value, known):
+    "`value` if it is among those that are known; else a ValueError that lists them"
+    if value in known: return value
+    raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
 # %% ../../nbs/experiments/problems.ipynb #probl004
 @functools.cache
 def classification(data:str # "cancer" or "iris"
                   ) -> tuple[Tensor, Tensor]: # inputs (N, features), labels ±1 (N, outputs)
-    "Standardised data and labels in double precision"
-    X, y = map(torch.from_numpy, {"cancer": load_breast_cancer, "iris": load_iris}[data](return_X_y=True))
+    "Standardised data and labels in double precision. Raises ValueError on another name."
+    sources = {"cancer": load_breast_cancer, "iris": load_iris}
+    X, y = map(torch.from_numpy, sources[one_of("data", data, sources)](return_X_y=True))
     labels = y[:, None] if data == "cancer" else torch.nn.functional.one_hot(y)
     return (X - X.mean(0)) / X.std(0, correction=0), 2. * labels.double() - 1
 

@@ -21,6 +21,7 @@ from ..ensemble import Ensemble, simulate
 from .error_vs_rho import ALGORITHMS, relative_error
 from .experiment import Experiment, Verdict, Verdicts, jackknife, plus_minus
 from .problems import Problem, deep_nonlinear, quadratic
+from ..objective import whole
 from ..sde import SDE
 from ..weak_approximation import weak_order
 from ..weak_errors import Coupled, circle_problem, exact_error, linear_moments
@@ -133,6 +134,7 @@ def measure(quick:bool=False, # fewer and larger learning rates, fewer runs
             progress:bool=False # show a progress bar
            ) -> pd.DataFrame: # KEY, eta, rho, error, se, runs, diverged
     "Errors of the own SDE and of SGD's SDE as η falls, for three scalings of ρ"
+    seed = whole("seed", seed, least=0)
     plans = [(quadratic, range(4, 7 if quick else 10), 16 if quick else 64), (deep_nonlinear, range(3, 5 if quick else 8), 4 if quick else 16)]
     rows = circle_rows(2.**-np.arange(9 if quick else 3, 18, 2), [1.] if quick else [1., 4.])
     rows += moment_rows(quadratic(), 2.**-np.arange(4, 17, 2), 2.)
@@ -255,8 +257,8 @@ def order_lost(table, slopes) -> Verdict:
         wider = grouped(slopes, "1/3", "own SDE", c) if c != 1 else {}
         if "network" in wider: groups[f"network at ρ = {c:g} η^(1/3)"] = wider["network"]
     found = {name: side(s, 5/6) for name, s in groups.items()}
-    whole = {"below": "holds", "above": "does not hold", "undecided": "undecided"}
-    verdict = whole.get(found[next(iter(found))], "holds with a condition") if len(set(found.values())) == 1 else "holds with a condition"
+    alike = {"below": "holds", "above": "does not hold", "undecided": "undecided"}
+    verdict = alike.get(found[next(iter(found))], "holds with a condition") if len(set(found.values())) == 1 else "holds with a condition"
     words = {"below": "lost", "above": "not lost", "both": "lost for some", "undecided": "undecided"}
     beyond = grouped(slopes, "1/4", "own SDE")
     return Verdict("From ρ = η^(1/3) on the own SDE loses its order.", verdict,
