@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['SDE']
 
-# %% ../nbs/05_sde.ipynb #c0697dc1
+# %% ../nbs/05_sde.ipynb #d6a9f31a
+import copy
+
 import torch
 from torch import Tensor
 
-from .algorithm import Algorithm, Chain, axes_of, pair, spread
+from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, axes_of, pair, spread
 from .hessian_noise import batch_formula, batch_sum, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
 from .implicit_regularizer import closed_form, drift, response
-from .objective import Additive, Objective, aligned, common, per_path, point, positive, whole
+from .objective import Additive, Objective, Quadratic, Recorder, aligned, common, per_path, point, positive, whole
 from .sample_sums import seed_of, way_of
 
 # %% ../nbs/05_sde.ipynb #50a07ed7
@@ -54,7 +56,25 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
         return x - dt * objective.grad(x) - combination(algorithm, objective, x, w, form, support.gammas, v)
     return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
 
-# %% ../nbs/05_sde.ipynb #73f59e8b
+# %% ../nbs/05_sde.ipynb #9e04dbba
+def recordable(sde) -> bool:
+    "Is a step of it a function of x and ξ alone, made of the library's own parts?"
+    plain = type(sde.objective) is Quadratic and type(sde.algorithm) in (SGD, USAM, DNSAM, SAM) and sde.expansion == "first"
+    numbers = not isinstance(sde.eta, Tensor) and not isinstance(sde.algorithm.rho, Tensor)
+    return plain and numbers and sde.form in ("factor", "sgd", "none") and closed_form(sde.algorithm, sde.objective)
+
+def recorded_step(sde, x:Tensor, xi:Tensor, dt:float) -> Tensor:
+    "`euler_step`, from a record if it is taken often"
+    def step(x, xi):
+        free = copy.copy(sde)
+        free.algorithm = copy.copy(sde.algorithm)
+        free.algorithm.checked = False
+        return euler_step(free, x, xi, dt, 0)
+    name = (dt, float(sde.eta), float(sde.algorithm.rho), id(sde.objective.H), id(sde.objective.law))
+    out = sde.recorder(name, step, x, xi)
+    return out if type(sde.algorithm) is not DNSAM or out.sum().isfinite() else euler_step(sde, x, xi, dt, 0)
+
+# %% ../nbs/05_sde.ipynb #bd741a8c
 class SDE:
     "dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 1). Raises ValueError or TypeError on arguments that make no SDE."
     def __init__(self, algorithm:Algorithm, # what it is a model of
@@ -75,6 +95,7 @@ class SDE:
         self.noise, self.form = noise, resolve(algorithm, objective, noise)
         self.noise_dim = noise_dim(objective, algorithm, noise, draws)
         self.shape # raises where ρ and η do not broadcast
+        self.recorder = Recorder()
 
     @property
     def shape(self) -> tuple: return tuple(common(**axes_of(rho=self.algorithm.rho, eta=self.eta)))
@@ -115,9 +136,12 @@ class SDE:
         x = aligned(x, xi=point("xi", xi, self.noise_dim, x.dtype))
         return euler_step(self, x, xi, dt, self.seed or 0)
     def advance(self, x:Tensor, draw, steps:list) -> Tensor:
-        x = self.spread(x)
+        x, plain = self.spread(x), recordable(self)
         for h in steps:
             xi = draw()
+            if plain:
+                x = recorded_step(self, x, xi, h)
+                continue
             seed = torch.Generator(x.device).manual_seed(seed_of(xi)) if self.seed is None else self.seed
             x = euler_step(self, x, xi, h, seed)
         return x
