@@ -193,6 +193,10 @@ def plot(table:pd.DataFrame): # -> matplotlib Figure
     ax.axvline(1, color="k", lw=1)
     ax.set(xscale="log", yticks=range(len(rows)), yticklabels=[name for name, *_ in reversed(rows)], xlabel="times better than the target")
     ax.tick_params("y", labelsize="small")
+    limits, ticks = ax.get_xlim(), [.01, .1, .2, .5, 1, 2, 5, 10, 100]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+    ax.set_xlim(limits)
     return fig
 
 experiment = Experiment("bench", "how fast is samsde, and against what?", measure, plot, verdicts, "about fifteen minutes")
