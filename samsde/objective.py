@@ -379,7 +379,7 @@ def unfused(module:torch.nn.Module) -> torch.nn.Module:
             if isinstance(layer, torch.nn.MultiheadAttention): layer.dropout = 0.0
     return module
 
-# %% ../nbs/00_objective.ipynb #b6bafaae
+# %% ../nbs/00_objective.ipynb #3f5c73a8
 aten = torch.ops.aten
 warnings.filterwarnings("ignore", ".torch.jit.trace. is deprecated", DeprecationWarning) # where torch has it no more, functions go on without records
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.permute.default)
@@ -415,6 +415,7 @@ def bare(graph:torch.fx.GraphModule, *tensors:Tensor) -> torch.fx.GraphModule:
     graph.recompile()
     return graph
 
+# %% ../nbs/00_objective.ipynb #a064b673
 class Recorder:
     "Runs functions of tensors; what is called often with tensors of the same shapes is recorded, and then replayed"
     lock, patience, room = threading.Lock(), 64, 32 # calls before a record, and how many there may be

@@ -73,7 +73,7 @@ def operators():
 
 def importing(what:str) -> Callable: return lambda: subprocess.run([sys.executable, "-c", f"import {what}"], check=True)
 
-# %% ../../nbs/experiments/bench.ipynb #ae6d79e3
+# %% ../../nbs/experiments/bench.ipynb #dc1bd515
 def repeated(job:Callable, times:int) -> Callable:
     "A job done several times, as in a simulation; its time is that of one"
     def run():
@@ -94,6 +94,7 @@ def own_jobs(size:dict) -> dict: # contestant -> a function that builds the job
         jobs |= {f"gradient, d = {d}": lambda h=h: repeated(noise_step(USAM, h, False, True), size["times"])}
     return jobs | {"operators": lambda: operators} | {f"import {what}": lambda what=what: importing(what) for what in ("torch", "samsde", "samsde.sde")}
 
+# %% ../../nbs/experiments/bench.ipynb #b123a084
 class Peers:
     "The contestants of an environment, in a process of its own. Raises ArithmeticError where one fails."
     def __init__(self, python:str, env:str):
@@ -165,7 +166,7 @@ def ratio(table:pd.DataFrame, slower:str, faster:str) -> pd.Series|None: # a num
     wide = table.pivot(index="round", columns="contestant", values="seconds")
     return wide[slower] / wide[faster] if {slower, faster} <= set(wide.columns) else None
 
-# %% ../../nbs/experiments/bench.ipynb #7bcb6764
+# %% ../../nbs/experiments/bench.ipynb #1c15327d
 def verdicts(table:pd.DataFrame # from measure
             ) -> Verdicts:
     "Which targets are met"
@@ -180,6 +181,7 @@ def verdicts(table:pd.DataFrame # from measure
     return Verdicts([*found, Verdict("Three orders on the circle, from ten step lengths each, take under 2 s.", "holds" if seconds.median() < 2 else "does not hold",
                             f"{seconds.median():.2f} s ({seconds.min():.2f} to {seconds.max():.2f})")])
 
+# %% ../../nbs/experiments/bench.ipynb #cdaf18c5
 def plot(table:pd.DataFrame): # -> matplotlib Figure
     "Ratios against their targets, with the range over rounds: right of 1 is better than the target"
     import matplotlib.pyplot as plt
