@@ -70,7 +70,8 @@ def recorded_step(sde, x:Tensor, xi:Tensor, dt:float) -> Tensor:
         free.algorithm = copy.copy(sde.algorithm)
         free.algorithm.checked = False
         return euler_step(free, x, xi, dt, 0)
-    name = (dt, float(sde.eta), float(sde.algorithm.rho), id(sde.objective.H), id(sde.objective.law))
+    H, law = sde.objective.H, sde.objective.law
+    name = (dt, float(sde.eta), float(sde.algorithm.rho), law.sigma, id(H), id(law.root)) # a record keeps both tensors
     out = sde.recorder(name, step, x, xi)
     return out if type(sde.algorithm) is not DNSAM or out.sum().isfinite() else euler_step(sde, x, xi, dt, 0)
 
