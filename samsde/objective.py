@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Support', 'Objective', 'Gaussian', 'Additive', 'Quadratic', 'NoisyLoss', 'Minibatches', 'FiniteSum', 'from_module']
 
-# %% ../nbs/00_objective.ipynb #dcb18ac2
-import copy, itertools, math, numbers, threading, warnings
+# %% ../nbs/00_objective.ipynb #4ed14a3c
+import copy, math, numbers, threading, warnings
 from collections import Counter
 from typing import Callable, NamedTuple
 
@@ -269,7 +269,7 @@ class NoisyLoss(Additive):
         if out.shape == x.shape[:-1]: return out
         raise ValueError(f"the loss of one point must be a scalar, got shape {tuple(out.shape[x.ndim - 1:])}")
 
-# %% ../nbs/00_objective.ipynb #d57cdde1
+# %% ../nbs/00_objective.ipynb #6df0c94e
 class Minibatches:
     "The law of minibatches of `batch_size` sample numbers out of `n`. Raises ValueError if that is impossible."
     def __init__(self, n:int, # number of samples, N
@@ -293,8 +293,9 @@ class Minibatches:
     def support(self, draws, generator=None, *, dtype=None, device=None) -> Support:
         n, B, K = self.n, self.batch_size, self.size(draws)
         if K != self.count: return Support(self.draw((K,), generator, device=device), False)
-        every = itertools.product(range(n), repeat=B) if self.replace else itertools.combinations(range(n), B)
-        return Support(torch.tensor(list(every), device=device).reshape(K, B), True)
+        numbers = torch.arange(n, device=device)
+        every = torch.cartesian_prod(*[numbers] * B) if self.replace else torch.combinations(numbers, B)
+        return Support(every.reshape(K, B), True)
     def size(self, draws:int) -> int: return self.count if self.count <= max(self.n, draws) else draws
 
 # %% ../nbs/00_objective.ipynb #0b4c3bd7
@@ -379,9 +380,9 @@ def unfused(module:torch.nn.Module) -> torch.nn.Module:
             if isinstance(layer, torch.nn.MultiheadAttention): layer.dropout = 0.0
     return module
 
-# %% ../nbs/00_objective.ipynb #3f5c73a8
+# %% ../nbs/00_objective.ipynb #e4879478
 aten = torch.ops.aten
-warnings.filterwarnings("ignore", ".torch.jit.trace. is deprecated", DeprecationWarning) # where torch has it no more, functions go on without records
+warnings.filterwarnings("ignore", ".torch.jit.trace. is deprecated", DeprecationWarning) # where torch has it no more, the lists themselves are run
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.permute.default)
 UNITS = (aten.mul.Scalar, aten.div.Scalar, aten.pow.Tensor_Scalar)
 FILLED = (aten.ones_like.default, aten.zeros_like.default, aten.new_zeros.default) # of whose argument only the shape matters
@@ -398,11 +399,13 @@ def bare(graph:torch.fx.GraphModule, *tensors:Tensor) -> torch.fx.GraphModule:
     watch, constant = Watch(graph), set()
     watch.run(*tensors)
     layout = lambda node: (watch.seen[node].shape, watch.seen[node].stride())
+    zero = lambda node: node in constant and not watch.seen[node].any()
     nodes = [node for node in graph.graph.nodes if node.op in ("call_function", "get_attr")]
     if any(getattr(n.target, "_schema", None) and n.target._schema.is_mutable for n in nodes): return graph
     for node in nodes:
         same = node.target in (aten.detach.default, aten.alias.default) or (node.target in UNITS and node.args[1] == 1)
         if node.target in VIEWS: same = layout(node) == layout(node.args[0])
+        if node.target is aten.add.Tensor: same = zero(node.args[1]) and layout(node) == layout(node.args[0])
         if same: node.replace_all_uses_with(node.args[0])
         elif isinstance(watch.seen[node], Tensor) and (node.target in FILLED or constant.issuperset(node.all_input_nodes)):
             constant.add(node)
@@ -415,7 +418,7 @@ def bare(graph:torch.fx.GraphModule, *tensors:Tensor) -> torch.fx.GraphModule:
     graph.recompile()
     return graph
 
-# %% ../nbs/00_objective.ipynb #a064b673
+# %% ../nbs/00_objective.ipynb #98a8c80a
 class Recorder:
     "Runs functions of tensors; what is called often with tensors of the same shapes is recorded, and then replayed"
     lock, patience, room = threading.Lock(), 64, 32 # calls before a record, and how many there may be
@@ -436,7 +439,8 @@ class Recorder:
         with self.lock, torch.no_grad():
             try:
                 graph = bare(make_fx(lambda *t: fn(*t))(*tensors), *tensors)
-                record = torch.jit.trace(lambda *t: graph(*t), tensors, check_trace=False)
+                try: record = torch.jit.trace(lambda *t: graph(*t), tensors, check_trace=False)
+                except (AttributeError, RuntimeError): record = graph # it has operations that a trace cannot hold, as the derivatives of convolutions
                 self.records[key] = record if all(torch.equal(record(*tensors), out) for _ in range(3)) else None # it optimises itself in the first calls
             except Exception: self.records[key] = None # whatever a module does that no record can hold: it works without
         return out

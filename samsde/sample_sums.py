@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .algorithm import Algorithm
 from .objective import FiniteSum, Network, gradient, lift, whole
 
-# %% ../nbs/01b_sample_sums.ipynb #41b559a2
+# %% ../nbs/01b_sample_sums.ipynb #b88f0945
 def outer_square(a:Tensor, d:Tensor) -> Tensor: # (b, T, m), (b, T, k) -> (b,)
     "‖Σ_t d_t a_tᵀ‖² of every sample"
     (_, T, m), k = a.shape, d.shape[-1]
@@ -25,6 +25,9 @@ def outer_square(a:Tensor, d:Tensor) -> Tensor: # (b, T, m), (b, T, k) -> (b,)
     return (d.mT @ a).square().sum((1, 2))
 
 def linear(layer:nn.Linear, a:Tensor, d:Tensor) -> dict:
+    if d.ndim == 2: # one position: ‖d aᵀ‖² = ‖d‖² ‖a‖²
+        square = d.square().sum(1)
+        return dict(weight=a.square().sum(1) * square, bias=square)
     a, d = (t.reshape(len(t), -1, t.shape[-1]) for t in (a, d))
     return dict(weight=outer_square(a, d), bias=d.sum(1).square().sum(1))
 

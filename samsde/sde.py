@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SDE']
 
-# %% ../nbs/05_sde.ipynb #d6a9f31a
+# %% ../nbs/05_sde.ipynb #275e9c13
 import copy
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, axes_of, pair, spread
 from .hessian_noise import batch_formula, batch_sum, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
 from .implicit_regularizer import closed_form, drift, response
-from .objective import Additive, Objective, Quadratic, Recorder, aligned, common, per_path, point, positive, whole
+from .objective import Additive, FiniteSum, Objective, Quadratic, Recorder, aligned, common, per_path, point, positive, whole
 from .sample_sums import seed_of, way_of
 
 # %% ../nbs/05_sde.ipynb #50a07ed7
@@ -56,26 +56,29 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
         return x - dt * objective.grad(x) - combination(algorithm, objective, x, w, form, support.gammas, v)
     return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
 
-# %% ../nbs/05_sde.ipynb #9e04dbba
-def recordable(sde) -> bool:
-    "Is a step of it a function of x and ξ alone, made of the library's own parts?"
-    plain = type(sde.objective) is Quadratic and type(sde.algorithm) in (SGD, USAM, DNSAM, SAM) and sde.expansion == "first"
-    numbers = not isinstance(sde.eta, Tensor) and not isinstance(sde.algorithm.rho, Tensor)
-    return plain and numbers and sde.form in ("factor", "sgd", "none") and closed_form(sde.algorithm, sde.objective)
+# %% ../nbs/05_sde.ipynb #116e284a
+def recordable(sde, x:Tensor) -> bool:
+    "Is a step from `x` a function of x and ξ alone, made of the library's own parts?"
+    algorithm, objective = sde.algorithm, sde.objective
+    if type(algorithm) not in (SGD, USAM, DNSAM, SAM) or sde.expansion != "first" or isinstance(sde.eta, Tensor) or isinstance(algorithm.rho, Tensor): return False
+    if type(objective) is Quadratic: return sde.form in ("factor", "sgd", "none") and closed_form(algorithm, objective)
+    if type(objective) is not FiniteSum or objective.network is None or len(objective.slices(x)) > 1: return False
+    return sde.form == "sgd" or (sde.form == "factor" and (algorithm.scale is not None or objective.law.batch_size == 1) and way_of(algorithm, objective) == "norms")
 
-def recorded_step(sde, x:Tensor, xi:Tensor, dt:float) -> Tensor:
+def one_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
     "`euler_step`, from a record if it is taken often"
+    if not recordable(sde, x): return euler_step(sde, x, xi, dt, seed)
     def step(x, xi):
         free = copy.copy(sde)
         free.algorithm = copy.copy(sde.algorithm)
         free.algorithm.checked = False
-        return euler_step(free, x, xi, dt, 0)
-    H, law = sde.objective.H, sde.objective.law
-    name = (dt, float(sde.eta), float(sde.algorithm.rho), law.sigma, id(H), id(law.root)) # a record keeps both tensors
-    out = sde.recorder(name, step, x, xi)
-    return out if type(sde.algorithm) is not DNSAM or out.sum().isfinite() else euler_step(sde, x, xi, dt, 0)
+        return euler_step(free, x, xi, dt, seed)
+    objective, law = sde.objective, sde.objective.law
+    data = (law.sigma, id(objective.H), id(law.root)) if isinstance(objective, Quadratic) else (objective, law) # a record keeps both tensors
+    out = sde.recorder((type(sde.algorithm), dt, float(sde.eta), float(sde.algorithm.rho), *data), step, x, xi)
+    return out if type(sde.algorithm) is not DNSAM or out.sum().isfinite() else euler_step(sde, x, xi, dt, seed)
 
-# %% ../nbs/05_sde.ipynb #bd741a8c
+# %% ../nbs/05_sde.ipynb #de386037
 class SDE:
     "dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 1). Raises ValueError or TypeError on arguments that make no SDE."
     def __init__(self, algorithm:Algorithm, # what it is a model of
@@ -135,16 +138,13 @@ class SDE:
         if (torch.as_tensor(self.eta) < dt * (1 - 1e-9)).any(): raise ValueError(f"dt must be at most eta={self.eta}, got {dt}")
         x = self.spread(x)
         x = aligned(x, xi=point("xi", xi, self.noise_dim, x.dtype))
-        return euler_step(self, x, xi, dt, self.seed or 0)
+        return one_step(self, x, xi, dt, self.seed or 0)
     def advance(self, x:Tensor, draw, steps:list) -> Tensor:
-        x, plain = self.spread(x), recordable(self)
+        x = self.spread(x)
         for h in steps:
             xi = draw()
-            if plain:
-                x = recorded_step(self, x, xi, h)
-                continue
             seed = torch.Generator(x.device).manual_seed(seed_of(xi)) if self.seed is None else self.seed
-            x = euler_step(self, x, xi, h, seed)
+            x = one_step(self, x, xi, h, seed)
         return x
     def to_torchsde(self): return ForTorchsde(self)
 
