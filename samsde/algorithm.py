@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['Algorithm', 'Linear', 'SGD', 'USAM', 'DNSAM', 'SAM', 'Chain', 'colours']
 
-# %% ../nbs/01_algorithm.ipynb #c860d67e
+# %% ../nbs/01_algorithm.ipynb #b8979b92
+import copy
+
 import torch
 from torch import Tensor
 
-from .objective import Additive, Objective, common, gradient, per_path, positive
+from .objective import Additive, FiniteSum, Objective, common, gradient, per_path, positive
 from .style import colours
 
 # %% ../nbs/01_algorithm.ipynb #2f2506ca
@@ -101,6 +103,22 @@ class SAM(Algorithm):
 # %% ../nbs/01_algorithm.ipynb #e207e4ca
 _all_ = ["colours"] # also here, beside the algorithms
 
+# %% ../nbs/01_algorithm.ipynb #5d686735
+def recorded(name, # of the function, for a record
+             algorithm:Algorithm, objective:Objective, fn, # of an algorithm, points, noise, and numbers
+             x:Tensor, noise:Tensor, *numbers # or tensors
+            ) -> Tensor:
+    "fn(algorithm, x, noise, *numbers), from a record if it is called often, and both are the library's own"
+    law, own = objective.law, type(objective) is FiniteSum and objective.network is not None and type(algorithm) in (SGD, USAM, DNSAM, SAM)
+    if not own or x.dtype.itemsize < 4 or len(objective.slices(x)) > 1: return fn(algorithm, x, noise, *numbers)
+    def step(x, noise, rho, *numbers):
+        free = copy.copy(algorithm)
+        free.rho, free.checked = algorithm.rho if algorithm.still else rho, False
+        return fn(free, x, noise, *numbers)
+    tensors = [v.to(x) if isinstance(v, Tensor) else x.new_tensor(v) for v in (algorithm.rho, *numbers)]
+    out = objective.run((name, type(algorithm), algorithm.still, objective.way, law.batch_size, law.replace), step, x, noise, *tensors)
+    return out if type(algorithm) is not DNSAM or out.sum().isfinite() else fn(algorithm, x, noise, *numbers)
+
 # %% ../nbs/01_algorithm.ipynb #b07a64c6
 def an_objective(objective) -> Objective:
     "`objective` if it is one; else a TypeError"
@@ -121,7 +139,7 @@ def spread(x:Tensor, **values) -> Tensor:
     shapes = axes_of(**values)
     return x.expand(*common(x=x.shape[:-1], **shapes), -1) if shapes else x
 
-# %% ../nbs/01_algorithm.ipynb #6f1f120e
+# %% ../nbs/01_algorithm.ipynb #924c2b78
 class Chain:
     "The discrete process x⁺ = x − η G_ρ(x). Raises ValueError or TypeError on arguments that make none."
     def __init__(self, algorithm:Algorithm, # what steps
@@ -135,7 +153,9 @@ class Chain:
     def shape(self) -> tuple: return tuple(common(**axes_of(rho=self.algorithm.rho, eta=self.eta)))
     @property
     def noise_dim(self) -> int: return self.objective.dim if isinstance(self.objective, Additive) else self.objective.law.batch_size
-    def step(self, x:Tensor, gamma:Tensor) -> Tensor: return self.algorithm.step(self.objective, x, self.eta, gamma)
+    def step(self, x:Tensor, gamma:Tensor) -> Tensor:
+        fn = lambda algorithm, x, gamma, eta: algorithm.step(self.objective, x, eta, gamma)
+        return recorded("chain", self.algorithm, self.objective, fn, x, gamma, self.eta)
     def draw(self, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
         if not isinstance(self.objective, Additive): return self.objective.draw(shape, generator, dtype=dtype, device=device)
         return torch.randn(*shape, self.objective.dim, generator=generator, dtype=dtype, device=device)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SDE']
 
-# %% ../nbs/05_sde.ipynb #275e9c13
+# %% ../nbs/05_sde.ipynb #4f49c951
 import copy
 
 import torch
 from torch import Tensor
 
-from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, axes_of, pair, spread
-from .hessian_noise import batch_formula, batch_sum, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
+from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, axes_of, pair, recorded, spread
+from .hessian_noise import batch_formula, batch_sum, by_sample, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
 from .implicit_regularizer import closed_form, drift, response
 from .objective import Additive, FiniteSum, Objective, Quadratic, Recorder, aligned, common, per_path, point, positive, whole
 from .sample_sums import seed_of, way_of
@@ -30,7 +30,7 @@ def along_itself(b, # a vector field, (..., d) -> (..., d)
         back, = torch.autograd.grad(value, z, w, create_graph=True)
         return value.detach(), torch.autograd.grad(back, w, value.detach())[0]
 
-# %% ../nbs/05_sde.ipynb #3d742801
+# %% ../nbs/05_sde.ipynb #f5d4e98b
 def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
     "One Euler–Maruyama step, in one pass for drift and noise where they share their terms"
     algorithm, objective, form, first = sde.algorithm, sde.objective, sde.form, sde.expansion == "first"
@@ -48,34 +48,35 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
             v = push(dt, s, xi, w) if form == "factor" else push(dt, 0.0, torch.zeros_like(xi), dt * grad)
         return objective.add_hvp_(x - w, x, v, -rho)
     if sde.order == 1 and not additive and form == ("sgd" if algorithm.still else "factor" if first else "exact"):
-        support, factor = weighing(algorithm, objective, x, form, sde.draws, seed)
-        w = s * factor * weights(xi, support)
-        if batch_formula(algorithm, objective, form): return x - batch_sum(algorithm, objective, x, w, dt)
-        v = w + dt / len(support.gammas)
-        if support.exact or not first: return x - combination(algorithm, objective, x, v, form, support.gammas)
-        return x - dt * objective.grad(x) - combination(algorithm, objective, x, w, form, support.gammas, v)
+        def step(algorithm, x, xi, s, dt):
+            support, factor = weighing(algorithm, objective, x, form, sde.draws, seed)
+            w = s * factor * weights(xi, support)
+            if batch_formula(algorithm, objective, form): return x - batch_sum(algorithm, objective, x, w, dt)
+            v = w + dt / len(support.gammas)
+            if support.exact or not first: return x - combination(algorithm, objective, x, v, form, support.gammas)
+            return x - dt * objective.grad(x) - combination(algorithm, objective, x, w, form, support.gammas, v)
+        if not by_sample(algorithm, objective, form) and (objective.law.batch_size > 1 or form == "exact"): return step(algorithm, x, xi, s, dt) # it draws
+        return recorded(("sde", form), algorithm, objective, step, x, xi, s, dt)
     return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
 
-# %% ../nbs/05_sde.ipynb #116e284a
-def recordable(sde, x:Tensor) -> bool:
-    "Is a step from `x` a function of x and ξ alone, made of the library's own parts?"
-    algorithm, objective = sde.algorithm, sde.objective
-    if type(algorithm) not in (SGD, USAM, DNSAM, SAM) or sde.expansion != "first" or isinstance(sde.eta, Tensor) or isinstance(algorithm.rho, Tensor): return False
-    if type(objective) is Quadratic: return sde.form in ("factor", "sgd", "none") and closed_form(algorithm, objective)
-    if type(objective) is not FiniteSum or objective.network is None or len(objective.slices(x)) > 1: return False
-    return sde.form == "sgd" or (sde.form == "factor" and (algorithm.scale is not None or objective.law.batch_size == 1) and way_of(algorithm, objective) == "norms")
+# %% ../nbs/05_sde.ipynb #1ec93a4d
+def recordable(sde) -> bool:
+    "Is a step of it a function of x and ξ alone, on a quadratic and made of the library's own parts?"
+    plain = type(sde.objective) is Quadratic and type(sde.algorithm) in (SGD, USAM, DNSAM, SAM) and sde.expansion == "first"
+    numbers = not isinstance(sde.eta, Tensor) and not isinstance(sde.algorithm.rho, Tensor)
+    return plain and numbers and sde.form in ("factor", "sgd", "none") and closed_form(sde.algorithm, sde.objective)
 
 def one_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
-    "`euler_step`, from a record if it is taken often"
-    if not recordable(sde, x): return euler_step(sde, x, xi, dt, seed)
+    "`euler_step`, on a quadratic from a record if it is taken often"
+    if not recordable(sde): return euler_step(sde, x, xi, dt, seed)
     def step(x, xi):
         free = copy.copy(sde)
         free.algorithm = copy.copy(sde.algorithm)
         free.algorithm.checked = False
         return euler_step(free, x, xi, dt, seed)
-    objective, law = sde.objective, sde.objective.law
-    data = (law.sigma, id(objective.H), id(law.root)) if isinstance(objective, Quadratic) else (objective, law) # a record keeps both tensors
-    out = sde.recorder((type(sde.algorithm), dt, float(sde.eta), float(sde.algorithm.rho), *data), step, x, xi)
+    H, law = sde.objective.H, sde.objective.law
+    name = (dt, float(sde.eta), float(sde.algorithm.rho), law.sigma, id(H), id(law.root)) # a record keeps both tensors
+    out = sde.recorder(name, step, x, xi)
     return out if type(sde.algorithm) is not DNSAM or out.sum().isfinite() else euler_step(sde, x, xi, dt, seed)
 
 # %% ../nbs/05_sde.ipynb #de386037

@@ -28,7 +28,7 @@ from ..sde import SDE
 from ..weak_approximation import weak_order
 from ..weak_errors import circle_error, circle_problem
 
-# %% ../../nbs/experiments/bench.ipynb #ed755c1e
+# %% ../../nbs/experiments/bench.ipynb #883abd93
 SIZES = {"full": dict(d=20, paths=10_000, steps=1_000, replicas=100, train=200, times=100), "small": dict(d=20, paths=200, steps=20, replicas=4, train=4, times=2)}
 ETA, RHO, SIGMA = .01, .1, .1 # as in benchmarks/peers.py
 KINDS = {kind.__name__: kind for kind in (USAM, DNSAM, SAM)}
@@ -41,13 +41,12 @@ def ensemble(kind, dtype:torch.dtype, size:dict, every:int|None=None) -> Callabl
     return lambda: simulate(sde, start, steps * ETA, size["paths"], every=every or steps, observe={"f": objective.loss})
 
 def replicas(batch_size:int, size:dict) -> Callable:
-    "Discrete SAM on the breast cancer network, without weight decay as in the peers; with B = 1 its operations are too short for two threads"
+    "Discrete SAM on the breast cancer network, without weight decay as in the peers"
     net = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Sigmoid(), torch.nn.Linear(20, 1))
     X, y = cancer()
     objective = FiniteSum.from_module(net, lambda out, t: torch.nn.functional.softplus(-t * out[..., 0]).mean(), X, y, batch_size=batch_size)
     chain = Chain(SAM(.05), objective, .1)
-    return lambda: simulate(chain, objective.x0, size["train"] * .1, size["replicas"], every=size["train"], observe={"norm": lambda x: x.norm(dim=-1)},
-                            threads=1 if batch_size == 1 else None)
+    return lambda: simulate(chain, objective.x0, size["train"] * .1, size["replicas"], every=size["train"], observe={"norm": lambda x: x.norm(dim=-1)})
 
 def cancer() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_breast_cancer
