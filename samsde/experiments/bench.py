@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['experiment', 'measure', 'verdicts', 'plot']
 
-# %% ../../nbs/experiments/bench.ipynb #ce244155
+# %% ../../nbs/experiments/bench.ipynb #874b09f2
 import argparse, json, platform, subprocess, sys, time
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..algorithm import DNSAM, SAM, USAM, Chain
 from ..style import colours
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts
+from .networks import conv_net, digits
 from ..hessian_noise import noise_covariance
 from ..objective import FiniteSum, Quadratic, psd_root
 from ..sde import SDE
@@ -53,12 +54,19 @@ def cancer() -> tuple[Tensor, Tensor]:
     X, y = load_breast_cancer(return_X_y=True)
     return torch.from_numpy((X - X.mean(0)) / X.std(0)).float(), torch.from_numpy(2. * y - 1).float()
 
-# %% ../../nbs/experiments/bench.ipynb #172ac140
-def noise_step(kind, hidden:int, dense:bool, gradient:bool=False) -> Callable:
-    "One Euler step of an SDE on 569 samples, B = 1; or the noise by a d×d matrix and its root; or one weighted gradient"
+# %% ../../nbs/experiments/bench.ipynb #01b45b92
+def tumours(hidden:int, batch_size:int=1) -> FiniteSum:
+    "569 samples and a network of two linear layers"
     net = torch.nn.Sequential(torch.nn.Linear(30, hidden), torch.nn.Sigmoid(), torch.nn.Linear(hidden, 1))
-    X, y = cancer()
-    objective = FiniteSum.from_module(net, lambda out, t: torch.nn.functional.softplus(-t * out[..., 0]).mean(), X, y)
+    return FiniteSum.from_module(net, lambda out, t: torch.nn.functional.softplus(-t * out[..., 0]).mean(), *cancer(), batch_size=batch_size)
+
+def pictures() -> FiniteSum:
+    "As many digits, and a network with convolutions"
+    X, y = digits(torch.float32)
+    return FiniteSum.from_module(conv_net(8, 64, dtype=torch.float32), torch.nn.functional.cross_entropy, X[:569], y[:569])
+
+def noise_step(kind, objective:FiniteSum, dense:bool=False, gradient:bool=False) -> Callable:
+    "One Euler step of an SDE; or the noise by a d×d matrix and its root; or one weighted gradient"
     sde, x = SDE(kind(RHO), objective, .05), objective.x0[None]
     xi = torch.randn(1, sde.noise_dim, generator=torch.Generator().manual_seed(0))
     if gradient: return lambda: objective.weighted_grad(x, xi)
@@ -72,7 +80,7 @@ def operators():
 
 def importing(what:str) -> Callable: return lambda: subprocess.run([sys.executable, "-c", f"import {what}"], check=True)
 
-# %% ../../nbs/experiments/bench.ipynb #dc1bd515
+# %% ../../nbs/experiments/bench.ipynb #e5543908
 def repeated(job:Callable, times:int) -> Callable:
     "A job done several times, as in a simulation; its time is that of one"
     def run():
@@ -87,10 +95,12 @@ def own_jobs(size:dict) -> dict: # contestant -> a function that builds the job
     jobs |= {"USAM, float32, recording": lambda: ensemble(USAM, torch.float32, size, 10)}
     jobs |= {f"replicas, B = {b}": lambda b=b: replicas(b, size) for b in (1, 32)}
     hidden = {641: 20, 2561: 80} if size is SIZES["full"] else {97: 3}
-    for d, h in hidden.items():
-        jobs |= {f"step, {kind}, d = {d}": lambda k=k, h=h: repeated(noise_step(k, h, False), size["times"]) for kind, k in KINDS.items()}
-        jobs |= {f"dense, d = {d}": lambda h=h: noise_step(USAM, h, True)}
-        jobs |= {f"gradient, d = {d}": lambda h=h: repeated(noise_step(USAM, h, False, True), size["times"])}
+    losses = {f"d = {d}": lambda h=h: tumours(h) for d, h in hidden.items()} | {"convolutions": pictures}
+    for name, loss in losses.items():
+        jobs |= {f"step, {kind}, {name}": lambda k=k, loss=loss: repeated(noise_step(k, loss()), size["times"]) for kind, k in KINDS.items()}
+        jobs |= {f"gradient, {name}": lambda loss=loss: repeated(noise_step(USAM, loss(), gradient=True), size["times"])}
+    jobs |= {f"dense, d = {d}": lambda h=h: noise_step(USAM, tumours(h), dense=True) for d, h in hidden.items()}
+    jobs |= {"step, USAM, B = 32": lambda: repeated(noise_step(USAM, tumours(max(hidden.values()), 32)), size["times"])}
     return jobs | {"operators": lambda: operators} | {f"import {what}": lambda what=what: importing(what) for what in ("torch", "samsde", "samsde.sde")}
 
 # %% ../../nbs/experiments/bench.ipynb #b123a084
@@ -136,7 +146,7 @@ def measure(quick:bool=False, # a small size, for correctness only
     for peer in peers.values(): peer.close()
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/bench.ipynb #c5471af7
+# %% ../../nbs/experiments/bench.ipynb #c5b72fe8
 TARGETS = [ # claim, slower, faster, bound, is it a lower bound of slower / faster?
     ("An ensemble in single precision is at least 1.7 times as fast as torchsde with independent increments.", "torchsde, iid, float32", "USAM, float32", 1.7, True),
     ("It is at least 8 times as fast as torchsde's default.", "torchsde, default, float32", "USAM, float32", 8, True),
@@ -154,6 +164,8 @@ TARGETS = [ # claim, slower, faster, bound, is it a lower bound of slower / fast
     ("A step on 569 samples is at least 50 times as fast as the dense route at d = 641.", "dense, d = 641", "step, USAM, d = 641", 50, True),
     ("It is at least 1,000 times as fast at d = 2,561.", "dense, d = 2561", "step, USAM, d = 2561", 1000, True),
     *((f"A step of {kind} costs at most three weighted gradients (d = 2,561).", f"step, {kind}, d = 2561", "gradient, d = 2561", 3, False) for kind in KINDS),
+    *((f"A step of {kind} costs at most three weighted gradients (convolutions).", f"step, {kind}, convolutions", "gradient, convolutions", 3, False) for kind in KINDS),
+    ("A step of USAM costs at most three weighted gradients (B = 32).", "step, USAM, B = 32", "gradient, d = 2561", 3, False),
     ("The SAM optimizer takes at most 1.05 times two steps of SGD on a large network.", "samsde, large", "two steps of SGD, large", 1.05, False),
     ("It takes at most 1.05 times two steps of SGD on a tiny network.", "samsde, tiny", "two steps of SGD, tiny", 1.05, False),
     ("It is at least 1.3 times as fast as pytorch_optimizer on a tiny network.", "pytorch_optimizer, tiny", "samsde, tiny", 1.3, True),
