@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Algorithm', 'Linear', 'SGD', 'USAM', 'DNSAM', 'SAM', 'Chain', 'colours']
 
-# %% ../nbs/01_algorithm.ipynb #b8979b92
-import copy
+# %% ../nbs/01_algorithm.ipynb #03d1c0d6
+import copy, math
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ class SAM(Algorithm):
 # %% ../nbs/01_algorithm.ipynb #e207e4ca
 _all_ = ["colours"] # also here, beside the algorithms
 
-# %% ../nbs/01_algorithm.ipynb #5d686735
+# %% ../nbs/01_algorithm.ipynb #7d227d4c
 def recorded(name, # of the function, for a record
              algorithm:Algorithm, objective:Objective, fn, # of an algorithm, points, noise, and numbers
              x:Tensor, noise:Tensor, *numbers # or tensors
@@ -117,7 +117,7 @@ def recorded(name, # of the function, for a record
         return fn(free, x, noise, *numbers)
     tensors = [v.to(x) if isinstance(v, Tensor) else x.new_tensor(v) for v in (algorithm.rho, *numbers)]
     out = objective.run((name, type(algorithm), algorithm.still, objective.way, law.batch_size, law.replace), step, x, noise, *tensors)
-    return out if type(algorithm) is not DNSAM or out.sum().isfinite() else fn(algorithm, x, noise, *numbers)
+    return out if type(algorithm) is not DNSAM or math.isfinite(out.sum()) else fn(algorithm, x, noise, *numbers)
 
 # %% ../nbs/01_algorithm.ipynb #b07a64c6
 def an_objective(objective) -> Objective:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SDE']
 
-# %% ../nbs/05_sde.ipynb #4f49c951
-import copy
+# %% ../nbs/05_sde.ipynb #2e64d9a5
+import copy, math
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
         return recorded(("sde", form), algorithm, objective, step, x, xi, s, dt)
     return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
 
-# %% ../nbs/05_sde.ipynb #1ec93a4d
+# %% ../nbs/05_sde.ipynb #f9ca7baf
 def recordable(sde) -> bool:
     "Is a step of it a function of x and ξ alone, on a quadratic and made of the library's own parts?"
     plain = type(sde.objective) is Quadratic and type(sde.algorithm) in (SGD, USAM, DNSAM, SAM) and sde.expansion == "first"
@@ -77,9 +77,9 @@ def one_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
     H, law = sde.objective.H, sde.objective.law
     name = (dt, float(sde.eta), float(sde.algorithm.rho), law.sigma, id(H), id(law.root)) # a record keeps both tensors
     out = sde.recorder(name, step, x, xi)
-    return out if type(sde.algorithm) is not DNSAM or out.sum().isfinite() else euler_step(sde, x, xi, dt, seed)
+    return out if type(sde.algorithm) is not DNSAM or math.isfinite(out.sum()) else euler_step(sde, x, xi, dt, seed)
 
-# %% ../nbs/05_sde.ipynb #de386037
+# %% ../nbs/05_sde.ipynb #910059de
 class SDE:
     "dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 1). Raises ValueError or TypeError on arguments that make no SDE."
     def __init__(self, algorithm:Algorithm, # what it is a model of
@@ -136,7 +136,7 @@ class SDE:
     def step(self, x:Tensor, xi:Tensor, dt:float) -> Tensor:
         "Euler–Maruyama, x + dt b(x) + √dt · diffusion(x, ξ)"
         if not dt > 0: raise ValueError(f"dt must be positive, got {dt}")
-        if (torch.as_tensor(self.eta) < dt * (1 - 1e-9)).any(): raise ValueError(f"dt must be at most eta={self.eta}, got {dt}")
+        if (self.eta.min() if isinstance(self.eta, Tensor) else self.eta) < dt * (1 - 1e-9): raise ValueError(f"dt must be at most eta={self.eta}, got {dt}")
         x = self.spread(x)
         x = aligned(x, xi=point("xi", xi, self.noise_dim, x.dtype))
         return one_step(self, x, xi, dt, self.seed or 0)
