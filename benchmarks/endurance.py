@@ -64,19 +64,27 @@ def paths(seconds:float):
 
 
 def soak(seconds:float):
-    """One job after another: does the speed drift, does memory grow? Slopes over the time after the first tenth, with two standard errors;
-    processor time tells this program's own drift from that of a machine on which others work."""
-    row("soak", "jobs", "median job (ms)", "drift in time", "drift in processor time", "growth of memory"), row(*["---"] * 6)
-    jobs = {"SDE of SAM, quadratic": (SDE(SAM(.1), bowl(), .01), 4_000), "SAM, minibatches": (Chain(SAM(.1), logistic(), .01), 1_000)}
-    for name, (process, n) in jobs.items():
-        x0, rows, begin = torch.ones(4, dtype=torch.float64), [], time.perf_counter()
-        while (now := time.perf_counter() - begin) < seconds / len(jobs) or len(rows) < 20:
-            start, cpu = time.perf_counter(), time.process_time()
-            simulate(process, x0, 1., n, every=50, seed=len(rows))
-            rows.append((now, time.perf_counter() - start, time.process_time() - cpu, resident()))
-        t, took, cpu, size = np.array(rows)[len(rows) // 10:].T
-        def drift(values, unit, scale): return "{:+.1f} ± {:.1f} {}".format(*np.array(slope(t, values)) * [1, 2] * (t[-1] - t[0]) * scale, unit)
-        row(name, f"{len(rows)}", f"{1e3 * np.median(took):.1f}", drift(took, "%", 100 / np.median(took)), drift(cpu, "%", 100 / np.median(cpu)), drift(size, "MiB", 1))
+    """Jobs in turn, again and again: does the speed drift, does memory grow? Slopes over the time after the first tenth, with two standard errors.
+    A machine's own speed drifts too: beside a job's time stands its ratio to that of a loop of plain torch, which has just had its turn."""
+    x0, a = torch.ones(4, dtype=torch.float64), torch.ones(10**5, dtype=torch.float64)
+    def plain(seed):
+        for _ in range(1500): torch.mul(a, 1 + 1e-9, out=a)
+    def job(process, n): return lambda seed: simulate(process, x0, 1., n, every=50, seed=seed)
+    jobs = {"plain torch": plain, "SDE of SAM, quadratic": job(SDE(SAM(.1), bowl(), .01), 4_000), "SAM, minibatches": job(Chain(SAM(.1), logistic(), .01), 1_000)}
+    rows, begin = [], time.perf_counter()
+    while (now := time.perf_counter() - begin) < seconds or len(rows) < 20:
+        took = []
+        for run in jobs.values():
+            start = time.perf_counter()
+            run(len(rows))
+            took.append(time.perf_counter() - start)
+        rows.append((now, resident(), *took))
+    t, size, *times = np.array(rows)[len(rows) // 10:].T
+    def drift(values, unit, scale): return "{:+.1f} ± {:.1f} {}".format(*np.array(slope(t, values)) * [1, 2] * (t[-1] - t[0]) * scale, unit)
+    def relative(values): return drift(values, "%", 100 / np.median(values))
+    row(f"soak of {seconds:.0f} s", "jobs", "median job (ms)", "drift", "drift against plain torch"), row(*["---"] * 5)
+    for name, took in zip(jobs, times): row(name, f"{len(rows)}", f"{1e3 * np.median(took):.1f}", relative(took), relative(took / times[0]) if took is not times[0] else "")
+    print(f"\nMemory grew by {drift(size, 'MiB', 1)}.")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,18 @@ def test_a_cluster_loses_a_worker(expected, tmp_path):
     assert not of(0).equals(of(1))  # the control: another seed
 
 
+def test_on_ray(expected):
+    """Ray is no requirement of developers: `pip install ray` runs this test too. Its workers have no folder in common with this process."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    from ray.util.joblib import register_ray
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(module.__file__).parent.parent)])
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", runtime_env={"env_vars": {"PYTHONPATH": paths}})
+    try:
+        register_ray()
+        with joblib.parallel_config(backend="ray"): same(grid(), expected)
+    finally: ray.shutdown()
+
+
 def test_a_job_travels_with_its_task():
     """What joblib's Dask backend takes for large is lost with the worker that holds it; a job is not, whatever it holds."""
     sizeof = pytest.importorskip("dask.sizeof", reason="dask is not installed").sizeof
