@@ -66,9 +66,9 @@ def paths(seconds:float):
 def soak(seconds:float):
     """Jobs in turn, again and again: does the speed drift, does memory grow? Slopes over the time after the first tenth, with two standard errors.
     A machine's own speed drifts too: beside a job's time stands its ratio to that of a loop of plain torch, which has just had its turn."""
-    x0, a = torch.ones(4, dtype=torch.float64), torch.ones(10**5, dtype=torch.float64)
+    x0, a = torch.ones(4, dtype=torch.float64), torch.ones(10**4, dtype=torch.float64)
     def plain(seed):
-        for _ in range(1500): torch.mul(a, 1 + 1e-9, out=a)
+        for _ in range(15_000): torch.mul(a, 1 + 1e-9, out=a)
     def job(process, n): return lambda seed: simulate(process, x0, 1., n, every=50, seed=seed)
     jobs = {"plain torch": plain, "SDE of SAM, quadratic": job(SDE(SAM(.1), bowl(), .01), 4_000), "SAM, minibatches": job(Chain(SAM(.1), logistic(), .01), 1_000)}
     rows, begin = [], time.perf_counter()

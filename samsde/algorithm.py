@@ -139,7 +139,7 @@ def spread(x:Tensor, **values) -> Tensor:
     shapes = axes_of(**values)
     return x.expand(*common(x=x.shape[:-1], **shapes), -1) if shapes else x
 
-# %% ../nbs/01_algorithm.ipynb #924c2b78
+# %% ../nbs/01_algorithm.ipynb #ee63fd38
 class Chain:
     "The discrete process x⁺ = x − η G_ρ(x). Raises ValueError or TypeError on arguments that make none."
     def __init__(self, algorithm:Algorithm, # what steps
@@ -155,7 +155,7 @@ class Chain:
     def noise_dim(self) -> int: return self.objective.dim if isinstance(self.objective, Additive) else self.objective.law.batch_size
     def step(self, x:Tensor, gamma:Tensor) -> Tensor:
         fn = lambda algorithm, x, gamma, eta: algorithm.step(self.objective, x, eta, gamma)
-        return recorded("chain", self.algorithm, self.objective, fn, x, gamma, self.eta)
+        return recorded("chain", self.algorithm, self.objective, fn, spread(self.objective.check(x), rho=self.algorithm.rho, eta=self.eta), gamma, self.eta)
     def draw(self, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
         if not isinstance(self.objective, Additive): return self.objective.draw(shape, generator, dtype=dtype, device=device)
         return torch.randn(*shape, self.objective.dim, generator=generator, dtype=dtype, device=device)
