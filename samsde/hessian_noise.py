@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sgd_covariance', 'cross_covariance', 'noise_covariance', 'noise_dim', 'noise_sample']
 
-# %% ../nbs/04_hessian_noise.ipynb #4634edaf
+# %% ../nbs/04_hessian_noise.ipynb #c36e3269
 import torch
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from .algorithm import Algorithm, an_objective, pair, spread
 from .implicit_regularizer import (all_samples, closed_form, expectation, first_axis, hessian_perturbation, over,
                                          perturbation_sum, response, weighted_sum)
 from .objective import Additive, FiniteSum, Objective, Quadratic, Support, aligned, per_path, point, psd_root
-from .sample_sums import pull, way_of
+from .sample_sums import gradient_of_sum, pull, way_of
 
 # %% ../nbs/04_hessian_noise.ipynb #5289c90f
 def centred(v:Tensor, # a value for each γ, (K, ...)
@@ -165,17 +165,22 @@ def combination(algorithm:Algorithm, objective:Objective, x:Tensor,
     if v is w and way_of(algorithm, objective) == "norms": return pull(objective, x, w, algorithm.radial, factor)
     return objective.weighted_grad(x, w) + factor * perturbation_sum(algorithm, objective, x, v)
 
-# %% ../nbs/04_hessian_noise.ipynb #fdb110e6
+# %% ../nbs/04_hessian_noise.ipynb #47618a94
 def batch_formula(algorithm:Algorithm, objective:Objective, form:str) -> bool:
     "Does Eq. (2) apply, with more than its last sum?"
     return form == "factor" and by_sample(algorithm, objective, form) and objective.law.batch_size > 1
 
 def batch_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor, w:Tensor, h:float=0.0) -> Tensor:
     "h (ḡ + ρ E[Hu]) and Eq. (2) together, for minibatches of any size and u = c g"
-    a, grad, tau, ratio = objective.weighted_grad(x, w), objective.grad(x), objective.law.tau, objective.law.kappa / objective.law.tau
-    Hu = perturbation_sum(algorithm, objective, x, ratio * w + h * tau / objective.n)
-    Hu = Hu + objective.hvp(x, (1 - ratio) * a + h * (1 - tau) * grad) + (1 - ratio) * objective.weighted_hvp(x, w, grad)
-    return h * grad + a + per_path(algorithm.rho, x) * algorithm.scale(grad) * Hu
+    n, tau, ratio = objective.n, objective.law.tau, objective.law.kappa / objective.law.tau
+    a, grad = objective.weighted_grad(x, w), objective.grad(x)
+    factor, v = per_path(algorithm.rho, x) * algorithm.scale(grad), ratio * w + h * tau / n
+    p, q = (1 - ratio) * a + h * (1 - tau) * grad, (1 - ratio) * grad
+    if way_of(algorithm, objective) == "norms":
+        value = lambda f, square, along_p, along_q, u, v, w, c: u * f + c * (v * algorithm.radial(square) + along_p / n + w * along_q)
+        return gradient_of_sum(("batch", algorithm.radial), value, objective, x, [w + h / n, v, w], [p, q], [factor])
+    Hu = perturbation_sum(algorithm, objective, x, v) + objective.hvp(x, p) + objective.weighted_hvp(x, w, q)
+    return h * grad + a + factor * Hu
 
 # %% ../nbs/04_hessian_noise.ipynb #b0a6e8f3
 def noise_sample(algorithm:Algorithm, objective:Objective,

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['WAYS', 'square_norms', 'obstacle', 'signed_products', 'way_of']
 
-# %% ../nbs/01b_sample_sums.ipynb #dc5233a3
+# %% ../nbs/01b_sample_sums.ipynb #1fbbffd1
 import functools, math
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .algorithm import Algorithm
 from .objective import FiniteSum, Network, gradient, lift, whole
@@ -93,9 +94,9 @@ def plan_of(network:Network) -> Plan:
     network.plan = Plan(shapes, missing or obstacle)
     return network.plan
 
-# %% ../nbs/01b_sample_sums.ipynb #60f10fbd
-def terms(network:Network, x:Tensor, s:slice) -> tuple[Tensor, Tensor]: # (d,) -> (b,) each
-    "f_i and ‖∇f_i‖² of a slice of the samples"
+# %% ../nbs/01b_sample_sums.ipynb #01508bd1
+def terms(network:Network, x:Tensor, s:slice, directions=()) -> tuple: # (d,), and (d,) each -> (b,) each
+    "f_i, ‖∇f_i‖² and the slopes of f_i in some directions, for a slice of the samples"
     module, plan, rows, inputs = network.own(), plan_of(network), torch.arange(s.start, s.stop, device=x.device), {}
     layers = dict(module.named_modules())
     def run(added):
@@ -106,11 +107,14 @@ def terms(network:Network, x:Tensor, s:slice) -> tuple[Tensor, Tensor]: # (d,) -
         return losses.sum(), (losses, dict(inputs))
     added = {name: x.new_zeros(len(rows), *shape) for name, shape in plan.shapes.items()}
     signals, (losses, inputs) = torch.func.grad(run, has_aux=True)(added)
-    total = 0
+    total, slopes, directions = 0, [0] * len(directions), [network.named(p) for p in directions]
     for name, d in signals.items():
-        squares = LAYERS[type(layers[name])](layers[name], inputs[name], d)
-        total = total + sum(value for key, value in squares.items() if f"{name}.{key}".lstrip(".") in network.shapes)
-    return losses, total
+        layer, a, full = layers[name], inputs[name], lambda key: f"{name}.{key}".lstrip(".")
+        total = total + sum(value for key, value in LAYERS[type(layer)](layer, a, d).items() if full(key) in network.shapes)
+        for k, p in enumerate(directions):
+            own = {key: p.get(full(key), torch.zeros_like(v)) for key, v in layer.named_parameters()}
+            slopes[k] = slopes[k] + (d * functional_call(layer, own, (a,))).flatten(1).sum(1)
+    return losses, total, *slopes
 
 # %% ../nbs/01b_sample_sums.ipynb #7d97297f
 def square_norms(objective:FiniteSum, # from a module
@@ -126,20 +130,31 @@ def obstacle(objective) -> str|None:
     network = getattr(objective, "network", None)
     return "it was not made from a module" if network is None else plan_of(network).obstacle
 
-# %% ../nbs/01b_sample_sums.ipynb #7d9abccb
+# %% ../nbs/01b_sample_sums.ipynb #d551d5ce
+def gradient_of_sum(name, # of the function, for a record
+                    value:Callable, # f_i, ‖g_i‖², slopes, weights, numbers -> (b,)
+                    objective:FiniteSum, x:Tensor, # (..., d)
+                    weights=(), # of the samples, (..., n) each
+                    directions=(), # of the slopes, (..., d) each
+                    numbers=() # or tensors (..., 1)
+                   ) -> Tensor: # (..., d)
+    "∇ Σ_i value of sample i, where weights, directions and numbers are constants"
+    k, m = len(weights), len(weights) + len(directions)
+    def total(s, z, *rest): # of one path
+        return value(*terms(objective.network, z, s, rest[k:m]), *(w[s] for w in rest[:k]), *rest[m:]).sum()
+    part = lambda s: lambda x, *rest: gradient(lambda z: lift(functools.partial(total, s), z, *rest), x)
+    rest = [*weights, *directions, *(c if isinstance(c, Tensor) else x.new_tensor([c]) for c in numbers)]
+    rest = [t.expand(*x.shape[:-1], t.shape[-1]) for t in rest]
+    return sum(objective.run((name, s.start, s.stop), part(s), x, *rest) for s in objective.slices(x))
+
 def pull(objective:FiniteSum, x:Tensor, # (..., d)
          w:Tensor, # (..., n)
          radial:Callable, # of ‖g_i‖², (..., b) -> (..., b)
          factor=None # a number, or (..., 1)
         ) -> Tensor: # (..., d)
     "∇ Σ_i w_i radial(‖g_i‖²); with a factor c, ∇ Σ_i w_i (f_i + c radial(‖g_i‖²))"
-    def value(s, z, w, *factor): # of one path
-        f, square = terms(objective.network, z, s)
-        return (w[s] * (f + factor[0] * radial(square) if factor else radial(square))).sum()
-    part = lambda s: lambda x, *rest: gradient(lambda z: lift(functools.partial(value, s), z, *rest), x)
-    rest = [w] if factor is None else [w, factor if isinstance(factor, Tensor) else x.new_tensor([factor])]
-    rest = [t.expand(*x.shape[:-1], t.shape[-1]) for t in rest]
-    return sum(objective.run(("norms", radial, s.start, s.stop), part(s), x, *rest) for s in objective.slices(x))
+    if factor is None: return gradient_of_sum(("norms", radial), lambda f, square, w: w * radial(square), objective, x, [w])
+    return gradient_of_sum(("step", radial), lambda f, square, w, c: w * (f + c * radial(square)), objective, x, [w], numbers=[factor])
 
 # %% ../nbs/01b_sample_sums.ipynb #e3294e80
 def seed_of(t:Tensor) -> int:
