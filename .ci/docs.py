@@ -1,5 +1,4 @@
 "Build the site into _docs, with Quarto where it is on the PATH and with smalldocs where it isn't."
-import base64
 import json
 import re
 import shutil
@@ -60,15 +59,6 @@ def leave_out_widgets(proc):
         p.write_text(json.dumps(nb), encoding="utf-8")
 
 
-def picture_widths(proc):
-    "The width at which each picture is to be shown: a notebook stores it at twice that, for sharp screens."
-    for p in proc.rglob("*.ipynb"):
-        for cell in json.loads(p.read_text(encoding="utf-8"))["cells"]:
-            for out in cell.get("outputs", []):
-                if width := out.get("metadata", {}).get("image/png", {}).get("width"):
-                    yield "".join(out["data"]["image/png"]).strip(), int(width)
-
-
 def modules(cfg):
     "The exported file of each page that has one."
     for p in cfg.nbs_path.rglob("*.ipynb"):
@@ -105,23 +95,25 @@ def write_sources(site, cfg):
     return places
 
 
-def write_pictures(site, name, html, widths):
-    "Pictures as files of their own, shown at their width, with their caption as alternative text, and a link to see them alone."
+PICTURE = re.compile(r'(?s)(?:<\?xml[^>]*\?>\s*)?(?:<!DOCTYPE svg[^>]*>\s*)?(<svg [^>]*\bwidth="([\d.]+)pt".*?</svg>)')  # as matplotlib writes them
+
+
+def write_pictures(site, name, html):
+    "Pictures as files of their own, 100 pixels to an inch, with their caption as alternative text, and a link to see them alone."
     count = 0
 
     def show(m):
         nonlocal count
         count += 1
-        data, caption = m[1].strip(), re.match(r"(?s)[^<]*(?:</p>\s*)?<figcaption[^>]*>(.*?)</figcaption>", html[m.end():])
+        caption = re.match(r"(?s)[^<]*(?:</p>\s*)?<figcaption[^>]*>(.*?)</figcaption>", html[m.end():])
         alt = escape(unescape(re.sub(r"<[^>]+>", "", caption[1])).strip()) if caption else ""
-        picture = f"pictures/{name[:-5].replace('/', '_')}-{count}.png"
+        picture = f"pictures/{name[:-5].replace('/', '_')}-{count}.svg"
         (site/picture).parent.mkdir(exist_ok=True)
-        (site/picture).write_bytes(base64.b64decode(data))
-        place, width = "../" * name.count("/") + picture, widths.get(data)
-        size = f' width="{width}" style="--least: {round(.6 * width)}px"' if width else ""
-        return f'<a href="{place}"><img src="{place}" alt="{alt}"{size} class="img-fluid"></a>'
+        (site/picture).write_text(m[1], encoding="utf-8")
+        place = "../" * name.count("/") + picture
+        return f'<a href="{place}"><img src="{place}" alt="{alt}" width="{round(float(m[2]) / .72)}" class="img-fluid"></a>'
 
-    return re.sub(r'<img src="data:image/png;base64,([^"]+)"[^>]*>', show, html)
+    return PICTURE.sub(show, html)
 
 
 def search_offline(site):
@@ -157,14 +149,14 @@ def fetch_katex():
     return store
 
 
-def finish(site, widths, cfg):
+def finish(site, cfg):
     "Make the pages stand alone: relative links between them, no link to an address that doesn't exist, KaTeX beside them."
     docs = f"{cfg.doc_host}{cfg.doc_baseurl}/"
     pages = {p.relative_to(site).as_posix(): p.read_text(encoding="utf-8") for p in site.rglob("*.html")}
     ids = {name: set(re.findall(r'\bid="([^"]+)"', html)) for name, html in pages.items()}
     katex = fetch_katex() if any(map(CDN.search, pages.values())) else None
     if katex: shutil.copytree(katex, site/"site_libs"/"katex", dirs_exist_ok=True)
-    places, widths = write_sources(site, cfg), dict(widths)
+    places = write_sources(site, cfg)
     for name, html in pages.items():
         up = "../"*name.count("/")
 
@@ -180,7 +172,7 @@ def finish(site, widths, cfg):
         html = re.sub(rf'<a [^>]*href="{re.escape(cfg.git_url)}(/([\w.]+)")?[^>]*>.*?</a>', lambda m: source(m) if m[2] else "", html)
         html = re.sub(r'(<div class="sidebar-title[^>]*><a href=")[./]*"', rf'\1{up}index.html"', html)  # a folder is no page on a disk
         html = re.sub(rf'href="{re.escape(docs)}([^"#]*)#?([^"]*)"', local, html)
-        html = write_pictures(site, name, html, widths)
+        html = write_pictures(site, name, html)
         if katex: html = CDN.sub(f"{up}site_libs/katex", html)
         (site/name).write_text(html, encoding="utf-8")
     if not katex: print("without npm, the pages load KaTeX from its usual address")
@@ -202,7 +194,7 @@ def build():
     if subprocess.run(command, cwd=proc).returncode: sys.exit("the site was not built: see the lines above")
     shutil.rmtree(cfg.doc_path, ignore_errors=True)
     shutil.move(proc/cfg.doc_path.name, cfg.doc_path)
-    finish(cfg.doc_path, [] if quarto else list(picture_widths(proc)), cfg)
+    finish(cfg.doc_path, cfg)
     if not quarto: search_offline(cfg.doc_path)
 
 

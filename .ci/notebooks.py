@@ -22,6 +22,8 @@ def execute(path):
     os.chdir(path.parent)
     try: shell.run_all(nb, exc_stop=True, preproc=skip)
     except Exception: sys.exit(shell.prettytb(path.name))
+    for cell in nb.cells:  # a progress bar shows the clock; some are drawn whatever TQDM_DISABLE says
+        if "outputs" in cell: cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr" or "%|" not in str(out)]
     write_nb(nb, path)
     for n, cell in enumerate(nb.cells):
         if str(ROOT) in str(cell.get("outputs")): sys.exit(f"{path.name}: cell {n} prints a path of this machine (a warning?)")

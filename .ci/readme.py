@@ -50,7 +50,7 @@ if __name__ == "__main__":
     nb.metadata["language_info"] = {"name": "python"}
     exporter = MarkdownExporter(config=Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags={"remove_input"})))
     text, resources = exporter.from_notebook_node(nbformat.reads(nb2str(nb), as_version=4), {"output_files_dir": figures.name})
-    text = re.sub(r"\s*!\[png\]", lambda m: f"\n\n![{captions.pop(0)}]", text)
+    text = re.sub(r"\s*!\[(?:png|svg)\]", lambda m: f"\n\n![{captions.pop(0)}]", text)
     text = re.sub(r"(\]\()([^)\s]+)", lambda m: m[1] + target(m[2]), text)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     (cfg.config_path/"README.md").write_text(f"<!-- made from nbs/{cfg.readme_nb} by `make readme` -->\n\n{text}\n", encoding="utf-8")

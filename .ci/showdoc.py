@@ -25,7 +25,8 @@ def kind(annotation):
     "A type in words, each name of which can become a link"
     if annotation in (empty, None, type(None)): return ""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    return " or ".join(f"`{name.strip()}`" for name in re.sub(r"\b(?:\w+\.)+(?=\w)", "", text).split("|"))
+    text = re.sub(r"^Optional\[(.*)\]$", r"\1|None", re.sub(r"\b(?:\w+\.)+(?=\w)", "", text))
+    return " or ".join(f"`{name.strip()}`" for name in text.split("|"))
 
 
 def call(name, signature, types):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Algorithm', 'Linear', 'SGD', 'USAM', 'DNSAM', 'SAM', 'Chain', 'colours']
 
-# %% ../nbs/01_algorithm.ipynb #03d1c0d6
+# %% ../nbs/01_algorithm.ipynb #72838c0a
 import copy, math
 
 import torch
@@ -103,7 +103,7 @@ class SAM(Algorithm):
 # %% ../nbs/01_algorithm.ipynb #e207e4ca
 _all_ = ["colours"] # also here, beside the algorithms
 
-# %% ../nbs/01_algorithm.ipynb #7d227d4c
+# %% ../nbs/01_algorithm.ipynb #7c1cb7a1
 def recorded(name, # of the function, for a record
              algorithm:Algorithm, objective:Objective, fn, # of an algorithm, points, noise, and numbers
              x:Tensor, noise:Tensor, *numbers # or tensors
@@ -139,7 +139,7 @@ def spread(x:Tensor, **values) -> Tensor:
     shapes = axes_of(**values)
     return x.expand(*common(x=x.shape[:-1], **shapes), -1) if shapes else x
 
-# %% ../nbs/01_algorithm.ipynb #ee63fd38
+# %% ../nbs/01_algorithm.ipynb #65208ff5
 class Chain:
     "The discrete process x⁺ = x − η G_ρ(x). Raises ValueError or TypeError on arguments that make none."
     def __init__(self, algorithm:Algorithm, # what steps

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SDE']
 
-# %% ../nbs/05_sde.ipynb #2e64d9a5
+# %% ../nbs/05_sde.ipynb #6b9500e7
 import copy, math
 
 import torch
@@ -59,7 +59,7 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
         return recorded(("sde", form), algorithm, objective, step, x, xi, s, dt)
     return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
 
-# %% ../nbs/05_sde.ipynb #f9ca7baf
+# %% ../nbs/05_sde.ipynb #7235290c
 def recordable(sde) -> bool:
     "Is a step of it a function of x and ξ alone, on a quadratic and made of the library's own parts?"
     plain = type(sde.objective) is Quadratic and type(sde.algorithm) in (SGD, USAM, DNSAM, SAM) and sde.expansion == "first"
@@ -79,7 +79,7 @@ def one_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
     out = sde.recorder(name, step, x, xi)
     return out if type(sde.algorithm) is not DNSAM or math.isfinite(out.sum()) else euler_step(sde, x, xi, dt, seed)
 
-# %% ../nbs/05_sde.ipynb #910059de
+# %% ../nbs/05_sde.ipynb #6209e9de
 class SDE:
     "dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 1). Raises ValueError or TypeError on arguments that make no SDE."
     def __init__(self, algorithm:Algorithm, # what it is a model of

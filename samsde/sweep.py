@@ -244,7 +244,7 @@ def sweep(algorithms, # name -> Algorithm, or function of ρ; or a list of such,
           *, t_end:float, # end time, a whole number of steps of every eta
           n_paths:int, # paths of a job, at least 2
           x0=None, # start, (d,) or (n_paths, d), or one for each name of an objective; the objective's own if None
-          processes=(Chain,), # name -> function of algorithm, objective and eta, such as the classes Chain and SDE; or a list
+          processes=None, # name -> function of algorithm, objective and eta, such as the classes Chain and SDE; or a list; Chain alone if None
           observe:dict|None=None, # name -> function of an objective and points (..., d); {"loss": the loss} if None
           interval:float|None=None, # time between two records, a whole number of steps of every eta; at t_end alone if None
           substeps:int=1, # Euler steps of an SDE within one eta
@@ -260,6 +260,6 @@ def sweep(algorithms, # name -> Algorithm, or function of ρ; or a list of such,
     algorithms = variants("algorithms", algorithms, Algorithm, "rho", rhos)
     objectives = variants("objectives", objectives, Objective, "batch_size", distinct("batch_sizes", batch_sizes, whole, 0))
     seeds = distinct("seeds", seeds, lambda name, v: whole(name, v, least=0))
-    jobs, marks = jobs_of(algorithms, objectives, etas, seeds, named("processes", processes), x0, observers(observe), **number)
+    jobs, marks = jobs_of(algorithms, objectives, etas, seeds, named("processes", [Chain] if processes is None else processes), x0, observers(observe), **number)
     table = table_of(jobs, collect(jobs, marks, Path(folder) if folder else None, progress))
     return table[table["time"] > 0].reset_index(drop=True) if interval is None else table

@@ -81,7 +81,13 @@ def alternatives(page, pages):
     yield from (f"no alternative text, for want of `#| fig-cap`: {source}" for source, alt in page.alts if not alt.strip())
 
 
-FILES = {check.__name__: check for check in (markup, widgets, links, sources, alternatives)}
+def vectors(page, pages):
+    "Figures that are not vector images, or that a notebook's page holds in itself."
+    outputs = "".join(re.findall(r'(?s)<div class="cell-output cell-output-display">.*?</div>', page.html))
+    yield from (f"no vector image: {figure[:80]}" for figure in re.findall(r"<img[^>]*>|<svg", outputs) if not re.search(r'src="[^":]*\.svg"', figure))
+
+
+FILES = {check.__name__: check for check in (markup, widgets, links, sources, alternatives, vectors)}
 
 
 # --- seen in a browser ---
@@ -254,7 +260,8 @@ def test_in_the_browser(kind, looks):
 
 
 BREAKS = {"markup": "<p>**bold**</p>", "widgets": "<pre>interactive(children=(FloatSlider(value=0.1</pre>", "sources": None,
-          "alternatives": '<img src="pictures/index-1.png">',
+          "alternatives": '<img src="pictures/index-1.svg">',
+          "vectors": '<div class="cell-output cell-output-display"><img src="data:image/png;base64,iVBORw0KGgo=" alt="x"></div>',
           "links": '<a href="nowhere.html">x</a>', "console": "<script>console.error('broken')</script>",
           "elsewhere": '<img src="http://127.0.0.1:9/x.png" alt="x">', "pictures": '<img src="nowhere.png" alt="x">',
           "equations": '<span class="math inline">\\(\\nosuchcommand\\)</span>', "overflow": '<p style="width: 900px">wide</p>'}

@@ -7,6 +7,7 @@ __all__ = ['experiment', 'radii', 'error_vs_rho', 'plot', 'verdicts', 'measure',
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #1657637e
 import warnings
+from itertools import product
 
 import pandas as pd
 import torch
@@ -110,20 +111,37 @@ def error_vs_rho(problem:Problem,
     bar.close()
     return pd.DataFrame(rows)
 
+# %% ../../nbs/experiments/error_vs_rho.ipynb #28875f36
+def name_axes(axes, used:list, label:str, legends:int):
+    "Labels at the left and below, and a legend: where a place in the grid is free, there, else in the first panels"
+    at = lambda ax: ax.get_subplotspec()
+    for ax in used:
+        if at(ax).is_first_col(): ax.set_ylabel(label)
+        if not any(at(o).colspan == at(ax).colspan and at(o).rowspan.start > at(ax).rowspan.start for o in used):
+            ax.set_xlabel("radius $\\rho$")
+            ax.tick_params(labelbottom=True)
+    for ax in axes.flat[len(used):]: ax.set_axis_off()
+    if len(used) < axes.size: axes.flat[-1].legend(*used[0].get_legend_handles_labels(), loc="center", fontsize="medium")
+    else:
+        for ax in used[:legends]: ax.legend(fontsize=8)
+
 # %% ../../nbs/experiments/error_vs_rho.ipynb #5ff948f7
 def plot(table:pd.DataFrame, # from error_vs_rho(...)
-         axes=None, # one for each problem and algorithm, (problems, algorithms)
+         axes=None, # a grid of one for each problem and algorithm, (problems, algorithms)
          statistic:str="mean" # or "spread"
         ):
-    "Error against ρ on a log scale, a row of panels for each problem; returns the axes"
+    "Error against ρ on a log scale, a row of panels for each problem, or two columns for one algorithm; returns the axes"
     import matplotlib.pyplot as plt
     table = table[table.statistic == statistic]
     problems, algorithms = (list(table[c].unique()) for c in ("problem", "algorithm"))
     if axes is None:
-        axes = plt.subplots(len(problems), len(algorithms), figsize=(1 + 3.3 * len(algorithms), .6 + 2.7 * len(problems)),
-                            sharex=True, sharey="row", squeeze=False, layout="constrained")[1]
+        alone, panels = len(algorithms) == 1, len(problems) * len(algorithms)
+        columns = min(2, panels) if alone else len(algorithms)
+        rows = -(-panels // columns)
+        axes = plt.subplots(rows, columns, figsize=(.4 + 3 * columns, .6 + 2.5 * rows), sharex=True, sharey=False if alone else "row", squeeze=False, layout="constrained")[1]
+    used = dict(zip(product(problems, algorithms), axes.flat))
     for (problem, algorithm), part in table.groupby(["problem", "algorithm"]):
-        ax = axes[problems.index(problem)][algorithms.index(algorithm)]
+        ax = used[problem, algorithm]
         looks = {"own SDE": dict(color=colours[algorithm], marker="o", ms=7, lw=2), "Σ only": dict(color="k", marker="x", ls=":"),
                  "SGD's SDE": dict(color=colours["SGD"], marker="s", ls="--"), "exact mean field": dict(color=colours[algorithm], marker="^", ls="-.", mfc="w")}
         for model, curve in part.groupby("model"):
@@ -134,9 +152,7 @@ def plot(table:pd.DataFrame, # from error_vs_rho(...)
         linear = part.rho[part.rho > 0].min()
         if linear > 0: ax.set_xscale("symlog", linthresh=linear, linscale=.5)
         ax.set(xlim=(-linear / 4 if linear > 0 else None, None), yscale="log", title=f"{algorithm}, {problem}")
-    for ax in axes[-1]: ax.set_xlabel("radius $\\rho$")
-    for row in axes: row[0].set_ylabel("relative error" + " of the spread" * (statistic == "spread"))
-    for ax in axes[0]: ax.legend(fontsize=8)
+    name_axes(axes, list(used.values()), "relative error" + " of the spread" * (statistic == "spread"), len(algorithms))
     return axes
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #d9fa21f3

@@ -7,6 +7,7 @@ __all__ = ['experiment', 'Network', 'measure', 'plot', 'verdicts']
 
 # %% ../../nbs/experiments/flat_minima.ipynb #d1503623
 import warnings
+from itertools import zip_longest
 from typing import NamedTuple
 
 import pandas as pd
@@ -20,7 +21,7 @@ from ..algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
 from ..style import colours
 from ..diagnosis import largest_eigenvalue
 from ..ensemble import simulate
-from .experiment import Experiment, Verdict, Verdicts, jackknife, plus_minus
+from .experiment import Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus
 from .two_valleys import FACTS, chain_facts, coefficients, constant, critical, minibatches, sde_facts
 from ..objective import FiniteSum, NoisyLoss, gradient, per_path, whole
 from ..sde import SDE
@@ -355,28 +356,33 @@ def draw_valleys(ax, rows:pd.DataFrame):
     ax.axhline(pick(plain, model="algorithm").value.item(), color=colours["SGD"], lw=1)
     ax.set(xlabel="radius $\\rho$", ylim=(0, 1))
 
-# %% ../../nbs/experiments/flat_minima.ipynb #72d0823c
-def plot(table:pd.DataFrame): # from measure -> Figure
-    "Change of the trace at equal time and at equal loss, and two probabilities of the valleys, a column for each kind of noise"
-    import matplotlib.pyplot as plt
-    network, line = pick(table, part="network", quantity="trace"), pick(table, part="valleys")
-    network = pick(network, problem=network.problem.iloc[0])
-    noises, kinds = network.noise.unique(), line.noise.unique()
-    columns = max(len(noises), len(kinds))
-    fig, axes = plt.subplots(4, columns, figsize=(1 + 2.9 * columns, 11.5), sharey="row", squeeze=False, layout="constrained")
-    for j, noise in enumerate(noises):
-        for ax, column in zip(axes[:2, j], ("change", "matched")): draw_network(ax, pick(network, noise=noise), column)
-        axes[0, j].set_title(f"network, ${noise.replace('σ', chr(92) + 'sigma')}$", fontsize=10)
-    for j, noise in enumerate(kinds):
-        for ax, fact in zip(axes[2:, j], FACTS): draw_valleys(ax, pick(line, noise=noise, quantity=fact))
-        axes[2, j].set_title(f"valleys, {noise.replace('σ', '$' + chr(92) + 'sigma$')}", fontsize=10)
-    for j in range(columns):
-        for ax in [*axes[:2, j]] * (j >= len(noises)) + [*axes[2:, j]] * (j >= len(kinds)): ax.set_axis_off()
-    labels = ("trace against SGD's,\nat equal time, %", "trace against SGD's,\nat equal training loss, %", "share of time\nin the sharp valley", "sharp valley first,\nfrom the top")
-    for ax, label in zip(axes[:, 0], labels): ax.set_ylabel(label)
-    axes[0, max(0, len(noises) - 2)].legend(fontsize=7, frameon=False, loc="lower left")
-    axes[2, 0].legend(fontsize=7, frameon=False, loc="lower right")
-    return fig
+# %% ../../nbs/experiments/flat_minima.ipynb #ef86bca8
+def panels(quantity:str, label:str):
+    "A part of the picture: draw(figure, table), with a panel for each kind of noise, and its rows of panels"
+    network = quantity not in FACTS
+    def draw(figure, table):
+        rows = pick(table, part="network", quantity="trace") if network else pick(table, part="valleys", quantity=quantity)
+        rows = pick(rows, problem=rows.problem.iloc[0])
+        for ax, noise in zip_longest(figure.subplots(2, 2, sharey=True).flat, rows.noise.unique()):
+            if noise is None:
+                ax.set_axis_off()
+                continue
+            own = pick(rows, noise=noise)
+            draw_network(ax, own, quantity) if network else draw_valleys(ax, own)
+            ax.set_title(noise.replace("σ", r"$\sigma$"))
+            if ax.get_subplotspec().is_first_col(): ax.set_ylabel(label)
+        legend(figure)
+    return draw, 2
+
+PARTS = {"equal time": panels("change", "change of the trace, %"), "equal loss": panels("matched", "change of the trace, %"),
+         "time in the sharp valley": panels(FACTS[0], "share of time"), "sharp valley first": panels(FACTS[1], "probability")}
+
+# %% ../../nbs/experiments/flat_minima.ipynb #497601e2
+def plot(table:pd.DataFrame, # from measure
+         part:str|None=None # one of PARTS, for it alone
+        ): # matplotlib Figure
+    "Change of the trace at equal time and at equal loss, and two probabilities of the valleys, a panel for each kind of noise"
+    return picture(PARTS, table, part)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #fb62a121
 def listed(rows:pd.DataFrame, column:str="change") -> str:

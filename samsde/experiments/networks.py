@@ -20,7 +20,7 @@ from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
 from ..style import colours
 from ..diagnosis import largest_eigenvalue
 from ..ensemble import simulate
-from .experiment import Experiment, Verdict, Verdicts, plus_minus
+from .experiment import Experiment, Verdict, Verdicts, legend, picture, plus_minus
 from ..hessian_noise import noise_covariance
 from ..objective import FiniteSum, psd_root, whole
 from ..sde import SDE
@@ -176,38 +176,47 @@ def cost_panel(ax, table:pd.DataFrame, statistic:str, label:str):
         ax.plot(rows.d, rows.value, marker + ":k", label=f"USAM, $B=1$, {route}")
     ax.set(xscale="log", yscale="log", xlabel="parameters $d$", ylabel=label)
 
-def curves(ax, rows:pd.DataFrame):
+def curves(ax, rows:pd.DataFrame, name:str=""):
     "One statistic over time, of an algorithm (solid, with its 95 % interval) and of its SDE (dashed), a shade for each radius"
     for shade, (rho, own) in zip((.4, .7, 1.), rows.groupby("rho")):
         for model, look in (("algorithm", "-"), ("own SDE", "--")):
             m = own[own.model == model].sort_values("time")
-            label = f"$\\rho={rho:g}$" if model == "algorithm" else "_"
+            label = f"{name}$\\rho={rho:g}$" if model == "algorithm" else "_"
             ax.plot(m.time, m.value, look, color=colours[m.algorithm.iloc[0]], alpha=shade, label=label)
             if model == "algorithm": ax.fill_between(m.time, m.value - 1.96 * m.se, m.value + 1.96 * m.se, color=colours[m.algorithm.iloc[0]], alpha=.2, lw=0)
 
-# %% ../../nbs/experiments/networks.ipynb #6ad5dacb
-def plot(table:pd.DataFrame # from measure
+# %% ../../nbs/experiments/networks.ipynb #2259cc57
+def draw_costs(figure, table:pd.DataFrame):
+    for ax, statistic, label in zip(figure.subplots(1, 2), ("seconds", "megabytes"), ("seconds a step", "memory of a step (MB)")): cost_panel(ax, table, statistic, label)
+    legend(figure)
+
+def draw_large(figure, table:pd.DataFrame):
+    large = table[table.part == "large"]
+    for ax, statistic in zip(figure.subplots(1, 2), ("training loss", "test accuracy")):
+        for name in KINDS: curves(ax, large[(large.algorithm == name) & (large.statistic == statistic)], f"{name}, ")
+        ax.set(xlabel="time $k\\eta$", ylabel=statistic, title=f"{large.d.iloc[0]:,.0f} parameters")
+    legend(figure, 2)
+
+def training(statistic:str):
+    "A part of the picture: one statistic, a panel for each algorithm"
+    def draw(figure, table):
+        rows = table[(table.part == "training") & (table.statistic == statistic)]
+        for ax, name in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, KINDS):
+            curves(ax, rows[rows.algorithm == name])
+            ax.set(title=name, ylim=(.95 * rows.value.min(), 1.05 * rows.value.max()))
+            if name != "SGD": ax.legend()
+            if ax.get_subplotspec().is_first_col(): ax.set_ylabel(statistic)
+            if ax.get_subplotspec().is_last_row(): ax.set_xlabel("time $k\\eta$")
+    return draw, 2
+
+PARTS = {"costs": (draw_costs, 1), "large": (draw_large, 1), **{statistic: training(statistic) for statistic in STATISTICS}}
+
+# %% ../../nbs/experiments/networks.ipynb #f18fc8c5
+def plot(table:pd.DataFrame, # from measure
+         part:str|None=None # one of PARTS, for it alone
         ): # matplotlib Figure
     "Costs against d, a large network, and training by four algorithms: solid with 95 % intervals, their SDEs dashed"
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(5, 4, figsize=(14, 15), layout="constrained")
-    cost_panel(axes[0][0], table, "seconds", "seconds a step")
-    cost_panel(axes[0][1], table, "megabytes", "memory of a step (MB)")
-    axes[0][0].set_ylim(top=60)
-    axes[0][0].legend(fontsize=6, ncol=2, loc="upper left")
-    large, training = table[table.part == "large"], table[table.part == "training"]
-    for ax, statistic in zip(axes[0][2:], ("training loss", "test accuracy")):
-        for name in KINDS: curves(ax, large[(large.algorithm == name) & (large.statistic == statistic)])
-        ax.set(xlabel="time $k\\eta$", ylabel=statistic, title=f"{large.d.iloc[0]:,.0f} parameters")
-    for row, statistic in zip(axes[1:], STATISTICS):
-        for ax, name in zip(row, KINDS):
-            curves(ax, training[(training.algorithm == name) & (training.statistic == statistic)])
-            ax.set_ylim(*[f(training[training.statistic == statistic].value) * s for f, s in ((min, .95), (max, 1.05))])
-            if statistic == STATISTICS[0]: ax.set_title(f"{name}, {training.d.iloc[0]:,.0f} parameters")
-            if statistic == STATISTICS[-1]: ax.set_xlabel("time $k\\eta$")
-        row[0].set_ylabel(statistic)
-    for ax in axes[1][1:]: ax.legend(fontsize=7)
-    return fig
+    return picture(PARTS, table, part)
 
 # %% ../../nbs/experiments/networks.ipynb #e8dbd69f
 def gaps(table:pd.DataFrame, other:str="own SDE") -> pd.DataFrame: # a row for each algorithm, ρ, statistic and time; columns percent, se, z

@@ -24,7 +24,7 @@ from ..style import colours
 from ..ensemble import simulate
 from .escape import (SPECTRA, Autoencoder, Stopped, autoencoder, first_exits, floor, held, leaving_time, mildest,
                                        noise_threshold, saddle, sphere, starts)
-from .experiment import Experiment, Verdict, Verdicts, jackknife, plus_minus
+from .experiment import Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus
 from ..objective import whole
 from ..saddle_attraction import arrival_time, escape_time, flow, kappa
 
@@ -331,8 +331,9 @@ def bounds(ax, part:pd.DataFrame, names):
         if np.isfinite(b) and b > 0: ax.axvline(b, color=look(name)["color"], ls=":", lw=2)
 
 # %% ../../nbs/experiments/saddles.ipynb #bdb3a1e2
-def draw_shares(ax, table:pd.DataFrame):
-    "Rows 1 and 2, and the first panel of row 3: shares held"
+def draw_starts(figure, table:pd.DataFrame):
+    "Shares held by quadratic saddles against the distance of the start"
+    ax = figure.subplot_mosaic("AB;CD")
     for panel, case in zip("ABCD", SPECTRA):
         part = table[(table.study == "distance, random") & (table.case == case)]
         curves(ax[panel], part)
@@ -341,36 +342,46 @@ def draw_shares(ax, table:pd.DataFrame):
         ax[panel].axvline(1, color=".6", lw=1)
         bounds(ax[panel], part, ["SAM"])
         ax[panel].set(xscale="log", xlabel="distance $\\|Hx_0\\|\\,/\\,\\rho\\lambda^*$", title=case)
+    for panel in "AC": ax[panel].set_ylabel("share held")
+    legend(figure)
+
+def draw_noise(figure, table:pd.DataFrame):
+    "The same against the noise"
+    ax = figure.subplot_mosaic("EF;GH")
     for panel, case in zip("EFGH", SPECTRA):
         part = table[(table.study == "noise") & (table.case == case)]
-        if part.empty: continue
+        if part.empty:
+            ax[panel].set_axis_off()
+            continue
         curves(ax[panel], part)
         bounds(ax[panel], part, ["PSAM", "PDNSAM"])
-        ax[panel].set(xscale="log", xlabel="noise $s\\,/\\,\\rho\\lambda^*\\kappa_d$", title=f"{case}, $\\eta={part.eta.iloc[0]:.3g}$")
+        ax[panel].set(xscale="log", xlabel="noise $s\\,/\\,\\rho\\lambda^*\\kappa_d$", title=f"{case}\n$\\eta={part.eta.iloc[0]:.3g}$")
+    for panel in "EG": ax[panel].set_ylabel("share held")
+    legend(figure, 4)
+
+# %% ../../nbs/experiments/saddles.ipynb #b5412f82
+def draw_escapes(figure, table:pd.DataFrame):
+    "The length of the step, embedded saddles, and mean times of escape"
+    ax = figure.subplot_mosaic("IJ;KL;M.")
     part = table[table.study == "step"]
     curves(ax["I"], part)
     bounds(ax["I"], part, ["SAM"])
-    ax["I"].set(xscale="log", xlabel="$\\eta\\,/\\,\\eta_c$, Eq. (1)", title="steps, no noise; sharp and mild")
+    ax["I"].set(xscale="log", xlabel="$\\eta\\,/\\,\\eta_c$, Eq. (1)", ylabel="share held", title="steps, no noise")
     ax["I"].set_xticks(STEPS, [f"{factor:g}" for factor in STEPS])
     ax["I"].minorticks_off()
-    for panel in "AEI": ax[panel].set_ylabel("share held")
-    for panel in "ADEI": ax[panel].legend(fontsize=7)
-
-# %% ../../nbs/experiments/saddles.ipynb #b5412f82
-def draw_escapes(ax, table:pd.DataFrame):
-    "The rest of row 3: embedded saddles, and mean times of escape"
     for panel, case in zip("JK", EMBEDDED):
         bands(ax[panel], table[(table.study == "survival") & (table.case == case)])
-        ax[panel].set(xlabel="time $t=k\\eta$", ylabel="share still there", title=f"embedded, {case}")
+        ax[panel].set(xlabel="time $t=k\\eta$", ylabel="share still there", title=f"embedded,\n{case}")
     curves(ax["L"], table[table.study == "exit, noise"], theory=True)
-    ax["L"].set(xscale="log", yscale="log", xlabel="noise $s$", ylabel="mean time", title="exit from the saddle, $d=2$")
+    ax["L"].set(xscale="log", yscale="log", xlabel="noise $s$", ylabel="mean time", title="exit, $d=2$")
     curves(ax["M"], table[table.study == "exit, start"], theory=True)
     ax["M"].set(xscale="log", xlabel="distance of the start", ylabel="mean time", title=f"exit, $s={EXIT['noise']:g}$ for P")
-    for panel in "JLM": ax[panel].legend(fontsize=7)
+    legend(figure, 4)
 
 # %% ../../nbs/experiments/saddles.ipynb #c1411104
-def draw_digits(ax, table:pd.DataFrame):
-    "Row 4: the autoencoder"
+def draw_digits(figure, table:pd.DataFrame):
+    "The autoencoder"
+    ax = figure.subplot_mosaic("NO;PQ;R.")
     bands(ax["N"], table[(table.study == "descent") & (table.x > 0)])
     ax["N"].set(xscale="log", xlabel="time $t=k\\eta$", ylabel="loss", title="autoencoder on digits")
     for (name, eta), c in table[table.study == "capture"].groupby(["algorithm", "eta"], sort=False):
@@ -384,17 +395,16 @@ def draw_digits(ax, table:pd.DataFrame):
         ax[panel].set(xscale="log", yscale="log", xlabel=label, ylabel="mean time to $\\|x_-\\|=1$", title="departure")
     ax["Q"].set_xticks(DIGITS["etas"], [f"{eta:g}" for eta in DIGITS["etas"]])
     ax["Q"].minorticks_off()
-    for panel in "NOPQR": ax[panel].legend(fontsize=7)
+    legend(figure)
+
+PARTS = {"starts": (draw_starts, 2), "noise": (draw_noise, 2), "escapes": (draw_escapes, 3), "digits": (draw_digits, 3)}
 
 # %% ../../nbs/experiments/saddles.ipynb #e3b35f2e
-def plot(table:pd.DataFrame # from measure
+def plot(table:pd.DataFrame, # from measure
+         part:str|None=None # one of PARTS, for it alone
         ): # matplotlib Figure
     "Quadratic saddles, embedded saddles and the autoencoder, with 95 % intervals; predictions dotted"
-    import matplotlib.pyplot as plt
-    rows = [[letter for letter in letters for _ in range(20 // len(letters))] for letters in ("ABCD", "EFGH", "IJKLM", "NOPQR")]
-    figure, ax = plt.subplot_mosaic(rows, figsize=(18, 15), layout="constrained")
-    for draw in (draw_shares, draw_escapes, draw_digits): draw(ax, table)
-    return figure
+    return picture(PARTS, table, part)
 
 # %% ../../nbs/experiments/saddles.ipynb #86b83b4f
 def pooled(part:pd.DataFrame) -> dict:

@@ -19,7 +19,7 @@ from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
 from ..style import colours
 from ..ensemble import Ensemble, simulate
 from .error_vs_rho import ALGORITHMS, relative_error
-from .experiment import Experiment, Verdict, Verdicts, jackknife, plus_minus
+from .experiment import Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus
 from .problems import Problem, deep_nonlinear, quadratic
 from ..objective import whole
 from ..sde import SDE
@@ -165,25 +165,32 @@ def panel(ax, part:pd.DataFrame, problem:str, p:str):
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
 
-# %% ../../nbs/experiments/scaling.ipynb #4bcb2498
-def plot(table:pd.DataFrame # from measure
+# %% ../../nbs/experiments/scaling.ipynb #24af8e0f
+def panels(problem:str, protocol:str, statistic:str, label:str):
+    "A part of the picture: one problem, a panel for each scaling"
+    def draw(figure, table):
+        names = {"1": r"\eta", "1/2": r"\sqrt{\eta}", "1/3": r"\eta^{1/3}"}
+        rows = table[(table.problem == problem) & (table.protocol == protocol) & (table.statistic == statistic) & (table.c == 1)]
+        rows = rows[(rows.t_end == rows.t_end.max()) & rows.p.isin(names)]
+        axes = figure.subplots(2, 2, sharey=True).flat
+        for ax, p in zip(axes, names):
+            panel(ax, rows[rows.p == p], problem, p)
+            ax.set(title=rf"$\rho={names[p]}$", xlabel="learning rate $\\eta$", ylim=(rows["error"].min() / 2, 3 * rows["error"].max()))
+            if ax.get_subplotspec().is_first_col(): ax.set_ylabel(label)
+        axes[3].set_axis_off()
+        axes[3].legend(*axes[0].get_legend_handles_labels(), loc="center")
+    return draw, 2
+
+PARTS = {"circle": panels("circle", "exact", "φ", "weak error"), "quadratic": panels("quadratic", "paired", "norms", "relative error"),
+         "network": panels("deep-nonlinear", "paired", "norms", "relative error"),
+         "usual protocol": panels("deep-nonlinear", "independent", "norms", "relative error")}
+
+# %% ../../nbs/experiments/scaling.ipynb #c9badd7a
+def plot(table:pd.DataFrame, # from measure
+         part:str|None=None # one of PARTS, for it alone
         ): # matplotlib Figure
-    "Error against η at c = 1: a row for each problem and one for the usual protocol, a column for each scaling"
-    import matplotlib.pyplot as plt
-    names = {"1": r"\eta", "1/2": r"\sqrt{\eta}", "1/3": r"\eta^{1/3}"}
-    rows = [("circle", "exact", "φ", "circle, exact\nweak error"), ("quadratic", "paired", "norms", "quadratic\nrelative error"),
-            ("deep-nonlinear", "paired", "norms", "network\nrelative error"),
-            ("deep-nonlinear", "independent", "norms", "network, usual protocol\nrelative error")]
-    fig, axes = plt.subplots(len(rows), 3, figsize=(9, 9.5), sharey="row", layout="constrained")
-    for (problem, protocol, statistic, label), row in zip(rows, axes):
-        part = table[(table.problem == problem) & (table.protocol == protocol) & (table.statistic == statistic) & (table.c == 1)]
-        part = part[(part.t_end == part.t_end.max()) & part.p.isin(names)]
-        for ax, p in zip(row, names): panel(ax, part[part.p == p], problem, p)
-        row[0].set(ylabel=label, ylim=(part["error"].min() / 2, 3 * part["error"].max()))
-    for ax, p in zip(axes[0], names): ax.set_title(rf"$\rho={names[p]}$")
-    for ax in axes[-1]: ax.set_xlabel("learning rate $\\eta$")
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
-    return fig
+    "Error against η at c = 1 on three problems, and by the usual protocol, a panel for each scaling"
+    return picture(PARTS, table, part)
 
 # %% ../../nbs/experiments/scaling.ipynb #2454c51e
 def side(slopes:pd.DataFrame, cut:float) -> str:

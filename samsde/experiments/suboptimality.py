@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
 from ..style import colours
 from ..ensemble import simulate
-from .experiment import Experiment, Verdict, Verdicts, jackknife, plus_minus
+from .experiment import Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus
 from .problems import Problem, deep_nonlinear
 from ..objective import NoisyLoss, Quadratic, psd_root, whole
 from ..random_direction import kappa
@@ -317,32 +317,50 @@ def tail_panel(ax, table:pd.DataFrame):
         last = runs[runs.y >= TAIL[d]]
         ax.plot(last.y, last.value.iloc[0] * (last.y / last.y.iloc[0])**-d, "k:", lw=1)
     ax.set(xscale="log", yscale="log", ylim=(1e-6, 2), xlabel="distance $y$", ylabel="share of time beyond $y$",
-           title="tails of DNSAM, strong noise")
-    ax.legend(fontsize=8)
+           title="tails of DNSAM")
+    ax.legend()
 
-# %% ../../nbs/experiments/suboptimality.ipynb #b272638f
-def plot(table:pd.DataFrame # from measure
+# %% ../../nbs/experiments/suboptimality.ipynb #679a8119
+BOTH = ["theory", "theory of the SDE"]
+SETTINGS = {"radius": ("radius $\\rho$", list(LOOKS)), "scale": ("scale of $H$", BOTH[:1]),
+            "condition": ("condition number, fixed trace", BOTH[:1]), "alignment": ("angle of $\\Sigma$ to $H$ (degrees)", BOTH[:1]),
+            "noise": ("noise $s$", BOTH), "learning rate": ("learning rate $\\eta$", BOTH)}
+
+def draw_settings(axes, table:pd.DataFrame, names:list):
+    f = relative(table)
+    for ax, name in zip(axes, names):
+        label, sources = SETTINGS[name]
+        panel(ax, f[f.setting == name], sources)
+        ax.set(xlabel=label, title=name)
+    return f
+
+def draw_curvature(figure, table:pd.DataFrame):
+    axes = figure.subplots(2, 2)
+    draw_settings(axes.flat, table, ["radius", "scale", "condition", "alignment"])
+    axes[0, 0].set_ylim(.1, None)
+    for name, style in LOOKS.items(): axes[0, 0].plot([], [], color="k", label=name, **style)
+    for ax in axes[:, 0]: ax.set_ylabel(RATIO)
+    legend(figure)
+
+def draw_noise(figure, table:pd.DataFrame):
+    axes = figure.subplots(2, 2)
+    f = draw_settings(axes[0], table, ["noise", "learning rate"])
+    tail_panel(axes[1, 0], table)
+    panel(axes[1, 1], f[f.setting == "network, noise isotropic"], BOTH[:1])
+    panel(axes[1, 1], f[f.setting == "network, noise along the curvature"], BOTH[:1], dict(theory=dict(ls="-.", lw=1)), "none")
+    axes[1, 1].set(xlabel="radius $\\rho$", ylabel=RATIO, title="network")
+    axes[0, 0].set_ylabel(RATIO)
+    axes[0, 0].legend()
+
+RATIO = "$\\mathbb{E}f$ over that of SGD"
+PARTS = {"curvature": (draw_curvature, 2), "noise": (draw_noise, 2)}
+
+# %% ../../nbs/experiments/suboptimality.ipynb #b01f5742
+def plot(table:pd.DataFrame, # from measure
+         part:str|None=None # one of PARTS, for it alone
         ): # matplotlib Figure
     "Suboptimality over SGD's in every setting; points are runs with bars of two standard errors, lines are theory"
-    import matplotlib.pyplot as plt
-    f, both = relative(table), ["theory", "theory of the SDE"]
-    fig, axes = plt.subplots(2, 4, figsize=(14.5, 7), layout="constrained")
-    panels = {"radius": ("radius $\\rho$", list(LOOKS)), "scale": ("scale of $H$", ["theory"]),
-              "condition": ("condition number at fixed trace", ["theory"]),
-              "alignment": ("angle between $\\Sigma$ and $H$ (degrees)", ["theory"]),
-              "noise": ("noise $s$", both), "learning rate": ("learning rate $\\eta$", both)}
-    for ax, (setting, (label, sources)) in zip(axes.flat, panels.items()):
-        panel(ax, f[f.setting == setting], sources)
-        ax.set(xlabel=label, title=setting)
-    axes[0][0].set_ylim(.1, None)
-    axes[0][0].legend(handles=[plt.Line2D([], [], color="k", label=name, **look) for name, look in LOOKS.items()], fontsize=8)
-    axes[0][1].legend(fontsize=8)
-    tail_panel(axes[1][2], table)
-    panel(axes[1][3], f[f.setting == "network, noise isotropic"], ["theory"])
-    panel(axes[1][3], f[f.setting == "network, noise along the curvature"], ["theory"], dict(theory=dict(ls="-.", lw=1)), "none")
-    axes[1][3].set(xlabel="radius $\\rho$", title="network (open: noise along $H$)")
-    for row in axes: row[0].set_ylabel("$\\mathbb{E}f$ at stationarity / that of SGD")
-    return fig
+    return picture(PARTS, table, part)
 
 # %% ../../nbs/experiments/suboptimality.ipynb #3c7fc014
 def judged(z:pd.Series) -> str:
