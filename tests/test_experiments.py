@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from samsde.cli import EXPERIMENTS
+from samsde.experiments import flat_minima
 from samsde.experiments.experiment import VERDICTS
 
 MEASURED = Path(__file__).parent.parent/"nbs"/"experiments"/"measured"
@@ -28,3 +29,10 @@ def test_the_site_says_so(name):
 
 def test_no_result_without_an_experiment():
     assert {p.stem for p in MEASURED.glob("*.csv")} == set(EXPERIMENTS)
+
+
+def test_flat_minima_in_short():
+    """Its SDEs with a radius for each path: a table without holes, and radii that differ."""
+    table = flat_minima.measure(quick=True)
+    own = table[(table.part == "network") & (table.algorithm == "USAM") & (table.quantity == "trace") & (table.model == flat_minima.OWN)]
+    assert own.rho.nunique() > 1 and own.value.nunique() == len(own)

@@ -139,7 +139,7 @@ def norms(net:Network, x:Tensor) -> tuple: # f_k, ‖g_k‖² and g_k·ḡ, (...
     own, along = own + 2 * c * k.radial + c**2 * square, along + c * (k.radial + k.radial.mean(-1, keepdim=True)) + c**2 * square
     return k.loss + net.decay * square, own, along, along.mean(-1, keepdim=True)
 
-# %% ../../nbs/experiments/flat_minima.ipynb #9336eef2
+# %% ../../nbs/experiments/flat_minima.ipynb #731bafad
 class Regularized(FiniteSum):
     "The losses (1) of a network: SGD's SDE for them is the SDE of USAM or DNSAM for the network's, and at B = 1 of SAM"
     def __init__(self, net:Network, algorithm:Algorithm, # its rho may be a tensor with a value for each path
@@ -155,6 +155,7 @@ class Regularized(FiniteSum):
         if isinstance(self.algorithm, SAM): return f + rho * own.sqrt()
         if isinstance(self.algorithm, DNSAM): rho = rho / full.detach().sqrt()
         return f + rho / 2 * (self.tau * own + (1 - self.tau) * (2 * along - full))
+    def some(self, x, s): return self.losses(x)[..., s] # of all paths together, since each has a radius
 
 # %% ../../nbs/experiments/flat_minima.ipynb #aab95507
 def batch_norms(net:Network, x:Tensor, i:Tensor # K minibatches of B, (..., K, B)
