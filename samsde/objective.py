@@ -363,13 +363,13 @@ class FiniteSum(Objective):
         "fn(*tensors), from a record of its operations if it is called often and there is a network"
         return fn(*tensors) if self.network is None else self.network.recorder(name, fn, *tensors)
 
-# %% ../nbs/00_objective.ipynb #1b37fa19
+# %% ../nbs/00_objective.ipynb #eb8a0988
 def random_layer(module:torch.nn.Module) -> str|None:
     "A layer in training mode that mixes samples or draws numbers, in words; None if there is none"
-    mixing = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd)
+    norm, drop = torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd
     for name, layer in module.named_modules():
-        if layer.training and (isinstance(layer, mixing) or (isinstance(getattr(layer, "dropout", 0), float) and layer.dropout > 0)):
-            return f"layer {name!r} ({type(layer).__name__})"
+        p = layer.p if isinstance(layer, drop) else getattr(layer, "dropout", 0)
+        if layer.training and (isinstance(layer, norm) or (isinstance(p, (int, float)) and p > 0)): return f"layer {name!r} ({type(layer).__name__})"
 
 def unfused(module:torch.nn.Module) -> torch.nn.Module:
     "Keep a module's attention in eval mode off torch's fused kernel for inference, which has no derivative"
@@ -456,7 +456,7 @@ def check_data(module, loss, X, y):
         finite(name, t)
     if len(X) == 0 or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
 
-# %% ../nbs/00_objective.ipynb #971a9414
+# %% ../nbs/00_objective.ipynb #f3b7a33e
 class Network:
     "A module, its loss and its data, as a function of its flat trainable parameters. Raises ValueError or TypeError if it is none."
     def __init__(self, module:torch.nn.Module, # any network
@@ -482,9 +482,10 @@ class Network:
     def named(self, x:Tensor) -> dict:
         "A flat point (d,) as parameters by name"
         return dict(zip(self.shapes, (p.view(s) for p, s in zip(x.split([s.numel() for s in self.shapes.values()]), self.shapes.values()))))
-    def losses(self, x:Tensor, i=slice(None)) -> Tensor:
-        "f_i of samples i at a flat point, (d,), (b,) -> (b,)"
-        with sdpa_kernel(SDPBackend.MATH): out = functional_call(self.own(), self.named(x), (self.X[i],))
+    def losses(self, x:Tensor|dict, i=slice(None)) -> Tensor:
+        "f_i of samples i at a flat point (d,), or at parameters by name, (b,) -> (b,)"
+        params = x if isinstance(x, dict) else self.named(x)
+        with sdpa_kernel(SDPBackend.MATH): out = functional_call(self.own(), params, (self.X[i],))
         return vmap(lambda o, t: self.loss(o[None], t[None]))(out, self.y[i])
 
 # %% ../nbs/00_objective.ipynb #82d9f854
