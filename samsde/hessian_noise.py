@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['sgd_covariance', 'cross_covariance', 'noise_covariance', 'noise_dim', 'noise_sample']
 
-# %% ../nbs/04_hessian_noise.ipynb #c36e3269
+# %% ../nbs/04_hessian_noise.ipynb #37a33ea7
 import torch
 from torch import Tensor
 
 from .algorithm import Algorithm, an_objective, pair, spread
 from .implicit_regularizer import (all_samples, closed_form, expectation, first_axis, hessian_perturbation, over,
-                                         perturbation_sum, response, weighted_sum)
+                                         perturbation_sum, potential_of, potential_sum, response, weighted_sum)
 from .objective import Additive, FiniteSum, Objective, Quadratic, Support, aligned, per_path, point, psd_root
 from .sample_sums import gradient_of_sum, pull, way_of
 
@@ -146,7 +146,7 @@ def weighing(algorithm:Algorithm, objective:Objective, x:Tensor, form:str, draws
     if by_sample(algorithm, objective, form): return Support(all_samples(objective, x), True), objective.law.tau**.5
     return over(objective, x, draws, seed), 1.0
 
-# %% ../nbs/04_hessian_noise.ipynb #dab44a50
+# %% ../nbs/04_hessian_noise.ipynb #1db6f2f8
 def combination(algorithm:Algorithm, objective:Objective, x:Tensor,
                 w:Tensor, # (..., K)
                 form:str, # "sgd", "factor" or "exact"
@@ -156,14 +156,15 @@ def combination(algorithm:Algorithm, objective:Objective, x:Tensor,
     "Σ_k w_k c_k, where c_k is g_k, g_k + ρ H_k u_k, or G_ρ, for the k-th γ"
     total = lambda fn, w: weighted_sum(objective, fn, gammas, w, x)
     if form == "exact": return total(lambda c: algorithm.direction(objective, x, c), w)
-    single, v = isinstance(objective, FiniteSum) and gammas.shape[-1] == 1 and len(gammas) == objective.n, w if v is None else v
-    if not single:
-        a = total(lambda c: objective.sample_grad(x, c), w)
-        return a if form == "sgd" else a + per_path(algorithm.rho, x) * total(lambda c: hessian_perturbation(algorithm, objective, x, c), v)
-    if form == "sgd": return objective.weighted_grad(x, w)
+    finite, v = isinstance(objective, FiniteSum), w if v is None else v
+    single = finite and gammas.shape[-1] == 1 and len(gammas) == objective.n
+    if form == "sgd": return objective.weighted_grad(x, w) if single else total(lambda c: objective.sample_grad(x, c), w)
     factor = per_path(algorithm.rho, x) * (1 if algorithm.scale is None else algorithm.scale_at(objective, x))
-    if v is w and way_of(algorithm, objective) == "norms": return pull(objective, x, w, algorithm.radial, factor)
-    return objective.weighted_grad(x, w) + factor * perturbation_sum(algorithm, objective, x, v)
+    way = way_of(algorithm, objective) if single else "samples"
+    if way == "norms" and v is w: return pull(objective, x, w, algorithm.radial, factor)
+    if way == "samples" and finite and potential_of(algorithm): return potential_sum(algorithm, objective, x, gammas, w, factor * v)
+    if single: return objective.weighted_grad(x, w) + factor * perturbation_sum(algorithm, objective, x, v)
+    return total(lambda c: objective.sample_grad(x, c), w) + per_path(algorithm.rho, x) * total(lambda c: hessian_perturbation(algorithm, objective, x, c), v)
 
 # %% ../nbs/04_hessian_noise.ipynb #47618a94
 def batch_formula(algorithm:Algorithm, objective:Objective, form:str) -> bool:

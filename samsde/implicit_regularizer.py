@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['expectation', 'drift', 'regularized_loss', 'gaussian_direction']
 
-# %% ../nbs/03_implicit_regularizer.ipynb #5e8ce5d2
+# %% ../nbs/03_implicit_regularizer.ipynb #9ac18ff9
 from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .algorithm import DNSAM, SAM, Algorithm, Linear, pair, spread
-from .objective import Additive, FiniteSum, Objective, Quadratic, Support, aligned, gradient, per_path, whole
+from .objective import Additive, FiniteSum, Objective, Quadratic, Support, aligned, gradient, lift, per_path, whole
 from .sample_sums import pull, signed_products, way_of
 from .random_direction import gaussian_direction, gaussian_factors
 
@@ -88,7 +88,25 @@ def hessian_perturbation(algorithm:Algorithm, objective:Objective,
     if type(algorithm).potential is Algorithm.potential: return objective.sample_hvp(x, gamma, algorithm.perturbation(objective, x, gamma))
     return gradient(lambda z: algorithm.potential(objective.sample_grad(z, gamma)), x)
 
-# %% ../nbs/03_implicit_regularizer.ipynb #ebb0eab6
+# %% ../nbs/03_implicit_regularizer.ipynb #fae80ebf
+def potential_of(algorithm:Algorithm) -> Callable|None:
+    "ψ as a function of g, for u = c g without the factor c; None where u alone is known"
+    if algorithm.scale is not None: return lambda g: g.square().sum(-1) / 2
+    return None if type(algorithm).potential is Algorithm.potential else algorithm.potential
+
+def potential_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor, gammas:Tensor, # (K, ..., b)
+                  w:Tensor, v:Tensor # (..., K) each
+                 ) -> Tensor: # (..., d)
+    "Σ_k w_k g_k + v_k H_k u_k; for u = c g, without the factor c"
+    psi, w, v = potential_of(algorithm), *(t.expand(*x.shape[:-1], -1) for t in (w, v))
+    gammas = gammas.movedim(0, -2).expand(*x.shape[:-1], -1, -1) # (..., K, b)
+    loss = lambda z, i: objective.select(z, i).mean()
+    def total(z, w, v, c): # of one path
+        g, f = torch.func.vmap(torch.func.grad_and_value(loss), (None, 0))(z, c)
+        return (w * f + v * psi(g)).sum()
+    def part(s): return gradient(lambda z: lift(total, z, w[..., s], v[..., s], gammas[..., s, :]), x)
+    return sum(part(s) for s in pieces(gammas.movedim(-2, 0), x, chunk=objective.chunk))
+
 def perturbation_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor,
                      w:Tensor # (..., n)
                     ) -> Tensor: # (..., d)
@@ -96,8 +114,9 @@ def perturbation_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor,
     way = way_of(algorithm, objective)
     if way == "norms": return pull(objective, x, w, algorithm.radial)
     if way == "signs": return signed_products(objective, x, w)[0]
-    def product(c): return gradient_product(objective, x, c) if algorithm.scale is not None else hessian_perturbation(algorithm, objective, x, c)
-    return weighted_sum(objective, product, all_samples(objective, x), w, x)
+    gammas = all_samples(objective, x)
+    if potential_of(algorithm): return potential_sum(algorithm, objective, x, gammas, torch.zeros_like(w), w)
+    return weighted_sum(objective, lambda c: hessian_perturbation(algorithm, objective, x, c), gammas, w, x)
 
 # %% ../nbs/03_implicit_regularizer.ipynb #f2dc9a2c
 def linear_mean(algorithm:Linear, objective:FiniteSum, x:Tensor, grad:Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from samsde.implicit_regularizer import drift, gaussian_direction, regularized_l
 from samsde.objective import FiniteSum, Gaussian, Minibatches, NoisyLoss, Quadratic
 from samsde.random_direction import kappa
 from samsde.saddle_attraction import arrival_time, basin_radius, escape_time, exit_time, flow, hover_radius, is_attracting, latest_arrival
-from samsde.sample_sums import obstacle, signed_products, square_norms, way_of
+from samsde.sample_sums import signed_products, square_norms, way_of
 from samsde.sde import SDE
 from samsde.stationarity import closed_covariance, suboptimality
 from samsde.weak_approximation import plot_validity, validity_map, weak_order
@@ -209,10 +209,10 @@ TABLE |= { # objective, and the arguments that all share
 
 TABLE |= { # sums over samples, drift, noise, SDE
     "unknown way": (lambda: drift(USAM(.1), network(way="magic"), torch.ones(3, **f64)), ValueError, "objective.way must be one of norms, samples, signs, got 'magic'"),
-    "norms without a module": (lambda: way_of(USAM(.1), by_way(data(), "norms")), ValueError, "USAM cannot go by norms: it was not made from a module"),
+    "norms without a module": (lambda: way_of(USAM(.1), by_way(data(), "norms")), ValueError, "USAM cannot go by norms: the objective was not made from a module"),
     "signs for SAM": (lambda: way_of(SAM(.1), by_way(data(), "signs")), ValueError, "random signs need a perturbation u = c g, got SAM"),
-    "norms of a sum without a module": (lambda: square_norms(data(), x), ValueError, "no norms in closed form: it was not made from a module"),
-    "norms of a quadratic": (lambda: square_norms(bowl, x), ValueError, "not made from a module"),
+    "norms of a sum without a module": (lambda: square_norms(data(), x), ValueError, "square_norms needs an objective from a module, got FiniteSum"),
+    "norms of a quadratic": (lambda: square_norms(bowl, x), ValueError, "needs an objective from a module, got Quadratic"),
     "norms at a point of the wrong length": (lambda: square_norms(network(), torch.ones(5, **f64)), ValueError, r"x must have shape \(..., 3\), got \(5,\)"),
     "one draw of signs": (lambda: signed_products(data(), x, three, 1), ValueError, "draws must be at least 2, got 1"),
     "signs with too many weights": (lambda: signed_products(data(), x, torch.ones(4, **f64)), ValueError, r"w must have shape \(..., 3\), got \(4,\)"),
@@ -550,7 +550,7 @@ def test_every_public_name_has_a_bad_input():
     import inspect
     text, missing = "".join(p.read_text(encoding="utf-8") for p in Path(__file__).parent.glob("test_*.py")), []
     results = "Support GaussianDirection Ensemble Verdict WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
-    fine = "theme use_theme Perturbed from_module expectation obstacle plot_validity parser own_options reproduce main".split() # tested through others, or with nothing to refuse
+    fine = "theme use_theme Perturbed from_module expectation plot_validity parser own_options reproduce main".split() # tested through others, or with nothing to refuse
     for name in sorted(p.stem for p in Path(samsde.__file__).parent.glob("[a-z]*.py")):
         module = importlib.import_module(f"samsde.{name}")
         for public in getattr(module, "__all__", []):
@@ -573,5 +573,5 @@ def test_good_input_beside_it():
     for process in (Chain(SAM(.1), bowl, .1), SDE(SAM(.1), data(2), .1), Chain(DNSAM(.1), data(3, False), .1)): assert run(process).n_diverged == 0
     assert run(Chain(SAM(.1), network(), .01), x0=network().x0).final.dtype == torch.float64
     assert weak(n_paths=4).n_diverged == 0 and around() > 0 and len(map_of()) == 1 and look() is not None and measured_norm() > 0
-    assert weak_order([.1, .2], [1., 2.]).slope > 0 and obstacle(data()) and drift(USAM(.1), by_way(data(), "signs"), x).shape == (2,)
+    assert weak_order([.1, .2], [1., 2.]).slope > 0 and drift(USAM(.1), by_way(data(), "signs"), x).shape == (2,)
     stepped(optim.SAM), stepped(optim.DNSAM, full_grad_norm=lambda: 1.)
