@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['experiment', 'measure', 'verdicts', 'plot']
 
-# %% ../../nbs/experiments/bench.ipynb #874b09f2
+# %% ../../nbs/experiments/bench.ipynb #3fd2f424
 import argparse, json, platform, subprocess, sys, time
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts
 from .networks import conv_net, digits
 from ..hessian_noise import noise_covariance
-from ..objective import FiniteSum, Quadratic, psd_root
+from ..objective import FiniteSum, Quadratic, Recorder, psd_root
 from ..sde import SDE
 from ..weak_approximation import weak_order
 from ..weak_errors import circle_error, circle_problem
@@ -54,7 +54,7 @@ def cancer() -> tuple[Tensor, Tensor]:
     X, y = load_breast_cancer(return_X_y=True)
     return torch.from_numpy((X - X.mean(0)) / X.std(0)).float(), torch.from_numpy(2. * y - 1).float()
 
-# %% ../../nbs/experiments/bench.ipynb #01b45b92
+# %% ../../nbs/experiments/bench.ipynb #5426c72d
 def tumours(hidden:int, batch_size:int=1) -> FiniteSum:
     "569 samples and a network of two linear layers"
     net = torch.nn.Sequential(torch.nn.Linear(30, hidden), torch.nn.Sigmoid(), torch.nn.Linear(hidden, 1))
@@ -64,6 +64,27 @@ def pictures() -> FiniteSum:
     "As many digits, and a network with convolutions"
     X, y = digits(torch.float32)
     return FiniteSum.from_module(conv_net(8, 64, dtype=torch.float32), torch.nn.functional.cross_entropy, X[:569], y[:569])
+
+class Rows(torch.nn.Module):
+    "A transformer on the rows of a picture, of torch's own layers, with a parameter for their places"
+    def __init__(self, width:int):
+        super().__init__()
+        block = lambda: torch.nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
+        self.read, self.place, self.blocks = torch.nn.Linear(8, width), torch.nn.Parameter(.02 * torch.randn(8, width)), torch.nn.Sequential(block(), block())
+        self.out = torch.nn.Linear(width, 10)
+    def forward(self, x): return self.out(self.blocks(self.read(x.reshape(-1, 8, 8)) + self.place).mean(1))
+
+def rows(width:int) -> FiniteSum:
+    "The same digits, read by a transformer"
+    X, y = digits(torch.float32)
+    return FiniteSum.from_module(Rows(width), torch.nn.functional.cross_entropy, X[:569], y[:569], chunk=128)
+
+def sample_gradients(objective:FiniteSum) -> Callable:
+    "The gradients of all samples, some at a time, and each let go again"
+    x, one = objective.x0, torch.func.vmap(torch.func.grad(lambda x, i: objective.select(x, i[None])[0]), (None, 0))
+    def run():
+        for s in objective.slices(x): one(x, torch.arange(s.start, s.stop))
+    return run
 
 def noise_step(kind, objective:FiniteSum, dense:bool=False, gradient:bool=False) -> Callable:
     "One Euler step of an SDE; or the noise by a d×d matrix and its root; or one weighted gradient"
@@ -80,9 +101,10 @@ def operators():
 
 def importing(what:str) -> Callable: return lambda: subprocess.run([sys.executable, "-c", f"import {what}"], check=True)
 
-# %% ../../nbs/experiments/bench.ipynb #e5543908
-def repeated(job:Callable, times:int) -> Callable:
-    "A job done several times, as in a simulation; its time is that of one"
+# %% ../../nbs/experiments/bench.ipynb #06c39738
+def repeated(job:Callable, times:int, before:int=0) -> Callable:
+    "A job done several times, as in a simulation, after some that do not count; its time is that of one"
+    for _ in range(before): job()
     def run():
         for _ in range(times): job()
     run.times = times
@@ -101,6 +123,9 @@ def own_jobs(size:dict) -> dict: # contestant -> a function that builds the job
         jobs |= {f"gradient, {name}": lambda loss=loss: repeated(noise_step(USAM, loss(), gradient=True), size["times"])}
     jobs |= {f"dense, d = {d}": lambda h=h: noise_step(USAM, tumours(h), dense=True) for d, h in hidden.items()}
     jobs |= {"step, USAM, B = 32": lambda: repeated(noise_step(USAM, tumours(max(hidden.values()), 32)), size["times"])}
+    few, width, before = (5, 64, Recorder.patience) if size is SIZES["full"] else (1, 4, 0)
+    jobs |= {f"step, {kind}, transformer": lambda k=k: repeated(noise_step(k, rows(width)), few, before) for kind, k in KINDS.items()}
+    jobs |= {"sample gradients, transformer": lambda: repeated(sample_gradients(rows(width)), few)}
     return jobs | {"operators": lambda: operators} | {f"import {what}": lambda what=what: importing(what) for what in ("torch", "samsde", "samsde.sde")}
 
 # %% ../../nbs/experiments/bench.ipynb #b123a084
@@ -146,7 +171,7 @@ def measure(quick:bool=False, # a small size, for correctness only
     for peer in peers.values(): peer.close()
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/bench.ipynb #c5b72fe8
+# %% ../../nbs/experiments/bench.ipynb #eef1bfb3
 TARGETS = [ # claim, slower, faster, bound, is it a lower bound of slower / faster?
     ("An ensemble in single precision is at least 1.7 times as fast as torchsde with independent increments.", "torchsde, iid, float32", "USAM, float32", 1.7, True),
     ("It is at least 8 times as fast as torchsde's default.", "torchsde, default, float32", "USAM, float32", 8, True),
@@ -166,6 +191,7 @@ TARGETS = [ # claim, slower, faster, bound, is it a lower bound of slower / fast
     *((f"A step of {kind} costs at most three weighted gradients (d = 2,561).", f"step, {kind}, d = 2561", "gradient, d = 2561", 3, False) for kind in KINDS),
     *((f"A step of {kind} costs at most three weighted gradients (convolutions).", f"step, {kind}, convolutions", "gradient, convolutions", 3, False) for kind in KINDS),
     ("A step of USAM costs at most three weighted gradients (B = 32).", "step, USAM, B = 32", "gradient, d = 2561", 3, False),
+    *((f"A step of {kind} on a transformer costs at most 1.3 times its sample gradients.", f"step, {kind}, transformer", "sample gradients, transformer", 1.3, False) for kind in KINDS),
     ("The SAM optimizer takes at most 1.05 times two steps of SGD on a large network.", "samsde, large", "two steps of SGD, large", 1.05, False),
     ("It takes at most 1.05 times two steps of SGD on a tiny network.", "samsde, tiny", "two steps of SGD, tiny", 1.05, False),
     ("It is at least 1.3 times as fast as pytorch_optimizer on a tiny network.", "pytorch_optimizer, tiny", "samsde, tiny", 1.3, True),
