@@ -363,7 +363,7 @@ class FiniteSum(Objective):
         "fn(*tensors), from a record of its operations if it is called often and there is a network"
         return fn(*tensors) if self.network is None else self.network.recorder(name, fn, *tensors)
 
-# %% ../nbs/00_objective.ipynb #eb8a0988
+# %% ../nbs/00_objective.ipynb #f6f7c13c
 def random_layer(module:torch.nn.Module) -> str|None:
     "A layer in training mode that mixes samples or draws numbers, in words; None if there is none"
     norm, drop = torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd
@@ -371,13 +371,31 @@ def random_layer(module:torch.nn.Module) -> str|None:
         p = layer.p if isinstance(layer, drop) else getattr(layer, "dropout", 0)
         if layer.training and (isinstance(layer, norm) or (isinstance(p, (int, float)) and p > 0)): return f"layer {name!r} ({type(layer).__name__})"
 
+class Attention(torch.nn.MultiheadAttention):
+    "torch's self-attention, written out: what goes in and what comes out passes through linear layers"
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
+        if not query is key is value or query.ndim < 3 or key_padding_mask is not None or (attn_mask is not None and attn_mask.ndim > 2):
+            return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        x = query if self.batch_first else query.transpose(0, 1)
+        q, k, v = self.in_proj(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4) # (samples, heads, places, entries) each
+        scores = q @ k.mT / q.shape[-1]**.5
+        if attn_mask is not None: scores = scores.masked_fill(attn_mask, -torch.inf) if attn_mask.dtype is torch.bool else scores + attn_mask
+        weights = scores.softmax(-1)
+        out = self.out_proj((weights @ v).transpose(1, 2).flatten(2))
+        if not need_weights: weights = None
+        elif average_attn_weights: weights = weights.mean(1)
+        return out if self.batch_first else out.transpose(0, 1), weights
+
 def unfused(module:torch.nn.Module) -> torch.nn.Module:
-    "Keep a module's attention in eval mode off torch's fused kernel for inference, which has no derivative"
+    "Keep a module's attention in eval mode off torch's fused kernels, which have no derivative or no second one"
     fused = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerEncoder)
-    for layer in module.modules():
+    for layer in [*module.modules()]:
         if isinstance(layer, fused) and not layer.training:
             layer.training = True # of this layer alone; its dropout stays off
             if isinstance(layer, torch.nn.MultiheadAttention): layer.dropout = 0.0
+        if type(layer) is torch.nn.MultiheadAttention and layer.in_proj_weight is not None and layer.bias_k is None and not layer.add_zero_attn:
+            layer.__class__, layer.in_proj = Attention, torch.nn.Linear(1, 1)
+            layer.in_proj.weight, layer.in_proj.bias = layer.in_proj_weight, layer.in_proj_bias
     return module
 
 # %% ../nbs/00_objective.ipynb #e4879478

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WAYS', 'square_norms', 'signed_products', 'way_of']
 
-# %% ../nbs/01b_sample_sums.ipynb #67e2f97b
+# %% ../nbs/01b_sample_sums.ipynb #97470003
 import functools, math
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ def convolution(layer, a:Tensor, d:Tensor) -> dict: # of one or two dimensions, 
     def places(t): return t.unflatten(2, (layer.groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3).flatten(0, 1) # (b × groups, k × T, ...)
     return dict(weight=outer_square(places(patches), places(d)).reshape(len(a), -1).sum(1), bias=d.sum((1, 3)).square().sum(1))
 
-# %% ../nbs/01b_sample_sums.ipynb #27fb02ea
+# %% ../nbs/01b_sample_sums.ipynb #d397a5cb
 def scaled(normal:Tensor, d:Tensor) -> dict: # (b, places, entries of the weight, places) each
     return dict(weight=(normal * d).sum((1, 3)).square().sum(1), bias=d.sum((1, 3)).square().sum(1))
 
@@ -57,39 +57,43 @@ def embedding(layer:nn.Embedding, a:Tensor, d:Tensor) -> dict:
     a, d = a.reshape(len(a), -1), d.reshape(len(d), -1, d.shape[-1])
     return dict(weight=((a[:, :, None] == a[:, None]) * (d @ d.mT)).sum((1, 2)))
 
-LAYERS = {nn.Linear: linear, nn.Conv1d: convolution, nn.Conv2d: convolution, nn.LayerNorm: layer_norm, nn.GroupNorm: channel_norm,
+LAYERS = {nn.Linear: linear, nn.modules.linear.NonDynamicallyQuantizableLinear: linear, nn.Conv1d: convolution, nn.Conv2d: convolution, nn.LayerNorm: layer_norm, nn.GroupNorm: channel_norm,
           nn.BatchNorm1d: channel_norm, nn.BatchNorm2d: channel_norm, nn.Embedding: embedding}
 
-# %% ../nbs/01b_sample_sums.ipynb #53bf2dde
-def signals(network:Network, shapes:dict, # layer -> shape of its output for one sample
+# %% ../nbs/01b_sample_sums.ipynb #bd0ac82a
+def signals(network:Network, layers:dict, # as layers_of
             params:dict, # by name
             rows:Tensor # sample numbers, (b,)
            ) -> tuple: # dicts of (b, ...), (b,), a dict of (b, ...)
     "Derivatives in the outputs of layers and in all parameters outside of them, the losses, and the layers' inputs"
-    layers = dict(network.own().named_modules())
     def loss(added, outside, i):
         inputs = {}
         def tap(name): return lambda layer, args, out: (inputs.update({name: args[0]}), out + added[name])[1]
-        handles = [layers[name].register_forward_hook(tap(name)) for name in added]
+        handles = [network.own().get_submodule(name).register_forward_hook(tap(name)) for name in added]
         try: f = network.losses({**params, **outside}, i[None])[0]
         finally: [h.remove() for h in handles]
         return f, (f, inputs)
-    added = {name: next(iter(params.values())).new_zeros(shape) for name, shape in shapes.items()}
-    outside = {name: p for name, p in params.items() if name.rpartition(".")[0] not in shapes}
+    added = {name: next(iter(params.values())).new_zeros(layer.shape) for name, layer in layers.items()}
+    covered = {name for layer in layers.values() for name in layer.names.values()}
+    outside = {name: p for name, p in params.items() if name not in covered}
     (inside, outside), (f, inputs) = vmap(torch.func.grad(loss, argnums=(0, 1), has_aux=True), (None, None, 0))(added, outside, rows)
     return inside, outside, f, inputs
 
-# %% ../nbs/01b_sample_sums.ipynb #fcf8fb38
+# %% ../nbs/01b_sample_sums.ipynb #b0552a92
+class Layer(NamedTuple):
+    "A layer whose closed form is taken"
+    shape: tuple # of its output for one sample
+    names: dict # weight or bias, where they are trainable -> the network's name of it
+
 def has_form(layer:nn.Module) -> bool:
     "Is there a formula for this layer's sample gradients?"
     if isinstance(layer, nn.Embedding) and (layer.max_norm or layer.scale_grad_by_freq or layer.sparse): return False
     return type(layer) in LAYERS and not isinstance(getattr(layer, "padding", 0), str) # convolutions with padding="same"
 
-def squares(network:Network, name:str, a:Tensor, d:Tensor) -> dict:
-    "Squared norms of the sample gradients of a layer's trainable parameters, by name"
-    layer = network.own().get_submodule(name)
-    named = {f"{name}.{key}".lstrip("."): value for key, value in LAYERS[type(layer)](layer, a, d).items()}
-    return {key: value for key, value in named.items() if key in network.shapes}
+def squares(layer:Layer, name:str, network:Network, a:Tensor, d:Tensor) -> dict:
+    "Squared norms of the sample gradients of a layer's trainable parameters, by key"
+    module = network.own().get_submodule(name)
+    return {key: value for key, value in LAYERS[type(module)](module, a, d).items() if key in layer.names}
 
 def near(network:Network) -> Tensor:
     "A point near the network's own, where what is zero by its initialisation is not"
@@ -97,27 +101,31 @@ def near(network:Network) -> Tensor:
     noise = torch.randn(len(x), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
     return x + .1 * noise * (x.square().mean().sqrt() or 1)
 
-def layers_of(network:Network) -> dict: # layer -> shape of its output for one sample
+def layers_of(network:Network) -> dict: # name -> Layer
     "The layers whose closed form is right; they are found once"
     if hasattr(network, "layers"): return network.layers
-    owners, calls, rows = {name.rpartition(".")[0] for name in network.shapes}, {}, torch.arange(min(4, len(network.X)), device=network.x0.device)
+    module, calls, rows = network.own(), {}, torch.arange(min(4, len(network.X)), device=network.x0.device)
     def note(name): return lambda layer, args, out: calls.setdefault(name, []).append(out.shape)
-    handles = [layer.register_forward_hook(note(name)) for name, layer in network.own().named_modules() if name in owners and has_form(layer)]
+    handles = [layer.register_forward_hook(note(name)) for name, layer in module.named_modules() if has_form(layer)]
     try: network.losses(network.x0, rows[:1])
     finally: [h.remove() for h in handles]
-    shapes, params = {name: shape[0] for name, shape in calls.items() if len(shape) == 1}, network.named(near(network))
-    inside, _, _, inputs = signals(network, shapes, params, rows)
+    known_as = {id(p): name for name, p in module.named_parameters() if name in network.shapes} # a parameter may have several owners
+    names = {name: {key: known_as[id(p)] for key, p in module.get_submodule(name).named_parameters() if id(p) in known_as} for name in calls}
+    layers, params = {name: Layer(shape[0], names[name]) for name, shape in calls.items() if len(shape) == 1 and names[name]}, network.named(near(network))
+    inside, _, _, inputs = signals(network, layers, params, rows)
     known = {name: g.flatten(1).square().sum(1) for name, g in signals(network, {}, params, rows)[1].items()}
     slack = 1e-6 * sum(known.values()).max()
-    right = lambda name: all(torch.allclose(known[key], value, rtol=1e-3, atol=slack) for key, value in squares(network, name, inputs[name], inside[name]).items())
-    network.layers = {name: shape for name, shape in shapes.items() if right(name)}
+    def right(name, layer):
+        return all(torch.allclose(known[layer.names[key]], value, rtol=1e-3, atol=slack) for key, value in squares(layer, name, network, inputs[name], inside[name]).items())
+    network.layers = {name: layer for name, layer in layers.items() if right(name, layer)}
     return network.layers
 
-# %% ../nbs/01b_sample_sums.ipynb #de7b6e60
+# %% ../nbs/01b_sample_sums.ipynb #01649ccc
 def terms(network:Network, x:Tensor, s:slice, directions=()) -> tuple: # (d,), and (d,) each -> (b,) each
     "f_i, ‖∇f_i‖² and the slopes of f_i in some directions, for a slice of the samples"
-    inside, outside, f, inputs = signals(network, layers_of(network), network.named(x), torch.arange(s.start, s.stop, device=x.device))
-    total = sum(value for name, d in inside.items() for value in squares(network, name, inputs[name], d).values())
+    layers = layers_of(network)
+    inside, outside, f, inputs = signals(network, layers, network.named(x), torch.arange(s.start, s.stop, device=x.device))
+    total = sum(value for name, d in inside.items() for value in squares(layers[name], name, network, inputs[name], d).values())
     total = total + sum(g.flatten(1).square().sum(1) for g in outside.values())
     return f, total, *(slope(network, network.named(p), inside, outside, inputs) for p in directions)
 
@@ -125,8 +133,8 @@ def slope(network:Network, p:dict, inside:dict, outside:dict, inputs:dict) -> Te
     "⟨∇f_i, p⟩ for a direction p by name"
     total = sum((g * p[name]).flatten(1).sum(1) for name, g in outside.items())
     for name, d in inside.items():
-        layer = network.own().get_submodule(name)
-        own = {key: p.get(f"{name}.{key}".lstrip("."), torch.zeros_like(v)) for key, v in layer.named_parameters()}
+        layer, names = network.own().get_submodule(name), layers_of(network)[name].names
+        own = {key: p[names[key]] if key in names else torch.zeros_like(v) for key, v in layer.named_parameters()}
         total = total + (d * vmap(lambda a: functional_call(layer, own, (a,)))(inputs[name])).flatten(1).sum(1)
     return total
 

@@ -54,7 +54,7 @@ def cancer() -> tuple[Tensor, Tensor]:
     X, y = load_breast_cancer(return_X_y=True)
     return torch.from_numpy((X - X.mean(0)) / X.std(0)).float(), torch.from_numpy(2. * y - 1).float()
 
-# %% ../../nbs/experiments/bench.ipynb #5426c72d
+# %% ../../nbs/experiments/bench.ipynb #4ddc280e
 def tumours(hidden:int, batch_size:int=1) -> FiniteSum:
     "569 samples and a network of two linear layers"
     net = torch.nn.Sequential(torch.nn.Linear(30, hidden), torch.nn.Sigmoid(), torch.nn.Linear(hidden, 1))
@@ -81,9 +81,10 @@ def rows(width:int) -> FiniteSum:
 
 def sample_gradients(objective:FiniteSum) -> Callable:
     "The gradients of all samples, some at a time, and each let go again"
-    x, one = objective.x0, torch.func.vmap(torch.func.grad(lambda x, i: objective.select(x, i[None])[0]), (None, 0))
+    network, x = objective.network, objective.x0
+    one = torch.func.vmap(torch.func.grad(lambda params, i: network.losses(params, i[None])[0]), (None, 0))
     def run():
-        for s in objective.slices(x): one(x, torch.arange(s.start, s.stop))
+        for s in objective.slices(x): one(network.named(x), torch.arange(s.start, s.stop))
     return run
 
 def noise_step(kind, objective:FiniteSum, dense:bool=False, gradient:bool=False) -> Callable:
