@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+from array import array
 
 import numpy as np
 import torch
@@ -24,8 +25,9 @@ def resident() -> float:
 
 def peak() -> float: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 def row(*cells): print("| " + " | ".join(cells) + " |", flush=True)
-def slope(t, y) -> tuple: # per unit of t, with its standard error
-    t, y = np.asarray(t), np.asarray(y)
+def slope(t, y, blocks:int=20) -> tuple: # per unit of t, with its standard error
+    "Of the medians of blocks: neighbouring jobs share the machine's moods, and are not independent"
+    t, y = (np.array([np.median(block) for block in np.array_split(v, min(blocks, len(v)))]) for v in (t, y))
     c = t - t.mean()
     b = (c @ y) / (c @ c)
     rest = y - y.mean() - b * c
@@ -64,26 +66,26 @@ def paths(seconds:float):
 
 
 def soak(seconds:float):
-    """Jobs in turn, again and again: does the speed drift, does memory grow? Slopes over the time after the first tenth, with two standard errors.
+    """Jobs in turn, again and again: does the speed drift, does memory grow? Slopes over the time after the first tenth, of the medians of twenty blocks, with two standard errors.
     A machine's own speed drifts too: beside a job's time stands its ratio to that of a loop of plain torch, which has just had its turn."""
     x0, a = torch.ones(4, dtype=torch.float64), torch.ones(10**4, dtype=torch.float64)
     def plain(seed):
         for _ in range(15_000): torch.mul(a, 1 + 1e-9, out=a)
     def job(process, n): return lambda seed: simulate(process, x0, 1., n, every=50, seed=seed)
     jobs = {"plain torch": plain, "SDE of SAM, quadratic": job(SDE(SAM(.1), bowl(), .01), 4_000), "SAM, minibatches": job(Chain(SAM(.1), logistic(), .01), 1_000)}
-    rows, begin = [], time.perf_counter()
-    while (now := time.perf_counter() - begin) < seconds or len(rows) < 20:
-        took = []
+    log, n, begin = array("d"), 0, time.perf_counter() # numbers side by side: the log of a long soak is not to be taken for a leak
+    while (now := time.perf_counter() - begin) < seconds or n < 20:
+        log.extend((now, resident()))
         for run in jobs.values():
             start = time.perf_counter()
-            run(len(rows))
-            took.append(time.perf_counter() - start)
-        rows.append((now, resident(), *took))
-    t, size, *times = np.array(rows)[len(rows) // 10:].T
+            run(n)
+            log.append(time.perf_counter() - start)
+        n += 1
+    t, size, *times = np.array(log).reshape(n, -1)[n // 10:].T
     def drift(values, unit, scale): return "{:+.1f} ± {:.1f} {}".format(*np.array(slope(t, values)) * [1, 2] * (t[-1] - t[0]) * scale, unit)
     def relative(values): return drift(values, "%", 100 / np.median(values))
     row(f"soak of {seconds:.0f} s", "jobs", "median job (ms)", "drift", "drift against plain torch"), row(*["---"] * 5)
-    for name, took in zip(jobs, times): row(name, f"{len(rows)}", f"{1e3 * np.median(took):.1f}", relative(took), relative(took / times[0]) if took is not times[0] else "")
+    for name, took in zip(jobs, times): row(name, f"{n}", f"{1e3 * np.median(took):.1f}", relative(took), relative(took / times[0]) if took is not times[0] else "")
     print(f"\nMemory grew by {drift(size, 'MiB', 1)}.")
 
 
