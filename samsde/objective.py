@@ -363,7 +363,7 @@ class FiniteSum(Objective):
         "fn(*tensors), from a record of its operations if it is called often and there is a network"
         return fn(*tensors) if self.network is None else self.network.recorder(name, fn, *tensors)
 
-# %% ../nbs/00_objective.ipynb #f6f7c13c
+# %% ../nbs/00_objective.ipynb #b7b6ad28
 def random_layer(module:torch.nn.Module) -> str|None:
     "A layer in training mode that mixes samples or draws numbers, in words; None if there is none"
     norm, drop = torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd
@@ -371,6 +371,7 @@ def random_layer(module:torch.nn.Module) -> str|None:
         p = layer.p if isinstance(layer, drop) else getattr(layer, "dropout", 0)
         if layer.training and (isinstance(layer, norm) or (isinstance(p, (int, float)) and p > 0)): return f"layer {name!r} ({type(layer).__name__})"
 
+# %% ../nbs/00_objective.ipynb #b0c19d63
 class Attention(torch.nn.MultiheadAttention):
     "torch's self-attention, written out: what goes in and what comes out passes through linear layers"
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['WAYS', 'square_norms', 'signed_products', 'way_of']
 
-# %% ../nbs/01b_sample_sums.ipynb #97470003
+# %% ../nbs/01b_sample_sums.ipynb #a54e3647
 import functools, math
+from collections import Counter
 from typing import Callable, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ def convolution(layer, a:Tensor, d:Tensor) -> dict: # of one or two dimensions, 
     def places(t): return t.unflatten(2, (layer.groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3).flatten(0, 1) # (b × groups, k × T, ...)
     return dict(weight=outer_square(places(patches), places(d)).reshape(len(a), -1).sum(1), bias=d.sum((1, 3)).square().sum(1))
 
-# %% ../nbs/01b_sample_sums.ipynb #d397a5cb
+# %% ../nbs/01b_sample_sums.ipynb #4ea4b859
 def scaled(normal:Tensor, d:Tensor) -> dict: # (b, places, entries of the weight, places) each
     return dict(weight=(normal * d).sum((1, 3)).square().sum(1), bias=d.sum((1, 3)).square().sum(1))
 
@@ -57,11 +58,16 @@ def embedding(layer:nn.Embedding, a:Tensor, d:Tensor) -> dict:
     a, d = a.reshape(len(a), -1), d.reshape(len(d), -1, d.shape[-1])
     return dict(weight=((a[:, :, None] == a[:, None]) * (d @ d.mT)).sum((1, 2)))
 
-LAYERS = {nn.Linear: linear, nn.modules.linear.NonDynamicallyQuantizableLinear: linear, nn.Conv1d: convolution, nn.Conv2d: convolution, nn.LayerNorm: layer_norm, nn.GroupNorm: channel_norm,
-          nn.BatchNorm1d: channel_norm, nn.BatchNorm2d: channel_norm, nn.Embedding: embedding}
+LAYERS = {nn.Linear: linear, nn.modules.linear.NonDynamicallyQuantizableLinear: linear, nn.Conv1d: convolution, nn.Conv2d: convolution,
+          nn.LayerNorm: layer_norm, nn.GroupNorm: channel_norm, nn.BatchNorm1d: channel_norm, nn.BatchNorm2d: channel_norm, nn.Embedding: embedding}
 
-# %% ../nbs/01b_sample_sums.ipynb #bd0ac82a
-def signals(network:Network, layers:dict, # as layers_of
+# %% ../nbs/01b_sample_sums.ipynb #70855ae7
+class Layer(NamedTuple):
+    "A layer whose closed form is taken"
+    shape: tuple # of its output for one sample
+    names: dict # weight or bias, where they are trainable -> the network's name of it
+
+def signals(network:Network, layers:dict, # name -> Layer
             params:dict, # by name
             rows:Tensor # sample numbers, (b,)
            ) -> tuple: # dicts of (b, ...), (b,), a dict of (b, ...)
@@ -79,12 +85,7 @@ def signals(network:Network, layers:dict, # as layers_of
     (inside, outside), (f, inputs) = vmap(torch.func.grad(loss, argnums=(0, 1), has_aux=True), (None, None, 0))(added, outside, rows)
     return inside, outside, f, inputs
 
-# %% ../nbs/01b_sample_sums.ipynb #b0552a92
-class Layer(NamedTuple):
-    "A layer whose closed form is taken"
-    shape: tuple # of its output for one sample
-    names: dict # weight or bias, where they are trainable -> the network's name of it
-
+# %% ../nbs/01b_sample_sums.ipynb #35502dcc
 def has_form(layer:nn.Module) -> bool:
     "Is there a formula for this layer's sample gradients?"
     if isinstance(layer, nn.Embedding) and (layer.max_norm or layer.scale_grad_by_freq or layer.sparse): return False
@@ -101,17 +102,20 @@ def near(network:Network) -> Tensor:
     noise = torch.randn(len(x), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
     return x + .1 * noise * (x.square().mean().sqrt() or 1)
 
+# %% ../nbs/01b_sample_sums.ipynb #06af6d07
 def layers_of(network:Network) -> dict: # name -> Layer
     "The layers whose closed form is right; they are found once"
     if hasattr(network, "layers"): return network.layers
     module, calls, rows = network.own(), {}, torch.arange(min(4, len(network.X)), device=network.x0.device)
-    def note(name): return lambda layer, args, out: calls.setdefault(name, []).append(out.shape)
+    def note(name): return lambda layer, args, out: calls.setdefault(name, []).append(args and out.shape) # nothing if its input has a keyword
     handles = [layer.register_forward_hook(note(name)) for name, layer in module.named_modules() if has_form(layer)]
     try: network.losses(network.x0, rows[:1])
     finally: [h.remove() for h in handles]
     known_as = {id(p): name for name, p in module.named_parameters() if name in network.shapes} # a parameter may have several owners
     names = {name: {key: known_as[id(p)] for key, p in module.get_submodule(name).named_parameters() if id(p) in known_as} for name in calls}
-    layers, params = {name: Layer(shape[0], names[name]) for name, shape in calls.items() if len(shape) == 1 and names[name]}, network.named(near(network))
+    owned, params = Counter(name for own in names.values() for name in own.values()), network.named(near(network))
+    layers = {name: Layer(shapes[0], names[name]) for name, shapes in calls.items() if len(shapes) == 1 and shapes[0] and names[name]}
+    layers = {name: layer for name, layer in layers.items() if all(owned[key] == 1 for key in layer.names.values())}
     inside, _, _, inputs = signals(network, layers, params, rows)
     known = {name: g.flatten(1).square().sum(1) for name, g in signals(network, {}, params, rows)[1].items()}
     slack = 1e-6 * sum(known.values()).max()
@@ -138,17 +142,18 @@ def slope(network:Network, p:dict, inside:dict, outside:dict, inputs:dict) -> Te
         total = total + (d * vmap(lambda a: functional_call(layer, own, (a,)))(inputs[name])).flatten(1).sum(1)
     return total
 
-# %% ../nbs/01b_sample_sums.ipynb #15050192
+# %% ../nbs/01b_sample_sums.ipynb #fc0fd1e1
 def square_norms(objective:FiniteSum, # from a module
                  x:Tensor # (..., d)
                 ) -> Tensor: # (..., n)
     "‖∇f_i(x)‖² of all samples, from the layers' inputs and signals. Raises ValueError if the objective was not made from a module."
     network = getattr(objective, "network", None)
     if network is None: raise ValueError(f"square_norms needs an objective from a module, got {type(objective).__name__}")
-    x, _ = objective.check(x), layers_of(network)
+    x = objective.check(x)
+    layers_of(network) # found here, not under vmap
     return torch.cat([lift(lambda z: terms(network, z, s)[1], x) for s in objective.slices(x)], -1)
 
-# %% ../nbs/01b_sample_sums.ipynb #9abe4e53
+# %% ../nbs/01b_sample_sums.ipynb #65183ca0
 def gradient_of_sum(name, # of the function, for a record
                     value:Callable, # f_i, ‖g_i‖², slopes, weights, numbers -> (b,)
                     objective:FiniteSum, x:Tensor, # (..., d)
@@ -162,7 +167,8 @@ def gradient_of_sum(name, # of the function, for a record
         return value(*terms(objective.network, z, s, rest[k:m]), *(w[s] for w in rest[:k]), *rest[m:]).sum()
     part = lambda s: lambda x, *rest: gradient(lambda z: lift(functools.partial(total, s), z, *rest), x)
     rest = [*weights, *directions, *(c if isinstance(c, Tensor) else x.new_tensor([c]) for c in numbers)]
-    rest, _ = [t.expand(*x.shape[:-1], t.shape[-1]) for t in rest], layers_of(objective.network)
+    rest = [t.expand(*x.shape[:-1], t.shape[-1]) for t in rest]
+    layers_of(objective.network) # found here, not under vmap
     return sum(objective.run((name, s.start, s.stop), part(s), x, *rest) for s in objective.slices(x))
 
 def pull(objective:FiniteSum, x:Tensor, # (..., d)
@@ -193,12 +199,13 @@ def signed_products(objective:FiniteSum, # any
     values = torch.stack(values)
     return values.mean(0), values.std(0) / draws**.5
 
-# %% ../nbs/01b_sample_sums.ipynb #67343b13
+# %% ../nbs/01b_sample_sums.ipynb #62e835b4
 WAYS = ("norms", "samples", "signs")
 
 def way_of(algorithm:Algorithm, objective:FiniteSum) -> str:
     "How Σ_i w_i H_i u_i is computed: objective.way, or the norms of a network, or else samples. Raises ValueError on a way that is none, or not open."
-    why = "its potential is no function of ‖g‖" if algorithm.radial is None else "the objective was not made from a module" if objective.network is None else None
+    why = "the objective was not made from a module" if objective.network is None else None
+    if algorithm.radial is None: why = "its potential is no function of ‖g‖"
     way = objective.way or ("samples" if why else "norms")
     if way not in WAYS: raise ValueError(f"objective.way must be one of {', '.join(WAYS)}, got {way!r}")
     if way == "norms" and why: raise ValueError(f"{type(algorithm).__name__} cannot go by norms: {why}")

@@ -54,7 +54,7 @@ def cancer() -> tuple[Tensor, Tensor]:
     X, y = load_breast_cancer(return_X_y=True)
     return torch.from_numpy((X - X.mean(0)) / X.std(0)).float(), torch.from_numpy(2. * y - 1).float()
 
-# %% ../../nbs/experiments/bench.ipynb #4ddc280e
+# %% ../../nbs/experiments/bench.ipynb #b7a60437
 def tumours(hidden:int, batch_size:int=1) -> FiniteSum:
     "569 samples and a network of two linear layers"
     net = torch.nn.Sequential(torch.nn.Linear(30, hidden), torch.nn.Sigmoid(), torch.nn.Linear(hidden, 1))
@@ -65,7 +65,7 @@ def pictures() -> FiniteSum:
     X, y = digits(torch.float32)
     return FiniteSum.from_module(conv_net(8, 64, dtype=torch.float32), torch.nn.functional.cross_entropy, X[:569], y[:569])
 
-class Rows(torch.nn.Module):
+class Transformer(torch.nn.Module):
     "A transformer on the rows of a picture, of torch's own layers, with a parameter for their places"
     def __init__(self, width:int):
         super().__init__()
@@ -74,10 +74,10 @@ class Rows(torch.nn.Module):
         self.out = torch.nn.Linear(width, 10)
     def forward(self, x): return self.out(self.blocks(self.read(x.reshape(-1, 8, 8)) + self.place).mean(1))
 
-def rows(width:int) -> FiniteSum:
+def transformer(width:int) -> FiniteSum:
     "The same digits, read by a transformer"
     X, y = digits(torch.float32)
-    return FiniteSum.from_module(Rows(width), torch.nn.functional.cross_entropy, X[:569], y[:569], chunk=128)
+    return FiniteSum.from_module(Transformer(width), torch.nn.functional.cross_entropy, X[:569], y[:569], chunk=128)
 
 def sample_gradients(objective:FiniteSum) -> Callable:
     "The gradients of all samples, some at a time, and each let go again"
@@ -87,6 +87,7 @@ def sample_gradients(objective:FiniteSum) -> Callable:
         for s in objective.slices(x): one(network.named(x), torch.arange(s.start, s.stop))
     return run
 
+# %% ../../nbs/experiments/bench.ipynb #0992684a
 def noise_step(kind, objective:FiniteSum, dense:bool=False, gradient:bool=False) -> Callable:
     "One Euler step of an SDE; or the noise by a d×d matrix and its root; or one weighted gradient"
     sde, x = SDE(kind(RHO), objective, .05), objective.x0[None]
@@ -102,7 +103,7 @@ def operators():
 
 def importing(what:str) -> Callable: return lambda: subprocess.run([sys.executable, "-c", f"import {what}"], check=True)
 
-# %% ../../nbs/experiments/bench.ipynb #06c39738
+# %% ../../nbs/experiments/bench.ipynb #15365817
 def repeated(job:Callable, times:int, before:int=0) -> Callable:
     "A job done several times, as in a simulation, after some that do not count; its time is that of one"
     for _ in range(before): job()
@@ -117,16 +118,16 @@ def own_jobs(size:dict) -> dict: # contestant -> a function that builds the job
     jobs = {f"{kind}, {n}": lambda k=k, t=t: ensemble(k, t, size) for n, t in names.items() for kind, k in KINDS.items()}
     jobs |= {"USAM, float32, recording": lambda: ensemble(USAM, torch.float32, size, 10)}
     jobs |= {f"replicas, B = {b}": lambda b=b: replicas(b, size) for b in (1, 32)}
-    hidden = {641: 20, 2561: 80} if size is SIZES["full"] else {97: 3}
-    losses = {f"d = {d}": lambda h=h: tumours(h) for d, h in hidden.items()} | {"convolutions": pictures}
-    for name, loss in losses.items():
-        jobs |= {f"step, {kind}, {name}": lambda k=k, loss=loss: repeated(noise_step(k, loss()), size["times"]) for kind, k in KINDS.items()}
-        jobs |= {f"gradient, {name}": lambda loss=loss: repeated(noise_step(USAM, loss(), gradient=True), size["times"])}
+    full = size is SIZES["full"]
+    hidden, width, before, few = ({641: 20, 2561: 80}, 64, Recorder.patience, 5) if full else ({97: 3}, 4, 0, 1)
+    losses = {f"d = {d}": (lambda h=h: tumours(h), size["times"]) for d, h in hidden.items()}
+    losses |= {"convolutions": (pictures, size["times"]), "transformer": (lambda: transformer(width), few)}
+    for name, (loss, times) in losses.items():
+        jobs |= {f"step, {kind}, {name}": lambda k=k, loss=loss, n=times: repeated(noise_step(k, loss()), n, before) for kind, k in KINDS.items()}
+        jobs |= {f"gradient, {name}": lambda loss=loss, n=times: repeated(noise_step(USAM, loss(), gradient=True), n, before)}
     jobs |= {f"dense, d = {d}": lambda h=h: noise_step(USAM, tumours(h), dense=True) for d, h in hidden.items()}
-    jobs |= {"step, USAM, B = 32": lambda: repeated(noise_step(USAM, tumours(max(hidden.values()), 32)), size["times"])}
-    few, width, before = (5, 64, Recorder.patience) if size is SIZES["full"] else (1, 4, 0)
-    jobs |= {f"step, {kind}, transformer": lambda k=k: repeated(noise_step(k, rows(width)), few, before) for kind, k in KINDS.items()}
-    jobs |= {"sample gradients, transformer": lambda: repeated(sample_gradients(rows(width)), few)}
+    jobs |= {"step, USAM, B = 32": lambda: repeated(noise_step(USAM, tumours(max(hidden.values()), 32)), size["times"], before)}
+    jobs |= {"sample gradients, transformer": lambda: repeated(sample_gradients(transformer(width)), few)}
     return jobs | {"operators": lambda: operators} | {f"import {what}": lambda what=what: importing(what) for what in ("torch", "samsde", "samsde.sde")}
 
 # %% ../../nbs/experiments/bench.ipynb #b123a084
