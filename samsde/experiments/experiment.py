@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..style import theme
 
-# %% ../../nbs/experiments/experiment.ipynb #720ee1d2
+# %% ../../nbs/experiments/experiment.ipynb #06149ba0
 VERDICTS = ("holds", "holds with a condition", "does not hold", "undecided")
 
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ class Verdict:
 
 class Verdicts(list):
     "A list of verdicts that prints as text, and shows as a table in a notebook"
+    what = "the paper's claim" # heads the first column
     def __str__(self) -> str: return "\n\n".join(f"{v.claim}\n  {v.verdict.upper()}: {v.measured}" for v in self)
     def _repr_markdown_(self) -> str:
         cell = lambda text: text.replace("|", "\\|").replace("\n", " ")
         rows = [f"| {cell(v.claim)} | {cell(v.measured)} | **{v.verdict}** |" for v in self]
-        return "\n".join(["| the paper's claim | measured | verdict |", "|---|---|---|", *rows])
+        return "\n".join([f"| {self.what} | measured | verdict |", "|---|---|---|", *rows])
 
 # %% ../../nbs/experiments/experiment.ipynb #d6a37e43
 def plus_minus(value:float, # an estimate
