@@ -61,6 +61,13 @@ def child(name, out, begun, how, pause=.01):
     except KeyboardInterrupt as stop: result, status = stop.partial, "interrupted"
     np.savez(f"{out}.{status}.npz", **({} if result is None else numbers(result)))
 
+@pytest.fixture(scope="module", autouse=True)
+def heard():
+    "A shell's background job ignores Ctrl-C, and so would every process that it starts"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 @pytest.fixture(scope="module")
 def fork():
     "Starts a child in a process that is a copy of one which has torch, and what torch loads late, in memory already"
