@@ -172,6 +172,7 @@ def finish(site, cfg):
         html = re.sub(rf'<a [^>]*href="{re.escape(cfg.git_url)}(/([\w.]+)")?[^>]*>.*?</a>', lambda m: source(m) if m[2] else "", html)
         html = re.sub(r'(<div class="sidebar-title[^>]*><a href=")[./]*"', rf'\1{up}index.html"', html)  # a folder is no page on a disk
         html = re.sub(rf'href="{re.escape(docs)}([^"#]*)#?([^"]*)"', local, html)
+        html = re.sub(r"(?s)<td.*?</td>", lambda m: re.sub(r"<code>[^<]*", lambda code: re.sub(r"([_.])(?=\w)", r"\1<wbr>", code[0]), m[0]), html)  # a phone breaks long names there
         html = write_pictures(site, name, html)
         if katex: html = CDN.sub(f"{up}site_libs/katex", html)
         (site/name).write_text(html, encoding="utf-8")

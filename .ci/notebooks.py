@@ -9,6 +9,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SKIP = re.compile(r"^#\|\s*(eval:\s*false|notest)", re.M)  # such cells keep the outputs that they have
 
 
+def joined(outputs):
+    "A text is one output, however many pieces it came in."
+    kept = []
+    for out in outputs:
+        if kept and "name" in out and out["name"] == kept[-1].get("name"): kept[-1]["text"] += out["text"]
+        else: kept.append(out)
+    return kept
+
+
 def execute(path):
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
@@ -23,7 +32,7 @@ def execute(path):
     try: shell.run_all(nb, exc_stop=True, preproc=skip)
     except Exception: sys.exit(shell.prettytb(path.name))
     for cell in nb.cells:  # a progress bar shows the clock; some are drawn whatever TQDM_DISABLE says
-        if "outputs" in cell: cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr" or "%|" not in str(out)]
+        if "outputs" in cell: cell.outputs = joined(out for out in cell.outputs if out.get("name") != "stderr" or "%|" not in str(out))
     write_nb(nb, path)
     for n, cell in enumerate(nb.cells):
         if str(ROOT) in str(cell.get("outputs")): sys.exit(f"{path.name}: cell {n} prints a path of this machine (a warning?)")

@@ -9,10 +9,12 @@ from fastcore.docments import ShowDocRenderer, docments, empty
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 
+OWN = ("self", "cls")  # not given by a caller
+
 
 def plain(text):
     "The text with nothing that Markdown takes for markup but `names` in backticks"
-    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()).replace("->", "→"))
     return "".join(part if part[:1] == "`" else re.sub(r"([\\*_\[\]|$#~^])", r"\\\1", part).replace("<", "&lt;") for part in parts)
 
 
@@ -32,10 +34,11 @@ def kind(annotation):
 def call(name, signature, types):
     "The signature in lines of at most 80 characters, with the types where no table tells them"
     bare = {} if types else dict(annotation=empty)
-    params = [p.replace(**bare, **({} if p.default is empty else dict(default=Shown(p.default)))) for p in signature.parameters.values()]
+    params = [p.replace(**bare, **({} if p.default is empty else dict(default=Shown(p.default))))
+              for p in signature.parameters.values() if p.name not in OWN]
     kept = types and signature.return_annotation is not None  # a class returns no None
     text = str(signature.replace(parameters=params, **({} if kept else dict(return_annotation=empty))))
-    text = re.sub(r"\b(?:torch|typing|pathlib|samsde(?:\.\w+)*|pandas(?:\.\w+)*)\.(?=[A-Za-z])", "", text)
+    text = re.sub(r"\b(?:torch|typing|pathlib|__main__|samsde(?:\.\w+)*|pandas(?:\.\w+)*)\.(?=[A-Za-z])", "", text)
     if len(name + text) <= 80: return name + text
     lines = wrap(re.sub(r"^\(", "", text), 76, break_long_words=False, break_on_hyphens=False)
     return "\n".join([f"{name}({lines[0]}", *(" " * 4 + line for line in lines[1:])])
@@ -70,7 +73,7 @@ class Renderer(ShowDocRenderer):
         stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
         rows = []
         for name, p in found.items():
-            if name == "self": continue
+            if name in OWN: continue
             default, meaning, type_ = p.get("default", empty), plain(p.get("docment") or ""), kind(p.get("anno", empty))
             if name == "return":
                 if type_ or meaning: rows.append(["*returns*", type_, meaning])
@@ -86,7 +89,7 @@ class Renderer(ShowDocRenderer):
         for name, member in vars(self.sym).items():
             fn = getattr(member, "fget", None) or getattr(member, "__func__", member)
             if name[0] == "_" or not inspect.isfunction(fn) or not fn.__doc__: continue
-            names = [] if isinstance(member, property) else [p for p in inspect.signature(fn).parameters if p not in ("self", "cls")]
+            names = [] if isinstance(member, property) else [p for p in inspect.signature(fn).parameters if p not in OWN]
             yield [f"**{plain(name)}**" + ("" if isinstance(member, property) else f"({plain(', '.join(names))})"), plain(fn.__doc__)]
 
     def _repr_markdown_(self):

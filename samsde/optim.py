@@ -117,7 +117,7 @@ class Perturbed(Optimizer):
 # %% ../nbs/08_optim.ipynb #cf8ad44e
 def inverse(norm:float) -> float: return 1 / norm if 0 < norm < float("inf") else 0.0
 
-# %% ../nbs/08_optim.ipynb #ce742962
+# %% ../nbs/08_optim.ipynb #96c3b549
 class SAM(Perturbed):
     "Sharpness-aware minimization (Foret and co-authors, 2021): u = g/‖g‖"
     def scale(self, terms): return inverse(norm(terms))
@@ -128,9 +128,11 @@ class USAM(Perturbed):
 
 class DNSAM(Perturbed):
     "SAM normalised by the full gradient: u = g/‖∇f‖. Raises ValueError where that norm is missing, zero or not finite."
-    def __init__(self, params, base_optimizer:Callable, rho:float=.05, adaptive:bool=False, *,
+    def __init__(self, params, # as in Perturbed, and the next three as well
+                 base_optimizer:Callable, rho:float=.05, adaptive:bool=False, *,
                  full_grad_norm:Callable|None=None, # () -> ‖∇f‖ at the current parameters, such as from full_gradient_norm
-                 **base_kwargs):
+                 **base_kwargs # of the base optimizer
+                ):
         if not callable(full_grad_norm):
             raise ValueError("DNSAM needs full_grad_norm, a function that returns the norm of the gradient of the whole loss; see full_gradient_norm")
         super().__init__(params, base_optimizer, rho, adaptive, **base_kwargs)

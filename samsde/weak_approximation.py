@@ -24,12 +24,12 @@ from .weak_errors import (TrigonometricSum, circle_error, circle_problem, exact_
 # %% ../nbs/06_weak_approximation.ipynb #94467f19
 _all_ = ["circle_error", "circle_problem", "linear_moments", "stationary_covariance", "torus_error", "torus_problem", "weak_error"]
 
-# %% ../nbs/06_weak_approximation.ipynb #923c79c9
+# %% ../nbs/06_weak_approximation.ipynb #854f6d2a
 class WeakOrder(NamedTuple):
     "A fitted order of convergence"
-    slope: float
-    ci_low: float # of the 95 % interval
-    ci_high: float
+    slope: float # of log |error| against log η
+    ci_low: float # lower end of the 95 % interval
+    ci_high: float # its upper end
     def __float__(self): return self.slope
 
 # %% ../nbs/06_weak_approximation.ipynb #b45be00f
@@ -76,10 +76,11 @@ def edges(values:np.ndarray) -> np.ndarray:
     ends = (2 * v[0] - inner[0], 2 * v[-1] - inner[-1]) if len(v) > 1 else (v[0] - .3, v[0] + .3)
     return np.exp([ends[0], *inner, ends[1]])
 
-# %% ../nbs/06_weak_approximation.ipynb #2300d379
+# %% ../nbs/06_weak_approximation.ipynb #ad69840d
 def validity_map(algorithm:Callable, # ρ -> Algorithm, such as the class SAM
                  objective:Objective, # any
-                 etas, rhos, # the grid
+                 etas, # learning rates of the grid
+                 rhos, # its radii
                  t_end:float, # a whole number of steps for every eta
                  test:Callable, # φ: of angles as in circle_error if exact, of points as in weak_error if simulated
                  x0:Tensor|None=None, # start; without it, the exact supremum over starts on a circle_problem or torus_problem

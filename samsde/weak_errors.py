@@ -38,10 +38,13 @@ def wave_data(c, a, m, p) -> list: # tensors in double precision
     if not (m == m.round()).all(): raise ValueError(f"m must hold whole numbers, or gradients are not periodic, got {m.tolist()}")
     return [c, a, m, p]
 
-# %% ../nbs/05b_weak_errors.ipynb #efd944c6
+# %% ../nbs/05b_weak_errors.ipynb #9459042b
 class TrigonometricSum(FiniteSum):
     "f_i(x) = c_i·x − Σ_j a_ij cos(m_ij·x + p_ij), Eq. (2). Raises ValueError if shapes do not fit or `m` is not whole."
-    def __init__(self, c, a, m, p, # tilts (n, d), amplitudes (n, waves), wave vectors (n, waves, d), phases (n, waves)
+    def __init__(self, c, # tilts, (n, d)
+                 a, # amplitudes of the losses, (n, waves)
+                 m, # wave vectors, whole numbers, (n, waves, d)
+                 p, # phases, (n, waves)
                  batch_size:int=1, # B
                  replace:bool=True # draw minibatches with replacement?
                 ):
@@ -332,17 +335,17 @@ def independent_run(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable
     sem = (a.sem["test"]**2 + b.sem["test"]**2).sqrt()
     return a.times, a.mean["test"] - b.mean["test"], sem, b.mean["euler"], a.n_diverged + b.n_diverged
 
-# %% ../nbs/05b_weak_errors.ipynb #b99047d1
+# %% ../nbs/05b_weak_errors.ipynb #10baa95a
 @dataclass
 class WeakError:
     "E test(algorithm) − E test(SDE), simulated"
     difference: float # at the end
-    ci_low: float # of its 95 % confidence interval
-    ci_high: float
+    ci_low: float # lower end of its 95 % confidence interval
+    ci_high: float # its upper end
     curve: pd.DataFrame # time, difference, sem, ci_low, ci_high at every recorded time
     sem: float # standard error of difference
     euler: float # what Euler's method would have added to E test(SDE) without extrapolation
-    n_paths: int
+    n_paths: int # of each process
     n_diverged: int # paths that are left out, of either process
     paired: bool # did both see the same noise?
 

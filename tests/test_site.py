@@ -155,6 +155,7 @@ LOOK = r"""(() => {
     maths: all(".math").length, shown: all(".katex").length,
     bad: [...all(".katex-error"), ...all(".katex [style]").filter(red)].map((e) => e.title || e.textContent),
     broken: all("img").filter((e) => !e.naturalWidth).map((e) => e.getAttribute("src").slice(0, 80)),
+    small: all("main img").filter((e) => e.getBoundingClientRect().width < .57 * e.naturalWidth).map((e) => e.getAttribute("src").slice(0, 80)), // 10 points in the figure are then under 8 pixels
     page: document.scrollingElement.scrollWidth,
     wide: all("main *, body > *").filter((e) => e.getBoundingClientRect().right > width + 1 && e.getBoundingClientRect().width > 1)
       .filter((e) => !e.closest(".katex-mathml, .katex svg") && !boxed(e.parentElement))
@@ -168,12 +169,12 @@ def look(browser, path):
     console, elsewhere = browser.open(path, width=400)
     found = browser.js(LOOK)
     few = found["shown"] + len(found["bad"]) < found["maths"]
-    return {"console": console, "elsewhere": elsewhere, "pictures": found["broken"],
+    return {"console": console, "elsewhere": elsewhere, "pictures": found["broken"], "letters": found["small"],
             "equations": found["bad"] + [f"{found['shown']} of {found['maths']} are rendered"] * few,
             "overflow": found["wide"] + [f"the page is {found['page']} pixels wide"] * (found["page"] > 400)}, found["shown"]
 
 
-KINDS = ("console", "elsewhere", "pictures", "equations", "overflow")
+KINDS = ("console", "elsewhere", "pictures", "letters", "equations", "overflow")
 
 
 # --- what is there to look at ---
@@ -264,6 +265,7 @@ BREAKS = {"markup": "<p>**bold**</p>", "widgets": "<pre>interactive(children=(Fl
           "vectors": '<div class="cell-output cell-output-display"><img src="data:image/png;base64,iVBORw0KGgo=" alt="x"></div>',
           "links": '<a href="nowhere.html">x</a>', "console": "<script>console.error('broken')</script>",
           "elsewhere": '<img src="http://127.0.0.1:9/x.png" alt="x">', "pictures": '<img src="nowhere.png" alt="x">',
+          "letters": '<img style="width: 100%" alt="x" src="data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 width=%22900%22 height=%229%22/%3E">',
           "equations": '<span class="math inline">\\(\\nosuchcommand\\)</span>', "overflow": '<p style="width: 900px">wide</p>'}
 
 

@@ -32,12 +32,11 @@ class Verdict:
 
 class Verdicts(list):
     "A list of verdicts that prints as text, and shows as a table in a notebook"
-    what = "the paper's claim" # heads the first column
     def __str__(self) -> str: return "\n\n".join(f"{v.claim}\n  {v.verdict.upper()}: {v.measured}" for v in self)
     def _repr_markdown_(self) -> str:
         cell = lambda text: text.replace("|", "\\|").replace("\n", " ")
         rows = [f"| {cell(v.claim)} | {cell(v.measured)} | **{v.verdict}** |" for v in self]
-        return "\n".join([f"| {self.what} | measured | verdict |", "|---|---|---|", *rows])
+        return "\n".join(["| claim | measured | verdict |", "|---|---|---|", *rows])
 
 # %% ../../nbs/experiments/experiment.ipynb #d6a37e43
 def plus_minus(value:float, # an estimate
