@@ -1,7 +1,8 @@
 """Endurance, measured: `make endurance`, or `python benchmarks/endurance.py [memory|paths|soak …] [--seconds 120]`. Prints a table; run it on a quiet machine.
 
-memory: one ensemble over 10⁶ steps. paths: 10⁶ paths over 10³ steps. soak: the same job again and again, and its speed over time."""
+memory: one ensemble over 10⁶ steps. paths: 10⁶ paths over 10³ steps. soak: the same jobs again and again, and then against a process that has just started."""
 import argparse
+import multiprocessing
 import os
 import resource
 import sys
@@ -13,7 +14,7 @@ import torch
 
 from samsde.algorithm import SAM, USAM, Chain
 from samsde.ensemble import simulate
-from samsde.objective import FiniteSum, Quadratic
+from samsde.objective import FiniteSum, Quadratic, Recorder
 from samsde.sde import SDE
 
 MIB = 2**20
@@ -25,13 +26,6 @@ def resident() -> float:
 
 def peak() -> float: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 def row(*cells): print("| " + " | ".join(cells) + " |", flush=True)
-def slope(t, y, blocks:int=20) -> tuple: # per unit of t, with its standard error
-    "Of the medians of blocks: neighbouring jobs share the machine's moods, and are not independent"
-    t, y = (np.array([np.median(block) for block in np.array_split(v, min(blocks, len(v)))]) for v in (t, y))
-    c = t - t.mean()
-    b = (c @ y) / (c @ c)
-    rest = y - y.mean() - b * c
-    return b, (rest @ rest / max(len(t) - 2, 1) / (c @ c))**.5
 
 def bowl(d:int=4) -> Quadratic: return Quadratic(torch.diag(torch.linspace(.5, 1., d, dtype=torch.float64)), .1)
 def logistic(n:int=32, d:int=4) -> FiniteSum:
@@ -65,28 +59,52 @@ def paths(seconds:float):
         row("SDE of USAM, quadratic, float32", f"{d}", f"{points:.1f}", f"{peak() - before:.0f}", f"{took:.0f}", f"{n * steps / took:,.0f}")
 
 
-def soak(seconds:float):
-    """Jobs in turn, again and again: does the speed drift, does memory grow? Slopes over the time after the first tenth, of the medians of twenty blocks, with two standard errors.
-    A machine's own speed drifts too: beside a job's time stands its ratio to that of a loop of plain torch, which has just had its turn."""
+def soak_jobs() -> dict: # name -> function of a seed
+    "Some hundredths of a second each"
     x0, a = torch.ones(4, dtype=torch.float64), torch.ones(10**4, dtype=torch.float64)
     def plain(seed):
         for _ in range(15_000): torch.mul(a, 1 + 1e-9, out=a)
-    def job(process, n): return lambda seed: simulate(process, x0, 1., n, every=50, seed=seed)
-    jobs = {"plain torch": plain, "SDE of SAM, quadratic": job(SDE(SAM(.1), bowl(), .01), 4_000), "SAM, minibatches": job(Chain(SAM(.1), logistic(), .01), 1_000)}
-    log, n, begin = array("d"), 0, time.perf_counter() # numbers side by side: the log of a long soak is not to be taken for a leak
-    while (now := time.perf_counter() - begin) < seconds or n < 20:
-        log.extend((now, resident()))
-        for run in jobs.values():
-            start = time.perf_counter()
-            run(n)
-            log.append(time.perf_counter() - start)
-        n += 1
-    t, size, *times = np.array(log).reshape(n, -1)[n // 10:].T
-    def drift(values, unit, scale): return "{:+.1f} ± {:.1f} {}".format(*np.array(slope(t, values)) * [1, 2] * (t[-1] - t[0]) * scale, unit)
-    def relative(values): return drift(values, "%", 100 / np.median(values))
-    row(f"soak of {seconds:.0f} s", "jobs", "median job (ms)", "drift", "drift against plain torch"), row(*["---"] * 5)
-    for name, took in zip(jobs, times): row(name, f"{n}", f"{1e3 * np.median(took):.1f}", relative(took), relative(took / times[0]) if took is not times[0] else "")
-    print(f"\nMemory grew by {drift(size, 'MiB', 1)}.")
+    def job(process, n, threads=None): return lambda seed: simulate(process, x0, 1., n, every=50, seed=seed, threads=threads)
+    sde = SDE(SAM(.1), bowl(), .01)
+    return {"plain torch": plain, "SDE of SAM": job(sde, 4_000), "SDE of SAM, one thread": job(sde, 2_000, 1), "SAM, minibatches": job(Chain(SAM(.1), logistic(), .01), 1_000)}
+
+def took(run, seed:int) -> float:
+    start = time.perf_counter()
+    run(seed)
+    return time.perf_counter() - start
+
+def fresh(pipe):
+    "A process that does what it is told, and says how long that took"
+    jobs = soak_jobs()
+    while order := pipe.recv(): pipe.send(took(jobs[order[0]], order[1]))
+
+def soak(seconds:float):
+    """The same jobs in turn, again and again: does the speed drift, does memory grow? A machine's own speed drifts too, so at the end every job
+    takes turns with itself in a process that has just started: what this one has become slower by is seen there. With two standard errors, of twenty blocks."""
+    jobs, times, sizes, begin = soak_jobs(), array("d"), array("d"), time.perf_counter() # numbers side by side: a log is not to be taken for a leak
+    while time.perf_counter() - begin < seconds or len(sizes) < 20:
+        sizes.append(resident())
+        times.extend(took(run, len(sizes)) for run in jobs.values())
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=fresh, args=(there,))
+    process.start()
+    there.close()
+    def other(name, seed):
+        here.send((name, seed))
+        return here.recv()
+    warm, ratios = Recorder.patience + 20, {name: array("d") for name in jobs}
+    for k in range(warm + max(20, len(sizes) // 10)):
+        for name, run in jobs.items():
+            old, new = took(run, k) if k % 2 else None, other(name, k)
+            if k >= warm: ratios[name].append((old or took(run, k)) / new)
+    here.send(None), process.join()
+    row(f"soak of {seconds:.0f} s", "jobs", "median job (ms)", "last tenth against second", "slower than a fresh process"), row(*["---"] * 5)
+    for name, t in zip(jobs, np.array(times).reshape(len(sizes), -1).T):
+        tenth, logs = len(t) // 10 + 1, [np.median(np.log(block)) for block in np.array_split(ratios[name], 20)]
+        row(name, f"{len(t)}", f"{1e3 * np.median(t):.1f}", f"{100 * (np.median(t[-tenth:]) / np.median(t[tenth:2 * tenth]) - 1):+.1f} %",
+            f"{100 * np.mean(logs):+.1f} ± {200 * np.std(logs, ddof=1) / 20**.5:.1f} %")
+    print("\nMiB in memory, at eleven times: " + ", ".join(f"{sizes[k]:.1f}" for k in np.linspace(0, len(sizes) - 1, 11).astype(int)))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class SAM(Algorithm):
 # %% ../nbs/01_algorithm.ipynb #e207e4ca
 _all_ = ["colours"] # also here, beside the algorithms
 
-# %% ../nbs/01_algorithm.ipynb #7c1cb7a1
+# %% ../nbs/01_algorithm.ipynb #0a44f276
 def recorded(name, # of the function, for a record
              algorithm:Algorithm, objective:Objective, fn, # of an algorithm, points, noise, and numbers
              x:Tensor, noise:Tensor, *numbers # or tensors
@@ -115,7 +115,8 @@ def recorded(name, # of the function, for a record
         free = copy.copy(algorithm)
         free.rho, free.checked = algorithm.rho if algorithm.still else rho, False
         return fn(free, x, noise, *numbers)
-    tensors = [v.to(x) if isinstance(v, Tensor) else x.new_tensor(v) for v in (algorithm.rho, *numbers)]
+    whole = lambda v: isinstance(v, Tensor) and not v.is_floating_point() # numbers of samples
+    tensors = [v if whole(v) else v.to(x) if isinstance(v, Tensor) else x.new_tensor(v) for v in (algorithm.rho, *numbers)]
     out = objective.run((name, type(algorithm), algorithm.still, objective.way, law.batch_size, law.replace), step, x, noise, *tensors)
     return out if type(algorithm) is not DNSAM or math.isfinite(out.sum()) else fn(algorithm, x, noise, *numbers)
 

@@ -94,23 +94,23 @@ def is_attracting(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     _, stays, reason = regime(lam, eta)
     return Verdict(stays, reason + quiet)
 
-# %% ../nbs/07_saddle_attraction.ipynb #45382553
-def exit_time(a:float, # growth rate, of any sign
+# %% ../nbs/07_saddle_attraction.ipynb #e64f657b
+def exit_time(rate:float, # growth rate ν, of any sign
               D:float, # noise
               m:int, # dimension
               L:float # distance
              ) -> float:
-    """Mean time to reach distance L from 0 for dx = a x dt + √D dW in m dimensions, Eq. (13); inf beyond what a double can hold.
+    """Mean time to reach distance L from 0 for dx = ν x dt + √D dW in m dimensions, Eq. (13); inf beyond what a double can hold.
     Raises ValueError or TypeError on bad input."""
-    if not math.isfinite(a): raise ValueError(f"a must be finite, got {a}")
+    if not math.isfinite(rate): raise ValueError(f"rate must be finite, got {rate}")
     D, m, L = one("D", D), whole("m", m), one("L", L)
-    Z, f = a * L**2 / D, lambda z: hyp1f1(1, m / 2 + 1, -z)
+    Z, f = rate * L**2 / D, lambda z: hyp1f1(1, m / 2 + 1, -z)
     if abs(Z) < 1e-8: return L**2 / (m * D)
     if Z < -690: return math.inf
-    if Z <= 1: return quad(f, 0, Z)[0] / (m * a)
-    return (quad(f, 0, 1)[0] + quad(lambda u: math.exp(u) * f(math.exp(u)), 0, math.log(Z), limit=200)[0]) / (m * a)
+    if Z <= 1: return quad(f, 0, Z)[0] / (m * rate)
+    return (quad(f, 0, 1)[0] + quad(lambda u: math.exp(u) * f(math.exp(u)), 0, math.log(Z), limit=200)[0]) / (m * rate)
 
-# %% ../nbs/07_saddle_attraction.ipynb #0bfc639a
+# %% ../nbs/07_saddle_attraction.ipynb #4b7df4b8
 def escape_time(algorithm:Algorithm, # SGD, USAM or SAM
                 H:Tensor, # (d, d), symmetric, with a negative eigenvalue
                 eta:float, # learning rate η
@@ -125,8 +125,8 @@ def escape_time(algorithm:Algorithm, # SGD, USAM or SAM
     if not len(neg): raise ValueError(f"H must have a negative eigenvalue to escape along, got {lam.min():g} as its smallest")
     if kind is DNSAM and rho: raise ValueError("DNSAM has no such escape time, its noise is infinite at the critical point: simulate it instead")
     growth = -neg * (1 + neg * (rho * k / s if kind is SAM else rho if kind is USAM else 0.))
-    mu, a = -neg[growth.argmax()], growth.max()
+    mu, rate = -neg[growth.argmax()], growth.max()
     if kind is SAM and rho and mu * L > s:
         raise ValueError(f"radius must be at most sigma/|lambda| = {s / mu:g}, where SAM is still linear, got {L:g}; simulate it instead")
     D = eta * (s**2 - 2 * rho * mu * k * s + (rho * mu)**2 / d if kind is SAM else (s * (1 - rho * mu * (kind is USAM)))**2)
-    return exit_time(a, D, int((abs(neg + mu) < 1e-6 * mu).sum()), L) if D > 0 else math.inf
+    return exit_time(rate, D, int((abs(neg + mu) < 1e-6 * mu).sum()), L) if D > 0 else math.inf

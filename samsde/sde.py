@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SDE']
 
-# %% ../nbs/05_sde.ipynb #6b9500e7
+# %% ../nbs/05_sde.ipynb #4c8cbc7f
 import copy, math
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, axes_of, pair, recorded, spread
 from .hessian_noise import batch_formula, batch_sum, by_sample, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
-from .implicit_regularizer import closed_form, drift, response
+from .implicit_regularizer import closed_form, drift, over, response
 from .objective import Additive, FiniteSum, Objective, Quadratic, Recorder, aligned, common, per_path, point, positive, whole
 from .sample_sums import seed_of, way_of
 
@@ -30,7 +30,7 @@ def along_itself(b, # a vector field, (..., d) -> (..., d)
         back, = torch.autograd.grad(value, z, w, create_graph=True)
         return value.detach(), torch.autograd.grad(back, w, value.detach())[0]
 
-# %% ../nbs/05_sde.ipynb #f5d4e98b
+# %% ../nbs/05_sde.ipynb #503b6fec
 def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
     "One Euler–Maruyama step, in one pass for drift and noise where they share their terms"
     algorithm, objective, form, first = sde.algorithm, sde.objective, sde.form, sde.expansion == "first"
@@ -48,15 +48,16 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
             v = push(dt, s, xi, w) if form == "factor" else push(dt, 0.0, torch.zeros_like(xi), dt * grad)
         return objective.add_hvp_(x - w, x, v, -rho)
     if sde.order == 1 and not additive and form == ("sgd" if algorithm.still else "factor" if first else "exact"):
-        def step(algorithm, x, xi, s, dt):
-            support, factor = weighing(algorithm, objective, x, form, sde.draws, seed)
+        draws = not by_sample(algorithm, objective, form) and (objective.law.batch_size > 1 or form == "exact")
+        drawn = over(objective, x, sde.draws, seed) if draws else None
+        def step(algorithm, x, xi, s, dt, *gammas):
+            support, factor = (drawn._replace(gammas=gammas[0]), 1.0) if drawn else weighing(algorithm, objective, x, form, sde.draws, seed)
             w = s * factor * weights(xi, support)
             if batch_formula(algorithm, objective, form): return x - batch_sum(algorithm, objective, x, w, dt)
             v = w + dt / len(support.gammas)
             if support.exact or not first: return x - combination(algorithm, objective, x, v, form, support.gammas)
             return x - dt * objective.grad(x) - combination(algorithm, objective, x, w, form, support.gammas, v)
-        if not by_sample(algorithm, objective, form) and (objective.law.batch_size > 1 or form == "exact"): return step(algorithm, x, xi, s, dt) # it draws
-        return recorded(("sde", form), algorithm, objective, step, x, xi, s, dt)
+        return recorded(("sde", form, drawn and drawn.exact), algorithm, objective, step, x, xi, s, dt, *([drawn.gammas] if drawn else []))
     return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
 
 # %% ../nbs/05_sde.ipynb #7235290c

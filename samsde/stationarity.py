@@ -35,7 +35,7 @@ def direction(variances:np.ndarray # γ, (d,), not all 0
     one, two = 2 / math.sqrt(math.pi) * h * t * F, 2 * h * t**2 * F
     return Direction(one @ share, variances * (two @ share), one.sum(), two.sum())
 
-# %% ../nbs/07b_stationarity.ipynb #9a0e6be9
+# %% ../nbs/07b_stationarity.ipynb #71270f65
 def turn(M:np.ndarray) -> np.ndarray: return np.swapaxes(M, -1, -2)
 
 def blocks(H:np.ndarray, Sigma:np.ndarray) -> tuple: # (blocks, k, k) each, and the rotation (d, d)
@@ -45,9 +45,9 @@ def blocks(H:np.ndarray, Sigma:np.ndarray) -> tuple: # (blocks, k, k) each, and 
     if abs(R - np.diag(np.diag(R))).max() < 1e-10 * abs(R).max(): return lam[:, None, None], np.diag(R)[:, None, None], V
     return np.diag(lam)[None], R[None], V
 
-def lyapunov(BH:np.ndarray, a:np.ndarray, eta:float, discrete:bool): # (blocks, k, k) each
-    "C of BH C + C BH − η BH C BH = η a (without the η BH C BH in continuous time); None if unstable"
-    mu, W = np.linalg.eigh(BH)
+def lyapunov(AH:np.ndarray, a:np.ndarray, eta:float, discrete:bool): # (blocks, k, k) each
+    "C of AH C + C AH − η AH C AH = η a (without the η AH C AH in continuous time); None if unstable"
+    mu, W = np.linalg.eigh(AH)
     if mu.min() <= 0 or (discrete and eta * mu.max() >= 2): return None
     mu = mu[..., None]
     rate = mu + turn(mu) - discrete * eta * mu * turn(mu)

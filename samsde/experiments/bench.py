@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['experiment', 'measure', 'verdicts', 'plot']
 
-# %% ../../nbs/experiments/bench.ipynb #3fd2f424
-import argparse, json, platform, subprocess, sys, time
+# %% ../../nbs/experiments/bench.ipynb #b320ddd8
+import argparse, json, math, platform, subprocess, sys, time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Callable
@@ -87,10 +87,10 @@ def sample_gradients(objective:FiniteSum) -> Callable:
         for s in objective.slices(x): one(network.named(x), torch.arange(s.start, s.stop))
     return run
 
-# %% ../../nbs/experiments/bench.ipynb #0992684a
+# %% ../../nbs/experiments/bench.ipynb #68d37801
 def noise_step(kind, objective:FiniteSum, dense:bool=False, gradient:bool=False) -> Callable:
-    "One Euler step of an SDE; or the noise by a d×d matrix and its root; or one weighted gradient"
-    sde, x = SDE(kind(RHO), objective, .05), objective.x0[None]
+    "One Euler step of an SDE, with an epoch of minibatches where it has to draw some; or the noise by a d×d matrix and its root; or one weighted gradient"
+    sde, x = SDE(kind(RHO), objective, .05, draws=math.ceil(objective.n / objective.law.batch_size)), objective.x0[None]
     xi = torch.randn(1, sde.noise_dim, generator=torch.Generator().manual_seed(0))
     if gradient: return lambda: objective.weighted_grad(x, xi)
     if dense: return lambda: psd_root("a", noise_covariance(kind(RHO), objective, x)) @ torch.ones(objective.dim, 1)
@@ -103,7 +103,7 @@ def operators():
 
 def importing(what:str) -> Callable: return lambda: subprocess.run([sys.executable, "-c", f"import {what}"], check=True)
 
-# %% ../../nbs/experiments/bench.ipynb #15365817
+# %% ../../nbs/experiments/bench.ipynb #247a2bd0
 def repeated(job:Callable, times:int, before:int=0) -> Callable:
     "A job done several times, as in a simulation, after some that do not count; its time is that of one"
     for _ in range(before): job()
@@ -126,7 +126,7 @@ def own_jobs(size:dict) -> dict: # contestant -> a function that builds the job
         jobs |= {f"step, {kind}, {name}": lambda k=k, loss=loss, n=times: repeated(noise_step(k, loss()), n, before) for kind, k in KINDS.items()}
         jobs |= {f"gradient, {name}": lambda loss=loss, n=times: repeated(noise_step(USAM, loss(), gradient=True), n, before)}
     jobs |= {f"dense, d = {d}": lambda h=h: noise_step(USAM, tumours(h), dense=True) for d, h in hidden.items()}
-    jobs |= {"step, USAM, B = 32": lambda: repeated(noise_step(USAM, tumours(max(hidden.values()), 32)), size["times"], before)}
+    jobs |= {f"step, {kind}, B = 32": lambda k=k: repeated(noise_step(k, tumours(max(hidden.values()), 32)), size["times"], before) for kind, k in KINDS.items()}
     jobs |= {"sample gradients, transformer": lambda: repeated(sample_gradients(transformer(width)), few)}
     return jobs | {"operators": lambda: operators} | {f"import {what}": lambda what=what: importing(what) for what in ("torch", "samsde", "samsde.sde")}
 
@@ -173,7 +173,7 @@ def measure(quick:bool=False, # a small size, for correctness only
     for peer in peers.values(): peer.close()
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/bench.ipynb #fdf3359a
+# %% ../../nbs/experiments/bench.ipynb #d0a279a5
 TARGETS = [ # claim, slower, faster, bound, is it a lower bound of slower / faster?
     ("An ensemble in single precision is at least 1.7 times as fast as torchsde with independent increments.", "torchsde, iid, float32", "USAM, float32", 1.7, True),
     ("It is at least 8 times as fast as torchsde's default.", "torchsde, default, float32", "USAM, float32", 8, True),
@@ -192,7 +192,7 @@ TARGETS = [ # claim, slower, faster, bound, is it a lower bound of slower / fast
     ("It is at least 1,000 times as fast at d = 2,561.", "dense, d = 2561", "step, USAM, d = 2561", 1000, True),
     *((f"A step of {kind} costs at most three weighted gradients (d = 2,561).", f"step, {kind}, d = 2561", "gradient, d = 2561", 3, False) for kind in KINDS),
     *((f"A step of {kind} costs at most three weighted gradients (convolutions).", f"step, {kind}, convolutions", "gradient, convolutions", 3, False) for kind in KINDS),
-    ("A step of USAM costs at most three weighted gradients (B = 32).", "step, USAM, B = 32", "gradient, d = 2561", 3, False),
+    *((f"A step of {kind} costs at most three weighted gradients (B = 32).", f"step, {kind}, B = 32", "gradient, d = 2561", 3, False) for kind in KINDS),
     *((f"A step of {kind} on a transformer costs at most 1.3 times its sample gradients.", f"step, {kind}, transformer", "sample gradients, transformer", 1.3, False) for kind in KINDS),
     ("The SAM optimizer takes at most 1.05 times two steps of SGD on a large network.", "samsde, large", "two steps of SGD, large", 1.05, False),
     ("It takes at most 1.05 times two steps of SGD on a tiny network.", "samsde, tiny", "two steps of SGD, tiny", 1.05, False),

@@ -96,9 +96,9 @@ def autoencoder(dtype=torch.float64, device="cpu", hidden:int=8, # k
     objective = Autoencoder((Y.T @ Y / len(Y)).to(device, dtype), hidden, sigma)
     return Problem("autoencoder", objective, (positive("radius", radius) * sphere(1, objective.dim, seed)[0]).to(device, dtype), t_end=20.)
 
-# %% ../../nbs/experiments/escape.ipynb #30711b8a
+# %% ../../nbs/experiments/escape.ipynb #d1b20aeb
 def remains(lam:np.ndarray, rho:float, eta:float, s:float, r:float) -> float:
-    "The right side of Eq. (6) at r; inf where a coordinate has a_i ≥ 2"
+    "The right side of Eq. (6) at r; inf where a coordinate has θ_i ≥ 2"
     a = eta * lam * (1 + rho * lam / r)
     return math.inf if (a >= 2).any() else s**2 * (a / (2 - a))[a > 0].sum()
 

@@ -73,7 +73,7 @@ def chain_facts(algorithm:Algorithm, objective, eta:float, grid:Tensor) -> tuple
     first = inside((grid > s) & (grid < f), P[:, grid <= s].sum(1), point(t))
     return share, first, eta * inside(grid < f, ones, point(s)), eta * inside(grid > s, ones, point(f))
 
-# %% ../../nbs/experiments/two_valleys.ipynb #ad679a91
+# %% ../../nbs/experiments/two_valleys.ipynb #5c133572
 def coefficients(algorithm:Algorithm, objective, line:Tensor) -> tuple[Tensor, Tensor]: # (n,) each
     "Drift b and noise a of an algorithm's SDE: mean and variance of g + ρHu over the samples, or closed forms for constant noise"
     x = line[:, None]
@@ -87,7 +87,7 @@ def height(b:Tensor, a:Tensor, eta:float, line:Tensor) -> Tensor: # (n,)
     return torch.nn.functional.pad(torch.cumulative_trapezoid(-2 * b / (eta * a), line), (1, 0))
 
 def sde_facts(b:Tensor, a:Tensor, eta:float, line:Tensor, # drift, noise and points, (n,) each
-              at:list # s, t and f
+              at:list # x_s, x_t and x_f
              ) -> tuple:
     "The four FACTS of an SDE, by quadrature"
     (s, t, f), dx = at, (line[1] - line[0]).item()
