@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SDE']
 
-# %% ../nbs/05_sde.ipynb #4c8cbc7f
+# %% ../nbs/05_sde.ipynb #1a9f9b9b
 import copy, math
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, axes_of, pair, recorded, spread
 from .hessian_noise import batch_formula, batch_sum, by_sample, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
-from .implicit_regularizer import closed_form, drift, over, response
+from .implicit_regularizer import closed_form, drift, over, pieces, response
 from .objective import Additive, FiniteSum, Objective, Quadratic, Recorder, aligned, common, per_path, point, positive, whole
 from .sample_sums import seed_of, way_of
 
@@ -30,7 +30,7 @@ def along_itself(b, # a vector field, (..., d) -> (..., d)
         back, = torch.autograd.grad(value, z, w, create_graph=True)
         return value.detach(), torch.autograd.grad(back, w, value.detach())[0]
 
-# %% ../nbs/05_sde.ipynb #503b6fec
+# %% ../nbs/05_sde.ipynb #6851e97f
 def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
     "One Euler–Maruyama step, in one pass for drift and noise where they share their terms"
     algorithm, objective, form, first = sde.algorithm, sde.objective, sde.form, sde.expansion == "first"
@@ -57,7 +57,9 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
             v = w + dt / len(support.gammas)
             if support.exact or not first: return x - combination(algorithm, objective, x, v, form, support.gammas)
             return x - dt * objective.grad(x) - combination(algorithm, objective, x, w, form, support.gammas, v)
-        return recorded(("sde", form, drawn and drawn.exact), algorithm, objective, step, x, xi, s, dt, *([drawn.gammas] if drawn else []))
+        gammas = [drawn.gammas] if drawn else []
+        if drawn and len(pieces(drawn.gammas, x, chunk=getattr(objective, "chunk", None))) > 1: return step(algorithm, x, xi, s, dt, *gammas) # its record would be as long as it has pieces
+        return recorded(("sde", form, drawn and drawn.exact), algorithm, objective, step, x, xi, s, dt, *gammas)
     return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
 
 # %% ../nbs/05_sde.ipynb #7235290c

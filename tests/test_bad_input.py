@@ -549,7 +549,7 @@ def test_every_public_name_has_a_bad_input():
     import importlib
     import inspect
     text, missing = "".join(p.read_text(encoding="utf-8") for p in Path(__file__).parent.glob("test_*.py")), []
-    results = "Support GaussianDirection Ensemble Verdict WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
+    results = "Support GaussianDirection Ensemble Attraction WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
     fine = "theme use_theme Perturbed from_module expectation plot_validity parser own_options reproduce main".split() # tested through others, or with nothing to refuse
     for name in sorted(p.stem for p in Path(samsde.__file__).parent.glob("[a-z]*.py")):
         module = importlib.import_module(f"samsde.{name}")
