@@ -389,7 +389,7 @@ TABLE |= { # saddles, stationarity, diagnosis
     "exit with negative noise": (lambda: exit_time(1., -1., 1, 1.), ValueError, "D must be positive and finite, got -1.0"),
     "exit in 0 dimensions": (lambda: exit_time(1., 1., 0, 1.), ValueError, "m must be at least 1, got 0"),
     "exit to a negative distance": (lambda: exit_time(1., 1., 1, -1.), ValueError, "L must be positive and finite, got -1.0"),
-    "exit at a rate of NaN": (lambda: exit_time(nan, 1., 1, 1.), ValueError, "a must be finite, got nan"),
+    "exit at a rate of NaN": (lambda: exit_time(nan, 1., 1, 1.), ValueError, "rate must be finite, got nan"),
     "escape from a minimum": (lambda: escape_time(SGD(), eye, .1, .1, .1), ValueError, "H must have a negative eigenvalue to escape along, got 1"),
     "escape of DNSAM": (lambda: escape_time(DNSAM(.1), H, .1, .1, .1), ValueError, "DNSAM has no such escape time"),
     "escape without noise": (lambda: escape_time(SGD(), H, .1, 0., .1), ValueError, "sigma must be positive and finite, got 0.0"),
