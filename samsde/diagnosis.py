@@ -98,7 +98,7 @@ class Diagnosis:
     "What the SDE neglects at a point; true where that is a small part of the drift"
     terms: dict # name -> number, see `diagnose`
     directions: pd.DataFrame # top eigenvectors and random directions: curvature, noise, and the moments of one step
-    tolerance: float
+    tolerance: float # what is small
 
     @property
     def reason(self) -> str:

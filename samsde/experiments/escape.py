@@ -35,7 +35,7 @@ class Saddle(Additive):
     def loss(self, x:Tensor) -> Tensor: return (self.lam * self.check(x)**2 / 2 + self.quartic * x**4 / 4).sum(-1)
     def grad(self, x:Tensor) -> Tensor: return self.lam * self.check(x) + (self.quartic * x**3 if self.quartic else 0)
 
-# %% ../../nbs/experiments/escape.ipynb #697167f8
+# %% ../../nbs/experiments/escape.ipynb #0aacff9b
 def spaced(a:float, b:float, n:int) -> Tensor: return torch.logspace(math.log10(a), math.log10(b), n, dtype=torch.float64)
 
 SPECTRA = {"d = 2": (torch.tensor([1., -.5], dtype=torch.float64), .1),
@@ -43,7 +43,8 @@ SPECTRA = {"d = 2": (torch.tensor([1., -.5], dtype=torch.float64), .1),
            "d = 400, balanced": (torch.cat([spaced(.01, 1, 380), -spaced(.1, .5, 20)]), .1),
            "d = 400, sharp and mild": (torch.cat([spaced(.01, 1, 380), -spaced(.05, .1, 20)]), .2)}
 
-def mildest(lam:Tensor) -> float: # λ*
+def mildest(lam:Tensor # eigenvalues, (d,), one of them negative
+           ) -> float: # λ*, the smallest modulus of a negative one
     if not (lam < 0).any(): raise ValueError(f"lam must have a negative eigenvalue, got {lam.min():g} as its smallest")
     return -lam[lam < 0].max().item()
 
@@ -155,10 +156,12 @@ def leaving_time(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
         square, t = square * np.exp(2 * rate * h) + eta * (sigma * one)**2 * gathered, t + h
     return math.inf
 
-# %% ../../nbs/experiments/escape.ipynb #fbb2fffa
+# %% ../../nbs/experiments/escape.ipynb #e57fdf34
 class Stopped(Chain):
     "A chain whose paths stay where they are once they have left"
-    def __init__(self, algorithm:Algorithm, objective, eta, left # (..., d) -> (...), True or False
+    def __init__(self, algorithm:Algorithm, objective, # as in Chain
+                 eta, # learning rate η
+                 left # (..., d) -> (...), True or False
                 ):
         super().__init__(algorithm, objective, eta)
         self.left = left
@@ -167,9 +170,16 @@ class Stopped(Chain):
         return super().draw(shape, generator, dtype=dtype, device=device)
     def advance(self, x:Tensor, draw, steps:list) -> Tensor: return torch.where(self.left(x)[..., None], x, super().advance(x, draw, steps))
 
-# %% ../../nbs/experiments/escape.ipynb #3ccf0a82
-def first_exits(algorithm:Algorithm, objective, eta:float, x0:Tensor, t_end:float, left, seed:int=0, every:int=1) -> tuple[Tensor, Tensor]:
-    "Times at which paths from x0 (runs, ..., d) first have left, inf where they haven't by t_end; and their last points"
+# %% ../../nbs/experiments/escape.ipynb #02c489d5
+def first_exits(algorithm:Algorithm, objective, # as in Chain
+                eta:float, # learning rate η
+                x0:Tensor, # starts, (runs, ..., d)
+                t_end:float, # end time
+                left, # (..., d) -> (...), True or False
+                seed:int=0, # of the noise
+                every:int=1 # look every so many η
+               ) -> tuple[Tensor, Tensor]: # (runs, ...) and (runs, ..., d)
+    "Times at which paths first have left, inf where they haven't by t_end; and their last points"
     chain = Stopped(algorithm, objective, eta, left)
     with warnings.catch_warnings(): # a path that jumps to infinity has left
         warnings.simplefilter("ignore", UserWarning)
@@ -178,14 +188,26 @@ def first_exits(algorithm:Algorithm, objective, eta:float, x0:Tensor, t_end:floa
     out[-1] |= ~runs.alive
     return torch.where(out.any(0).cpu(), runs.times[out.double().argmax(0).cpu()], torch.inf), runs.final
 
-# %% ../../nbs/experiments/escape.ipynb #8b2aec63
-def starts(lam:Tensor, n:int, factors, rho:float, seed:int, direction:str="random") -> Tensor: # (n, factors, d), double
+# %% ../../nbs/experiments/escape.ipynb #e757b03f
+def starts(lam:Tensor, # eigenvalues, (d,)
+           n:int, # how many for each factor
+           factors, # of ρλ*, in which ‖Hx‖ is measured
+           rho:float, # radius ρ
+           seed:int, # of the directions
+           direction:str="random" # of Hx, or "mildest", along the eigenvector of λ*
+          ) -> Tensor: # (n, factors, d), double
     "Starting points at ‖Hx‖ = factor·ρλ*"
     y = sphere(n, len(lam), seed)
     if direction == "mildest": y = torch.nn.functional.normalize((lam == -mildest(lam)) + .1 * y, dim=-1)
     return y[:, None] * rho * mildest(lam) * torch.tensor(factors, dtype=torch.float64)[:, None] / lam
 
-def held(algorithm:Algorithm, objective:Saddle, eta:float, x0:Tensor, rho:float, seed:int=0, span:float=40.) -> Tensor: # (runs, ...)
+def held(algorithm:Algorithm, objective:Saddle,
+         eta:float, # learning rate η
+         x0:Tensor, # starts, (runs, ..., d)
+         rho:float, # radius by which leaving is measured
+         seed:int=0, # of the noise
+         span:float=40. # how long to wait, in units of 1/λ*
+        ) -> Tensor: # (runs, ...)
     "Which paths have not left for good by t = span/λ*"
     y = objective.lam.clamp(max=0) # of the gradient, the part in the negative directions
     left = lambda x: torch.linalg.vector_norm(y * x, dim=-1) >= -rho * y.min()

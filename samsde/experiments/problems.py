@@ -37,8 +37,11 @@ def quadratic(dtype=torch.float64, device="cpu", d:int=20, sigma:float=.1, seed:
     A, x0 = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in [(d, 2 * d), (d,)])
     return Problem("quadratic", Quadratic((A @ A.T / (2 * d)).to(device, dtype), sigma), x0.to(device, dtype), t_end=4.)
 
-# %% ../../nbs/experiments/problems.ipynb #probl002
-def one_hidden_layer(fan_in:int, hidden:int, outputs:int, activation:Callable, # such as torch.sigmoid
+# %% ../../nbs/experiments/problems.ipynb #83c961bd
+def one_hidden_layer(fan_in:int, # inputs
+                     hidden:int, # hidden units
+                     outputs:int, # outputs
+                     activation:Callable, # such as torch.sigmoid
                      seed:int # of the start
                     ) -> tuple[Callable, Tensor]:
     "The function of parameters (d,) and inputs (N, fan_in) -> (N, outputs), and a start (d,) in double precision"

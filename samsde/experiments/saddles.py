@@ -188,14 +188,19 @@ def exit_study(s:Setting) -> list:
             rows.append(row("exit, start", "d = 2", name, eta, rho, sigma, x, mean(times), expected(name, sigma, x)))
     return rows
 
-# %% ../../nbs/experiments/saddles.ipynb #42d48278
+# %% ../../nbs/experiments/saddles.ipynb #0c2fabe5
 RATIOS = tuple(round(.3 + .05 * j, 2) for j in range(9))
 
 def lowest_gradient(H:Tensor, x0:Tensor, t_end:float=60.) -> Tensor: # (...)
     "The smallest ‖Hx‖ on the path of SAM's ODE with ρ = 1, for starts (..., d)"
     return (flow(SAM(1.), H, x0, t_end, steps=100)[1] @ H).norm(dim=-1).amin(0)
 
-def captured(algorithm, objective:Autoencoder, eta:float, x0:Tensor, rhos:list) -> Tensor: # (n, ratios)
+def captured(algorithm, # a class, such as SAM
+             objective:Autoencoder,
+             eta:float, # learning rate η
+             x0:Tensor, # starts, (n, d)
+             rhos:list # radii
+            ) -> Tensor: # (n, radii)
     "Does the gradient near 0 fall to the floor of SAM?"
     low = torch.tensor([floor(SAM(r), objective.spectrum(), eta) for r in rhos]).to(x0)
     def near(x): return (torch.linalg.vector_norm(objective.grad(x), dim=-1) <= low) & (torch.linalg.vector_norm(x, dim=-1) < 1)
