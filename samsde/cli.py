@@ -42,7 +42,7 @@ def device(text:str) -> torch.device:
     try: return torch.device(text) if torch.ones(1, device=text).item() else None
     except (RuntimeError, AssertionError, NotImplementedError): raise argparse.ArgumentTypeError(f"device must be one that torch sees here, such as cpu, got {text!r}")
 
-# %% ../nbs/09_cli.ipynb #b34b55cc
+# %% ../nbs/09_cli.ipynb #5cb7a2a1
 def parser() -> argparse.ArgumentParser:
     "The options of `samsde`"
     top = argparse.ArgumentParser("samsde", description="Stochastic differential equations for sharpness-aware minimization.")
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--runs", type=count("runs", 3), help="runs of each algorithm and model")
     return top
 
+# %% ../nbs/09_cli.ipynb #8f2e4a38
 def chosen(names:list) -> list:
     "The experiments of these names, each once. Raises ValueError on an unknown one."
     if "all" in names: return list(EXPERIMENTS.values())

@@ -202,7 +202,7 @@ def verdicts(table:pd.DataFrame # from measure or error_vs_rho
         judged("Beyond the paper: it matters to the spread of the runs (at ρ ≈ √η).", spread, "Σ only", "own SDE"),
         judged("Beyond the paper: where ρ is large, the first-order drift is what fails, and the exact mean field does better.", largest, "own SDE", "exact mean field")])
 
-# %% ../../nbs/experiments/error_vs_rho.ipynb #0416428a
+# %% ../../nbs/experiments/error_vs_rho.ipynb #2f5fccf8
 def measure(quick:bool=False, # fewer runs, for a first look
             seed:int=0, # of the noise
             dtype=torch.float64, device="cpu",
@@ -223,6 +223,7 @@ def measure(quick:bool=False, # fewer runs, for a first look
                                    problem.t_end / 8 if quick else None, progress=progress))
     return pd.concat(tables, ignore_index=True)
 
+# %% ../../nbs/experiments/error_vs_rho.ipynb #840e2063
 def show(table:pd.DataFrame) -> str:
     "The table as text: a row for each problem, algorithm and ρ; error ± standard error of each model"
     cell = lambda row: f"{row.error:.3g} ± {row.se:.1g}" if pd.notna(row.error) else "no finite run"
