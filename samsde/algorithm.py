@@ -109,8 +109,8 @@ def recorded(name, # of the function, for a record
              x:Tensor, noise:Tensor, *numbers # or tensors
             ) -> Tensor:
     "fn(algorithm, x, noise, *numbers), from a record if it is called often, and both are the library's own"
-    law, own = objective.law, type(objective) is FiniteSum and objective.network is not None and type(algorithm) in (SGD, USAM, DNSAM, SAM)
-    if not own or x.dtype.itemsize < 4 or len(objective.slices(x)) > 1: return fn(algorithm, x, noise, *numbers)
+    law, ours = objective.law, type(algorithm) in (SGD, USAM, DNSAM, SAM) and type(objective) is FiniteSum
+    if not ours or objective.network is None or x.dtype.itemsize < 4 or len(objective.slices(x)) > 1: return fn(algorithm, x, noise, *numbers)
     def step(x, noise, rho, *numbers):
         free = copy.copy(algorithm)
         free.rho, free.checked = algorithm.rho if algorithm.still else rho, False
@@ -129,7 +129,17 @@ def an_objective(objective) -> Objective:
 def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
     "Both, if they are what their names say; else a TypeError"
     if not isinstance(algorithm, Algorithm): raise TypeError(f"algorithm must be an Algorithm, such as SAM(0.05), got {algorithm!r}")
+    if replaced := vars(algorithm).keys() & {"potential", "perturbation", "direction", "step", "scale"}:
+        raise TypeError(f"methods must be defined in a class, but {type(algorithm).__name__} has {', '.join(sorted(replaced))} set on the object")
     return algorithm, an_objective(objective)
+
+def check_model(algorithm:Algorithm, what:str, # that is asked for, in words
+                exact:str|None=None # what there is of an algorithm with a direction of its own
+               ):
+    "Raises ValueError where a formula does not describe the algorithm, which overrides `direction` or `step`"
+    kind = type(algorithm)
+    if kind.step is not Algorithm.step: raise ValueError(f"{kind.__name__} overrides `step` and so has no {what}: override `perturbation`, or `direction`")
+    if kind.direction is not Algorithm.direction: raise ValueError(f"{kind.__name__} overrides `direction` and so has no {what}" + f": use {exact}" * bool(exact))
 
 def axes_of(**values) -> dict: # name -> shape
     "The shapes of those values that have axes"

@@ -9,7 +9,7 @@ __all__ = ['sgd_covariance', 'cross_covariance', 'noise_covariance', 'noise_dim'
 import torch
 from torch import Tensor
 
-from .algorithm import Algorithm, an_objective, pair, spread
+from .algorithm import Algorithm, an_objective, check_model, pair, spread
 from .implicit_regularizer import (all_samples, closed_form, expectation, first_axis, hessian_perturbation, over,
                                          perturbation_sum, potential_of, potential_sum, response, weighted_sum)
 from .objective import Additive, FiniteSum, Objective, Quadratic, Support, aligned, per_path, point, psd_root
@@ -78,8 +78,9 @@ def cross_covariance(algorithm:Algorithm, objective:Objective,
                      seed:int=0, # of those draws
                      return_sem:bool=False # also return the standard error that the draws leave, 0 for a closed form?
                     ) -> Tensor: # (..., d, d), not symmetric in general
-    "S = Cov(g, Hu) of Theorem 1, Eq. (1), at every point"
+    "S = Cov(g, Hu) of Theorem 1, Eq. (1), at every point. Raises ValueError for an algorithm with a direction of its own."
     pair(algorithm, objective)
+    check_model(algorithm, "cross covariance S")
     linear = isinstance(objective, FiniteSum) and algorithm.scale is not None
     if linear or (isinstance(objective, Additive) and closed_form(algorithm, objective)): S, sem = product(*columns(algorithm, objective, x)), 0
     else:
@@ -87,7 +88,7 @@ def cross_covariance(algorithm:Algorithm, objective:Objective,
         def outer(c):
             Hu = hessian_perturbation(algorithm, objective, x, c)
             return (objective.sample_grad(x, c) - grad)[..., :, None] * Hu[..., None, :]
-        S, sem = expectation(outer, s, x[..., None] * x[..., None, :])
+        S, sem = expectation(outer, s, x[..., None] * x[..., None, :], objective.chunk)
     return (S, torch.zeros_like(S) + sem) if return_sem else S
 
 # %% ../nbs/04_hessian_noise.ipynb #aee97e7c
@@ -97,8 +98,7 @@ def resolve(algorithm:Algorithm, objective:Objective, form:str) -> str:
     "The cheapest form with the same value. Raises ValueError on an unknown form."
     if form not in FORMS: raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     own = type(algorithm).direction is not Algorithm.direction
-    if own and form in ("factor", "truncated"):
-        raise ValueError(f"{type(algorithm).__name__} overrides `direction` and so has no {form} form: use form='exact'")
+    if form in ("factor", "truncated") or (form == "exact" and not own): check_model(algorithm, f"{form} form", "form='exact'")
     if objective.law.silent: return "none"
     if algorithm.still and not own and form != "none": return "sgd"
     if form == "exact" and isinstance(objective, Quadratic) and algorithm.scale is not None and not own: return "factor"
@@ -162,7 +162,7 @@ def combination(algorithm:Algorithm, objective:Objective, x:Tensor,
     factor = per_path(algorithm.rho, x) * (1 if algorithm.scale is None else algorithm.scale_at(objective, x))
     way = way_of(algorithm, objective) if single else "samples"
     if way == "norms" and v is w: return pull(objective, x, w, algorithm.radial, factor)
-    if way == "samples" and finite and potential_of(algorithm): return potential_sum(algorithm, objective, x, gammas, w, factor * v)
+    if way == "samples" and finite and potential_of(algorithm, objective): return potential_sum(algorithm, objective, x, gammas, w, factor * v)
     if single: return objective.weighted_grad(x, w) + factor * perturbation_sum(algorithm, objective, x, v)
     return total(lambda c: objective.sample_grad(x, c), w) + per_path(algorithm.rho, x) * total(lambda c: hessian_perturbation(algorithm, objective, x, c), v)
 

@@ -11,8 +11,8 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
-from .algorithm import DNSAM, SAM, Algorithm, Linear, pair, spread
-from .objective import Additive, FiniteSum, Objective, Quadratic, Support, aligned, gradient, lift, per_path, whole
+from .algorithm import DNSAM, SAM, Algorithm, Linear, check_model, pair, spread
+from .objective import Additive, FiniteSum, Objective, Quadratic, Support, aligned, gradient, per_path, whole
 from .sample_sums import pull, signed_products, way_of
 from .random_direction import gaussian_direction, gaussian_factors
 
@@ -52,19 +52,20 @@ def pieces(gammas:Tensor, x:Tensor, numbers:int=2**22, # that a piece times x ma
 def weighted_sum(objective:Objective, fn:Callable, gammas:Tensor, w:Tensor, x:Tensor) -> Tensor:
     "Σ_k w_k fn(γ_k) for weights (..., K), a piece of the γ at a time"
     w = w.expand(*x.shape[:-1], -1).movedim(-1, 0)[..., None]
-    return sum((w[s] * fn(gammas[s])).sum(0) for s in pieces(gammas, x, chunk=getattr(objective, "chunk", None)))
+    return sum((w[s] * fn(gammas[s])).sum(0) for s in pieces(gammas, x, chunk=objective.chunk))
 
 # %% ../nbs/03_implicit_regularizer.ipynb #9ec5b4d7
 def expectation(fn:Callable, # values of γ (k, 1, ..., 1, b) -> (k, ..., m)
                 support:Support, # from over(...)
-                x:Tensor # decides how many values are taken at once
+                x:Tensor, # decides how many values are taken at once
+                chunk:int|None=None # samples times paths at once, if bounded
                ) -> tuple[Tensor, Tensor]: # mean and standard error
     "E fn(γ) over a support, with its standard error"
     gammas, half = support.gammas, len(support.gammas) // 2
     both = (lambda s: (fn(gammas[:half][s]) + fn(gammas[half:][s])) / 2) if support.antithetic else lambda s: fn(gammas[s])
     n = half if support.antithetic else len(gammas)
     total = shift = square = 0
-    for i, s in enumerate(pieces(gammas[:n], x)):
+    for i, s in enumerate(pieces(gammas[:n], x, chunk=chunk)):
         values = both(s)
         if i == 0: shift = values.mean(0).detach()
         total, square = total + (values - shift).sum(0), square + (values - shift).detach().square().sum(0)
@@ -89,8 +90,9 @@ def hessian_perturbation(algorithm:Algorithm, objective:Objective,
     return gradient(lambda z: algorithm.potential(objective.sample_grad(z, gamma)), x)
 
 # %% ../nbs/03_implicit_regularizer.ipynb #fae80ebf
-def potential_of(algorithm:Algorithm) -> Callable|None:
-    "ψ as a function of g, for u = c g without the factor c; None where u alone is known"
+def potential_of(algorithm:Algorithm, objective:FiniteSum) -> Callable|None:
+    "ψ as a function of g, for u = c g without the factor c; None where u alone is known, or g only outside of functions"
+    if objective.network is not None and not objective.network.inside: return None
     if algorithm.scale is not None: return lambda g: g.square().sum(-1) / 2
     return None if type(algorithm).potential is Algorithm.potential else algorithm.potential
 
@@ -98,13 +100,13 @@ def potential_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor, gammas:Ten
                   w:Tensor, v:Tensor # (..., K) each
                  ) -> Tensor: # (..., d)
     "Σ_k w_k g_k + v_k H_k u_k; for u = c g, without the factor c"
-    psi, w, v = potential_of(algorithm), *(t.expand(*x.shape[:-1], -1) for t in (w, v))
+    psi, w, v = potential_of(algorithm, objective), *(t.expand(*x.shape[:-1], -1) for t in (w, v))
     gammas = gammas.movedim(0, -2).expand(*x.shape[:-1], -1, -1) # (..., K, b)
     loss = lambda z, i: objective.select(z, i).mean()
     def total(z, w, v, c): # of one path
         g, f = torch.func.vmap(torch.func.grad_and_value(loss), (None, 0))(z, c)
         return (w * f + v * psi(g)).sum()
-    def part(s): return gradient(lambda z: lift(total, z, w[..., s], v[..., s], gammas[..., s, :]), x)
+    def part(s): return gradient(lambda z: objective.lift(total, z, w[..., s], v[..., s], gammas[..., s, :]), x)
     return sum(part(s) for s in pieces(gammas.movedim(-2, 0), x, chunk=objective.chunk))
 
 def perturbation_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor,
@@ -115,7 +117,7 @@ def perturbation_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor,
     if way == "norms": return pull(objective, x, w, algorithm.radial)
     if way == "signs": return signed_products(objective, x, w)[0]
     gammas = all_samples(objective, x)
-    if potential_of(algorithm): return potential_sum(algorithm, objective, x, gammas, torch.zeros_like(w), w)
+    if potential_of(algorithm, objective): return potential_sum(algorithm, objective, x, gammas, torch.zeros_like(w), w)
     return weighted_sum(objective, lambda c: hessian_perturbation(algorithm, objective, x, c), gammas, w, x)
 
 # %% ../nbs/03_implicit_regularizer.ipynb #f2dc9a2c
@@ -176,7 +178,7 @@ def mean_hessian_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor
         return objective.hvp(x, response(algorithm, objective, x, grad).push(1.0, 0.0, torch.zeros_like(x), grad)), torch.zeros_like(x)
     if isinstance(objective, FiniteSum) and algorithm.scale is not None:
         return linear_mean(algorithm, objective, x, grad), torch.zeros_like(x)
-    return expectation(lambda c: hessian_perturbation(algorithm, objective, x, c), over(objective, x, draws, seed), x)
+    return expectation(lambda c: hessian_perturbation(algorithm, objective, x, c), over(objective, x, draws, seed), x, objective.chunk)
 
 # %% ../nbs/03_implicit_regularizer.ipynb #a960ff3c
 def drift(algorithm:Algorithm, objective:Objective,
@@ -190,11 +192,10 @@ def drift(algorithm:Algorithm, objective:Objective,
     pair(algorithm, objective)
     if expansion not in ("first", "exact"): raise ValueError(f"expansion must be 'first' or 'exact', got {expansion!r}")
     x, own = spread(objective.check(x), rho=algorithm.rho), type(algorithm).direction is not Algorithm.direction
-    if own and expansion == "first":
-        raise ValueError(f"{type(algorithm).__name__} overrides `direction` and so has no first-order expansion: use expansion='exact'")
+    if expansion == "first" or not own: check_model(algorithm, "first-order expansion", "expansion='exact'")
     if algorithm.still and not own: b, sem = objective.grad(x), torch.zeros_like(x)
     elif expansion == "exact" and (own or not isinstance(objective, Quadratic)):
-        b, sem = expectation(lambda c: algorithm.direction(objective, x, c), over(objective, x, draws, seed), x)
+        b, sem = expectation(lambda c: algorithm.direction(objective, x, c), over(objective, x, draws, seed), x, objective.chunk)
     else:
         grad, rho = objective.grad(x), per_path(algorithm.rho, x)
         Hu, sem = mean_hessian_perturbation(algorithm, objective, x, grad, draws, seed)
@@ -206,7 +207,7 @@ def noise_trace(objective:Additive|FiniteSum, x:Tensor, grad:Tensor):
     "tr Cov(g), of a minibatch of the objective's size"
     if isinstance(objective, Additive): return objective.law.trace
     spread = lambda c: (objective.sample_grad(x, c) - grad).square().sum(-1)
-    return objective.law.tau * expectation(spread, Support(all_samples(objective, x), True), x)[0]
+    return objective.law.tau * expectation(spread, Support(all_samples(objective, x), True), x, objective.chunk)[0]
 
 # %% ../nbs/03_implicit_regularizer.ipynb #79d94cf8
 def regularized_loss(algorithm:Algorithm, objective:Objective,
@@ -215,8 +216,9 @@ def regularized_loss(algorithm:Algorithm, objective:Objective,
                      seed:int=0, # of those draws
                      return_sem:bool=False # also return the standard error that the draws leave?
                     ) -> Tensor: # (...)
-    "f̃(x) = f + ρ E ψ(∇f_γ) (Theorem 1, Eq. (1)). Raises ValueError where there is none: DNSAM with noise that depends on x."
+    "f̃(x) = f + ρ E ψ(∇f_γ) (Theorem 1, Eq. (1)). Raises ValueError where there is none: DNSAM with noise that depends on x, an algorithm with a direction of its own."
     pair(algorithm, objective)
+    check_model(algorithm, "regularised loss")
     law, rho, x = objective.law, algorithm.rho, spread(objective.check(x), rho=algorithm.rho)
     grad = objective.grad(x)
     sem = torch.zeros_like(grad[..., 0])
@@ -229,6 +231,6 @@ def regularized_loss(algorithm:Algorithm, objective:Objective,
     elif plain_sam(algorithm) and isinstance(objective, Additive) and law.cov is None: value = gaussian_direction(grad, law.sigma).norm
     else:
         psi = lambda c: algorithm.potential(objective.sample_grad(x, c))
-        value, sem = expectation(psi, over(objective, x, draws, seed), x)
+        value, sem = expectation(psi, over(objective, x, draws, seed), x, objective.chunk)
     value, sem = objective.loss(x) + rho * value, rho * sem
     return (value, sem) if return_sem else value

@@ -6,15 +6,14 @@
 __all__ = ['Support', 'Objective', 'Gaussian', 'Additive', 'Quadratic', 'NoisyLoss', 'Minibatches', 'FiniteSum', 'from_module']
 
 # %% ../nbs/00_objective.ipynb #4ed14a3c
-import copy, math, numbers, threading, warnings
-from collections import Counter
+import math, numbers
 from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
+
+from .machinery.network import Network, check_data, check_layers, check_network, lift
+from .machinery.record import replay
 
 # %% ../nbs/00_objective.ipynb #d8084a09
 def positive(name:str, # what to call the value in the error message
@@ -124,10 +123,11 @@ def add_(y:Tensor, # (..., d), changed
 def gradient(f:Callable, # (..., d) -> (...)
              x:Tensor # (..., d)
             ) -> Tensor: # (..., d)
-    "The gradient of `f` at every path of `x`, by one backward pass through the sum over paths"
+    "The gradient of `f` at every path of `x`, by one backward pass. Raises ValueError in torch's inference mode, which has no gradients."
+    if torch.is_inference_mode_enabled(): raise ValueError("torch.inference_mode() has no gradients: use torch.no_grad() there")
     track = x.requires_grad and torch.is_grad_enabled()
     with torch.enable_grad():
-        z = x.view_as(x) if track else x.detach().requires_grad_()
+        z = x.view_as(x) if track else x.detach().clone().requires_grad_() if x.is_inference() else x.detach().requires_grad_()
         total = f(z).sum()
         if not total.requires_grad: return torch.zeros_like(x)
         return torch.autograd.grad(total, z, create_graph=track, allow_unused=True, materialize_grads=True)[0]
@@ -144,6 +144,7 @@ class Objective:
     dim: int
     law = None # has draw(shape, generator, dtype=, device=), support(draws, generator, dtype=, device=), size(draws) and silent
     dtype = None # of the data that define the loss, where there are any
+    chunk = None # samples, times paths, in one pass over data, where that is bounded
 
     def check(self, x, name:str="x") -> Tensor: return point(name, x, self.dim, self.dtype)
     def grad(self, x:Tensor) -> Tensor:
@@ -185,6 +186,7 @@ class Gaussian:
                  cov:Tensor|None=None # (d, d), positive semidefinite; instead of sigma
                 ):
         self.dim, self.sigma, self.cov, self.root = whole("dim", dim), one("sigma", sigma, zero=True), cov, None
+        if self.sigma > 1e150: raise ValueError(f"sigma must have a finite square, got {sigma:g}")
         if cov is None: return
         if sigma != 0: raise ValueError(f"give sigma or cov, not both: got sigma={sigma} and a covariance")
         if len(symmetric("cov", cov)) != dim: raise ValueError(f"cov must have shape ({dim}, {dim}), got {tuple(cov.shape)}")
@@ -241,17 +243,6 @@ class Quadratic(Additive):
     def add_hvp_(self, y:Tensor, x:Tensor, v:Tensor, a) -> Tensor: return add_(y, a, self.check(v, "v"), self.H)
     def hessian(self, x:Tensor) -> Tensor: return self.H.expand(*self.check(x).shape[:-1], -1, -1)
 
-# %% ../nbs/00_objective.ipynb #d4bb3323
-def lift(fn:Callable, # takes one point, and what else belongs to it
-         x:Tensor, # (..., d)
-         *rest:Tensor # tensors with the same leading axes
-        ) -> Tensor:
-    "Apply `fn` along all leading axes. Raises TypeError if the result has another dtype than `x`."
-    lead = x.shape[:-1]
-    out = vmap(fn)(*[t.reshape(-1, *t.shape[len(lead):]) for t in (x, *rest)])
-    if out.dtype != x.dtype: raise TypeError(f"x is {x.dtype}, but its loss is {out.dtype}: convert x, or the data of the loss")
-    return out.reshape((*lead, *out.shape[1:]))
-
 # %% ../nbs/00_objective.ipynb #45417246
 class NoisyLoss(Additive):
     "Any torch function of one point, (d,) -> scalar, with additive Gaussian noise. Raises ValueError if `fn` returns no scalar."
@@ -283,7 +274,15 @@ class Minibatches:
         N, B = self.n, self.batch_size
         self.tau = 0.0 if N == 1 else 1 / B if replace else (N - B) / (B * (N - 1))
         self.kappa = 0.0 if N <= 2 else 1 / B**2 if replace else (N - B) * (N - 2 * B) / (B**2 * (N - 1) * (N - 2))
-        self.silent, self.count = self.tau == 0, N**B if replace else math.comb(N, B)
+        self.silent, self.count = self.tau == 0, self.how_many()
+
+    def how_many(self) -> int|float:
+        "The number of minibatches; inf from 2⁶³ on"
+        n, k = self.n, self.batch_size if self.replace else min(self.batch_size, self.n - self.batch_size)
+        if n == 1 or k == 0: return 1
+        least = k * math.log2(n) if self.replace else k * math.log2(n / k) # of its logarithm
+        if least >= 63: return math.inf
+        return n**k if self.replace else math.comb(n, k)
 
     def draw(self, shape, generator=None, *, dtype=None, device=None) -> Tensor:
         n, B = self.n, self.batch_size
@@ -331,8 +330,8 @@ class FiniteSum(Objective):
         return [slice(i, min(i + size, self.n)) for i in range(0, self.n, size)]
     def some(self, x:Tensor, s:slice) -> Tensor:
         "f_i(x) of a slice of the samples, (..., d) -> (..., b)"
-        if len(range(self.n)[s]) < self.n: return lift(lambda z: self.select(z, torch.arange(s.start, s.stop, device=z.device)), x)
-        out = lift(self.sample_losses, x)
+        if len(range(self.n)[s]) < self.n: return self.lift(lambda z: self.select(z, torch.arange(s.start, s.stop, device=z.device)), x)
+        out = self.lift(self.sample_losses, x)
         if out.shape == (*x.shape[:-1], self.n): return out
         raise ValueError(f"sample_losses must return one loss for each sample, shape ({self.n},), got {tuple(out.shape[x.ndim - 1:])}")
     def losses(self, x:Tensor) -> Tensor:
@@ -345,7 +344,7 @@ class FiniteSum(Objective):
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
         "The mean loss of the samples `gamma`, (..., d) and (..., b) -> (...); `b` need not be the batch size"
         x = aligned(x, gamma=self.numbers(gamma))
-        return lift(lambda x, i: self.select(x, i).mean(), x, gamma.expand(*x.shape[:-1], -1))
+        return self.lift(lambda x, i: self.select(x, i).mean(), x, gamma.expand(*x.shape[:-1], -1))
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor: return self.run("sample", super().sample_grad, self.check(x), gamma)
     def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor:
         "Σ_i w_i ∇f_i(x), (..., d) and (..., n) -> (..., d)"
@@ -358,211 +357,33 @@ class FiniteSum(Objective):
         pull = lambda z, w, s: gradient(lambda y: (self.some(y, s) * w[..., s]).sum(-1), z)
         part = lambda s: lambda x, w, v: gradient(lambda z: (pull(z, w, s) * v).sum(-1), x)
         return sum(self.run(("hvp", s.start, s.stop), part(s), x, w, v) for s in self.slices(x))
+    def lift(self, fn:Callable, x:Tensor, *rest:Tensor) -> Tensor:
+        "Apply `fn`, of one point, along all leading axes"
+        return lift(fn, x, *rest) if self.network is None else self.network.lift(fn, x, *rest)
     def run(self, name, # of the function, for a record
             fn:Callable, *tensors:Tensor) -> Tensor:
-        "fn(*tensors), from a record of its operations if it is called often and there is a network"
-        return fn(*tensors) if self.network is None else self.network.recorder(name, fn, *tensors)
-
-# %% ../nbs/00_objective.ipynb #b7b6ad28
-def random_layer(module:torch.nn.Module) -> str|None:
-    "A layer in training mode that mixes samples or draws numbers, in words; None if there is none"
-    norm, drop = torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd
-    for name, layer in module.named_modules():
-        p = layer.p if isinstance(layer, drop) else getattr(layer, "dropout", 0)
-        if layer.training and (isinstance(layer, norm) or (isinstance(p, (int, float)) and p > 0)): return f"layer {name!r} ({type(layer).__name__})"
-
-# %% ../nbs/00_objective.ipynb #b0c19d63
-class Attention(torch.nn.MultiheadAttention):
-    "torch's self-attention, written out: what goes in and what comes out passes through linear layers"
-    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
-        if not query is key is value or query.ndim < 3 or key_padding_mask is not None or (attn_mask is not None and attn_mask.ndim > 2):
-            return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-        x = query if self.batch_first else query.transpose(0, 1)
-        q, k, v = self.in_proj(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4) # (samples, heads, places, entries) each
-        scores = q @ k.mT / q.shape[-1]**.5
-        if attn_mask is not None: scores = scores.masked_fill(attn_mask, -torch.inf) if attn_mask.dtype is torch.bool else scores + attn_mask
-        weights = scores.softmax(-1)
-        out = self.out_proj((weights @ v).transpose(1, 2).flatten(2))
-        if not need_weights: weights = None
-        elif average_attn_weights: weights = weights.mean(1)
-        return out if self.batch_first else out.transpose(0, 1), weights
-
-def unfused(module:torch.nn.Module) -> torch.nn.Module:
-    "Keep a module's attention in eval mode off torch's fused kernels, which have no derivative or no second one"
-    fused = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerEncoder)
-    for layer in [*module.modules()]:
-        if isinstance(layer, fused) and not layer.training:
-            layer.training = True # of this layer alone; its dropout stays off
-            if isinstance(layer, torch.nn.MultiheadAttention): layer.dropout = 0.0
-        if type(layer) is torch.nn.MultiheadAttention and layer.in_proj_weight is not None and layer.bias_k is None and not layer.add_zero_attn:
-            layer.__class__, layer.in_proj = Attention, torch.nn.Linear(1, 1)
-            layer.in_proj.weight, layer.in_proj.bias = layer.in_proj_weight, layer.in_proj_bias
-    return module
-
-# %% ../nbs/00_objective.ipynb #e4879478
-aten = torch.ops.aten
-warnings.filterwarnings("ignore", ".torch.jit.trace. is deprecated", DeprecationWarning) # where torch has it no more, the lists themselves are run
-VIEWS = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.permute.default)
-UNITS = (aten.mul.Scalar, aten.div.Scalar, aten.pow.Tensor_Scalar)
-FILLED = (aten.ones_like.default, aten.zeros_like.default, aten.new_zeros.default) # of whose argument only the shape matters
-
-class Watch(torch.fx.Interpreter):
-    "Runs a record and keeps what every operation returns"
-    def __init__(self, graph): super().__init__(graph); self.seen = {}
-    def run_node(self, node):
-        self.seen[node] = super().run_node(node)
-        return self.seen[node]
-
-def bare(graph:torch.fx.GraphModule, *tensors:Tensor) -> torch.fx.GraphModule:
-    "Take out the operations that return their argument, and compute once those that depend on no argument"
-    watch, constant = Watch(graph), set()
-    watch.run(*tensors)
-    layout = lambda node: (watch.seen[node].shape, watch.seen[node].stride())
-    zero = lambda node: node in constant and not watch.seen[node].any()
-    nodes = [node for node in graph.graph.nodes if node.op in ("call_function", "get_attr")]
-    if any(getattr(n.target, "_schema", None) and n.target._schema.is_mutable for n in nodes): return graph
-    for node in nodes:
-        same = node.target in (aten.detach.default, aten.alias.default) or (node.target in UNITS and node.args[1] == 1)
-        if node.target in VIEWS: same = layout(node) == layout(node.args[0])
-        if node.target is aten.add.Tensor: same = zero(node.args[1]) and layout(node) == layout(node.args[0])
-        if same: node.replace_all_uses_with(node.args[0])
-        elif isinstance(watch.seen[node], Tensor) and (node.target in FILLED or constant.issuperset(node.all_input_nodes)):
-            constant.add(node)
-            graph.register_buffer(f"constant_{node.name}", watch.seen[node])
-            with graph.graph.inserting_before(node): stored = graph.graph.get_attr(f"constant_{node.name}")
-            constant.add(stored)
-            watch.seen[stored] = watch.seen[node]
-            node.replace_all_uses_with(stored)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph
-
-# %% ../nbs/00_objective.ipynb #98a8c80a
-class Recorder:
-    "Runs functions of tensors; what is called often with tensors of the same shapes is recorded, and then replayed"
-    lock, patience, room = threading.Lock(), 64, 32 # calls before a record, and how many there may be
-    def __init__(self): self.calls, self.records = Counter(), {}
-    def __reduce__(self): return Recorder, () # another process, or a copy, makes records of its own
-    def __call__(self, name, # two functions with the same name are the same
-                 fn:Callable, *tensors:Tensor) -> Tensor:
-        live = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if live or any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)): return fn(*tensors)
-        key = (name, *((t.shape, t.dtype, t.device) for t in tensors))
-        if record := self.records.get(key): return record(*(t.contiguous() for t in tensors))
-        self.calls[key] += 1
-        if self.calls[key] < self.patience or key in self.records or len(self.records) >= self.room: return fn(*tensors)
-        return self.record(key, fn, *(t.detach().contiguous() for t in tensors))
-    def record(self, key, fn, *tensors:Tensor) -> Tensor:
-        from torch.fx.experimental.proxy_tensor import make_fx
-        out = fn(*tensors)
-        with self.lock, torch.no_grad():
-            try:
-                graph = bare(make_fx(lambda *t: fn(*t))(*tensors), *tensors)
-                try: record = torch.jit.trace(lambda *t: graph(*t), tensors, check_trace=False)
-                except (AttributeError, RuntimeError): record = graph # it has operations that a trace cannot hold, as the derivatives of convolutions
-                self.records[key] = record if all(torch.equal(record(*tensors), out) for _ in range(3)) else None # it optimises itself in the first calls
-            except Exception: self.records[key] = None # whatever a module does that no record can hold: it works without
-        return out
-
-# %% ../nbs/00_objective.ipynb #adf7e726
-def check_data(module, loss, X, y):
-    "Raises ValueError or TypeError unless these are a module, its loss, and data"
-    if not isinstance(module, torch.nn.Module): raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    if not callable(loss): raise TypeError(f"loss must be a function of (output, target), got {type(loss).__name__}")
-    for name, t in (("X", X), ("y", y)):
-        if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if t.ndim == 0: raise ValueError(f"{name} must hold one row for each sample, got a single number")
-        finite(name, t)
-    if len(X) == 0 or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
-
-# %% ../nbs/00_objective.ipynb #f3b7a33e
-class Network:
-    "A module, its loss and its data, as a function of its flat trainable parameters. Raises ValueError or TypeError if it is none."
-    def __init__(self, module:torch.nn.Module, # any network
-                 loss:Callable, # (output, target) of a batch -> scalar, its mean
-                 X:Tensor, # inputs, (n, ...), which stay as they are
-                 y:Tensor # targets, (n, ...), likewise
-                ):
-        check_data(module, loss, X, y)
-        params = {k: p for k, p in module.named_parameters() if p.requires_grad}
-        if not params: raise ValueError(f"the module must have trainable parameters, got none in {type(module).__name__}")
-        if len(kinds := {p.dtype for p in params.values()} | ({X.dtype} if X.is_floating_point() else set())) > 1:
-            raise TypeError(f"parameters and inputs must share one dtype, got {sorted(map(str, kinds))}")
-        if layer := random_layer(module): raise ValueError(f"{layer} in training mode has no sample losses: call module.eval() first")
-        self.module, self.loss, self.X, self.y, self.recorder = module, loss, X, y, Recorder()
-        self.shapes, self.x0 = {k: p.shape for k, p in params.items()}, torch.cat([p.detach().flatten() for p in params.values()])
-
-    def own(self) -> torch.nn.Module:
-        "This thread's copy of the module"
-        local = self.__dict__.setdefault("local", threading.local())
-        if not hasattr(local, "module"): local.module = unfused(copy.deepcopy(self.module))
-        return local.module
-    def __getstate__(self) -> dict: return {k: v for k, v in self.__dict__.items() if k != "local"} # that of another process is its own
-    def named(self, x:Tensor) -> dict:
-        "A flat point (d,) as parameters by name"
-        return dict(zip(self.shapes, (p.view(s) for p, s in zip(x.split([s.numel() for s in self.shapes.values()]), self.shapes.values()))))
-    def losses(self, x:Tensor|dict, i=slice(None)) -> Tensor:
-        "f_i of samples i at a flat point (d,), or at parameters by name, (b,) -> (b,)"
-        params = x if isinstance(x, dict) else self.named(x)
-        with sdpa_kernel(SDPBackend.MATH): out = functional_call(self.own(), params, (self.X[i],))
-        return vmap(lambda o, t: self.loss(o[None], t[None]))(out, self.y[i])
-
-# %% ../nbs/00_objective.ipynb #82d9f854
-def second_derivative(f:Callable, inputs:list):
-    "Try it, whatever the value, at one point among others"
-    inputs = [t.detach()[None].requires_grad_() for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
-    square = lambda out: sum(t.square().sum() for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad)
-    first = torch.autograd.grad(square(vmap(f)(*inputs)), inputs, create_graph=True, allow_unused=True)
-    total = square(first)
-    if isinstance(total, Tensor): torch.autograd.grad(total, inputs, allow_unused=True)
-
-def rough_layer(network:Network) -> str:
-    "The layer without a second derivative, in words"
-    calls, module = [], network.own()
-    def note(name): return lambda layer, args, out: calls.append((name, layer, args))
-    handles = [layer.register_forward_hook(note(name)) for name, layer in module.named_modules() if not [*layer.children()]]
-    try: network.losses(network.x0, torch.arange(1))
-    finally: [h.remove() for h in handles]
-    for name, layer, args in calls:
-        names, values = zip(*layer.named_parameters()) if [*layer.parameters()] else ((), ())
-        try: second_derivative(lambda *t: functional_call(layer, dict(zip(names, t)), t[len(names):]), [*values, *args])
-        except RuntimeError: return f"layer {name!r} ({type(layer).__name__})"
-    return f"the module ({type(network.module).__name__})"
-
-# %% ../nbs/00_objective.ipynb #5fc76cb2
-@torch.enable_grad()
-def check_network(network:Network):
-    "Raises ValueError if the network has no sample losses, none that stay the same, or none that can be differentiated twice"
-    x, losses = network.x0, network.losses
-    try: out = losses(x)
-    except (RuntimeError, IndexError) as error:
-        raise ValueError(f"the module and its loss must take the data, but torch says: {str(error).splitlines()[0]}") from error
-    if out.shape != (len(network.X),):
-        raise ValueError(f"the loss of a batch must be a scalar (its mean), got shape {tuple(out.shape[1:])}")
-    if not torch.allclose(losses(x), out, equal_nan=True):
-        raise ValueError("a sample's loss must not change from one call to the next: does the module draw random numbers?")
-    if not torch.allclose(losses(x, torch.arange(1)), out[:1], rtol=1e-3, equal_nan=True):
-        raise ValueError("a sample's loss must not depend on the other samples, but the first one's changes when it is alone: does the module mix a batch?")
-    if not losses(x.clone().requires_grad_(), torch.arange(1)).requires_grad:
-        raise ValueError("the loss must depend on the trainable parameters, but it has no gradient")
-    try: second_derivative(lambda z: losses(z, torch.arange(1)), [x])
-    except RuntimeError as error:
-        raise ValueError(f"{rough_layer(network)} cannot be differentiated twice, or not at several points at once: "
-                         f"write it in plain torch operations ({str(error).splitlines()[0]})") from error
+        "fn(*tensors); in a simulation from a record, if it is called often and there is a network"
+        if self.network is None or self.network.loop: return fn(*tensors)
+        return replay(self, name, fn, *tensors, reads=(self.network.own(), self.network.loss))
 
 # %% ../nbs/00_objective.ipynb #33d4ca28
 def from_module(cls, module:torch.nn.Module, # any network without training-mode batch normalisation or dropout
-                loss:Callable, # (output, target) of a batch -> scalar, e.g. torch.nn.CrossEntropyLoss()
+                loss:Callable, # (output, target) of a batch -> scalar, the mean of its samples' losses, e.g. torch.nn.CrossEntropyLoss()
                 X:Tensor, # inputs, (n, ...)
                 y:Tensor, # targets, (n, ...)
                 batch_size:int=1, # B
                 replace:bool=True, # draw minibatches with replacement?
                 chunk:int|None=None # samples, times paths, in one pass over the data, to bound memory; all if None
                ) -> FiniteSum:
-    "The finite sum over the data (X, y) of a module's losses, at flat parameters; `.x0` is the module's own point. Raises ValueError or TypeError on what is none."
+    """The finite sum over the data (X, y) of a module's losses, at flat parameters; `.x0` is the module's own point.
+    Module, loss and data are copied as they are now; what a Python function reads from outside, it reads when it is called.
+    Raises ValueError or TypeError on what has no sample losses, and on what differs from a plain loop over samples."""
+    check_data(module, loss, X, y)
+    check_layers(module, X)
     network = Network(module, loss, X, y)
-    check_network(network)
     self = cls(network.losses, len(X), len(network.x0), batch_size, replace, select=network.losses, chunk=chunk)
+    network.chunk = self.chunk
+    check_network(network, module, loss)
     self.network, self.x0, self.dtype = network, network.x0, network.x0.dtype
     return self
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, axes_of, pair, recorded, spread
 from .hessian_noise import batch_formula, batch_sum, by_sample, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
 from .implicit_regularizer import closed_form, drift, over, pieces, response
-from .objective import Additive, FiniteSum, Objective, Quadratic, Recorder, aligned, common, per_path, point, positive, whole
+from .machinery.record import replay
+from .objective import Additive, FiniteSum, Objective, Quadratic, aligned, common, per_path, point, positive, whole
 from .sample_sums import seed_of, way_of
 
 # %% ../nbs/05_sde.ipynb #50a07ed7
@@ -58,7 +59,7 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
             if support.exact or not first: return x - combination(algorithm, objective, x, v, form, support.gammas)
             return x - dt * objective.grad(x) - combination(algorithm, objective, x, w, form, support.gammas, v)
         gammas = [drawn.gammas] if drawn else []
-        if drawn and len(pieces(drawn.gammas, x, chunk=getattr(objective, "chunk", None))) > 1: return step(algorithm, x, xi, s, dt, *gammas) # its record would be as long as it has pieces
+        if drawn and len(pieces(drawn.gammas, x, chunk=objective.chunk)) > 1: return step(algorithm, x, xi, s, dt, *gammas) # its record would be as long as it has pieces
         return recorded(("sde", form, drawn and drawn.exact), algorithm, objective, step, x, xi, s, dt, *gammas)
     return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
 
@@ -78,8 +79,9 @@ def one_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
         free.algorithm.checked = False
         return euler_step(free, x, xi, dt, seed)
     H, law = sde.objective.H, sde.objective.law
-    name = (dt, float(sde.eta), float(sde.algorithm.rho), law.sigma, id(H), id(law.root)) # a record keeps both tensors
-    out = sde.recorder(name, step, x, xi)
+    tensors = tuple((id(t), t._version) for t in (H, law.root) if t is not None) # which a record keeps
+    name = ("step", type(sde.algorithm), sde.form, dt, float(sde.eta), float(sde.algorithm.rho), law.sigma, tensors)
+    out = replay(sde, name, step, x, xi)
     return out if type(sde.algorithm) is not DNSAM or math.isfinite(out.sum()) else euler_step(sde, x, xi, dt, seed)
 
 # %% ../nbs/05_sde.ipynb #6209e9de
@@ -100,11 +102,13 @@ class SDE:
         if order == 2 and expansion != "exact": raise ValueError(f"order=2 needs expansion='exact', got {expansion!r}")
         self.expansion, self.order, self.draws = expansion, order, whole("draws", draws, least=4)
         self.seed = seed if seed is None else whole("seed", seed, least=0)
-        self.noise, self.form = noise, resolve(algorithm, objective, noise)
-        self.noise_dim = noise_dim(objective, algorithm, noise, draws)
-        self.shape # raises where ρ and η do not broadcast
-        self.recorder = Recorder()
+        self.noise = noise
+        self.form, self.shape # raise where there is no such noise, and where ρ and η do not broadcast
 
+    @property
+    def form(self) -> str: return resolve(self.algorithm, self.objective, self.noise)
+    @property
+    def noise_dim(self) -> int: return noise_dim(self.objective, self.algorithm, self.noise, self.draws)
     @property
     def shape(self) -> tuple: return tuple(common(**axes_of(rho=self.algorithm.rho, eta=self.eta)))
     @property

@@ -24,7 +24,8 @@ from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts
 from .networks import conv_net, digits
 from ..hessian_noise import noise_covariance
-from ..objective import FiniteSum, Quadratic, Recorder, psd_root
+from ..machinery.record import Recorder, recording
+from ..objective import FiniteSum, Quadratic, psd_root
 from ..sde import SDE
 from ..weak_approximation import weak_order
 from ..weak_errors import circle_error, circle_problem
@@ -106,9 +107,11 @@ def importing(what:str) -> Callable: return lambda: subprocess.run([sys.executab
 # %% ../../nbs/experiments/bench.ipynb #247a2bd0
 def repeated(job:Callable, times:int, before:int=0) -> Callable:
     "A job done several times, as in a simulation, after some that do not count; its time is that of one"
-    for _ in range(before): job()
-    def run():
-        for _ in range(times): job()
+    recorder = Recorder()
+    def run(n=times):
+        with recording(recorder):
+            for _ in range(n): job()
+    run(before)
     run.times = times
     return run
 
