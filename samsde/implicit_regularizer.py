@@ -118,7 +118,9 @@ def perturbation_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor,
     if way == "signs": return signed_products(objective, x, w)[0]
     gammas = all_samples(objective, x)
     if potential_of(algorithm, objective): return potential_sum(algorithm, objective, x, gammas, torch.zeros_like(w), w)
-    return weighted_sum(objective, lambda c: hessian_perturbation(algorithm, objective, x, c), gammas, w, x)
+    if algorithm.scale is None: product = lambda c: hessian_perturbation(algorithm, objective, x, c)
+    else: product = lambda c: gradient_product(objective, x, c)
+    return weighted_sum(objective, product, gammas, w, x)
 
 # %% ../nbs/03_implicit_regularizer.ipynb #f2dc9a2c
 def linear_mean(algorithm:Linear, objective:FiniteSum, x:Tensor, grad:Tensor) -> Tensor:

@@ -119,18 +119,18 @@ def signals(network:Network, layers:dict, # name -> Layer
     (inside, outside), (f, inputs) = vmap(both, (None, None, 0))(added, outside, rows)
     return inside, outside, f, inputs
 
-# %% ../../nbs/machinery/layers.ipynb #884eae13
+# %% ../../nbs/machinery/layers.ipynb #6b0cd7e4
 def terms(network:Network, x:Tensor, s:slice, directions=()) -> tuple: # (d,), and (d,) each -> (b,) each
     "f_i, ‖∇f_i‖² and the slopes of f_i in some directions, for a slice of the samples"
     layers, rows = layers_of(network), torch.arange(s.start, s.stop, device=x.device)
     inside, outside, f, inputs = signals(network, layers, network.named(x), rows)
     total = sum(sum(squares(network, name, layers[name], inputs[name], d).values()) for name, d in inside.items())
-    total = total + sum(g.flatten(1).square().sum(1) for g in outside.values())
+    total = total + sum(g.reshape(len(g), -1).square().sum(1) for g in outside.values())
     return f, total, *(slope(network, network.named(p), inside, outside, inputs) for p in directions)
 
 def slope(network:Network, p:dict, inside:dict, outside:dict, inputs:dict) -> Tensor: # -> (b,)
     "⟨∇f_i, p⟩ for a direction p by name"
-    total = sum((g * p[name]).flatten(1).sum(1) for name, g in outside.items())
+    total = sum((g * p[name]).reshape(len(g), -1).sum(1) for name, g in outside.items())
     for name, d in inside.items():
         layer, names, a = network.own().get_submodule(name), layers_of(network)[name].names, inputs[name]
         ours = {key: p[names[key]] if key in names else torch.zeros_like(v) for key, v in layer.named_parameters()}
@@ -170,7 +170,7 @@ def used_elsewhere(network:Network, layers:dict) -> set: # of names of parameter
         found = torch.autograd.grad(f, [params[name] for name in names], allow_unused=True) if names and f.requires_grad else []
     return {name for name, g in zip(names, found) if g is not None}
 
-# %% ../../nbs/machinery/layers.ipynb #d909a52d
+# %% ../../nbs/machinery/layers.ipynb #23a4b948
 def wrong_layers(network:Network, layers:dict, x:Tensor) -> set:
     "The layers whose form gives other norms than the sample gradients at a point"
     wrong, params, n = set(), network.named(x), len(network.X)
@@ -178,7 +178,7 @@ def wrong_layers(network:Network, layers:dict, x:Tensor) -> set:
     for s in pieces_of(n, size):
         rows = torch.arange(s.start, s.stop, device=x.device)
         inside, _, _, inputs = signals(network, layers, params, rows)
-        known = {name: g.flatten(1).square().sum(1) for name, g in signals(network, {}, params, rows)[1].items()}
+        known = {name: g.reshape(len(g), -1).square().sum(1) for name, g in signals(network, {}, params, rows)[1].items()}
         slack = tolerance(network) * sum(known.values())
         for name, layer in layers.items():
             found = squares(network, name, layer, inputs[name], inside[name])

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PLAIN', 'Rewritten', 'lift', 'snapshot', 'check_data', 'check_layers', 'row', 'Network', 'plainly', 'trainable',
            'put', 'flat', 'gradients', 'backward', 'differentiate', 'plain_loss', 'in_double', 'noise', 'near',
-           'some_rows', 'pieces_of', 'tolerance', 'close', 'off', 'check_runs', 'same', 'batch_outputs', 'check_means',
-           'check_alone', 'no_mean', 'check_copy', 'along', 'compare', 'Samples', 'plain_samples', 'weighted',
-           'wrong_samples', 'wrong_inside', 'wrong_data', 'rough_layer', 'twice', 'check_network', 'check_losses']
+           'some_rows', 'pieces_of', 'tolerance', 'close', 'off', 'check_runs', 'layer_words', 'same', 'batch_outputs',
+           'check_output', 'check_means', 'check_alone', 'no_mean', 'check_copy', 'along', 'compare', 'Samples',
+           'plain_samples', 'weighted', 'wrong_samples', 'wrong_inside', 'wrong_data', 'rough_layer', 'twice',
+           'check_network', 'check_losses']
 
 # %% ../../nbs/machinery/network.ipynb #ea5b16e8
 import contextlib, copy, math, threading
@@ -136,7 +137,7 @@ def snapshot(thing, name:str):
     except Exception as error: # whatever a class does in its __deepcopy__
         raise ValueError(f"{name} must be something that can be copied, got {type(thing).__name__}: {error}") from error
 
-# %% ../../nbs/machinery/network.ipynb #b069bf66
+# %% ../../nbs/machinery/network.ipynb #d8419ea1
 def draws_numbers(layer:nn.Module) -> bool:
     p = layer.p if isinstance(layer, nn.modules.dropout._DropoutNd) else getattr(layer, "dropout", 0)
     return layer.training and isinstance(p, (int, float)) and p > 0
@@ -148,6 +149,7 @@ def unfit(layer:nn.Module) -> str|None:
     if isinstance(layer, nn.RReLU) and layer.training: return "in training mode has no sample losses: call module.eval() first"
     if getattr(layer, "max_norm", None) is not None: return "with max_norm changes its own weights when it runs"
     if getattr(layer, "scale_grad_by_freq", False): return "with scale_grad_by_freq has gradients that are not those of its loss"
+    if isinstance(layer, torch.jit.ScriptModule): return "is compiled by torch.jit, which keeps its parameters to itself: give the module as it was before"
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params(): return "has no parameters yet: run the module once first"
 
 # %% ../../nbs/machinery/network.ipynb #49a5958b
@@ -318,7 +320,7 @@ def off(network:Network, ours:Tensor, plain:Tensor) -> str|None: # (..., d) each
     for name, a, b in zip(network.shapes, ours.split(sizes, -1), plain.split(sizes, -1)):
         if a.numel() and not ((a - b).abs().amax() <= slack * (b.abs().amax() + .01 * everywhere) + 1e-30): return name
 
-# %% ../../nbs/machinery/network.ipynb #73f9e783
+# %% ../../nbs/machinery/network.ipynb #cb2ffc58
 def check_runs(network:Network):
     "Raises ValueError if the module cannot take the data, its loss is no number, or a run changes the module"
     module, n = put(network, network.x0), len(network.X)
@@ -332,19 +334,34 @@ def check_runs(network:Network):
         raise ValueError(f"the loss of a batch must be a scalar (its mean), got {tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__}")
     if f.dtype != network.dtype: raise TypeError(f"the module is {network.dtype}, but its loss is {f.dtype}: convert the module, or the data")
     for name, t in module.state_dict().items():
-        if isinstance(t, Tensor) and not same(before[name], t): raise ValueError(f"the module must not change when it runs, but its {name!r} does")
+        if isinstance(t, Tensor) and not same(before[name], t): raise ValueError(f"{layer_words(module, name)} when it runs: call module.eval() first, if that helps")
     if not same(f, again): raise ValueError("a sample's loss must not change from one call to the next: does the module draw random numbers?")
     if not f.requires_grad: raise ValueError("the loss must depend on the trainable parameters, but it has no gradient")
 
+def layer_words(module:nn.Module, name:str) -> str:
+    "A layer that changes something of its own"
+    layer, _, own = name.rpartition(".")
+    return f"layer {layer!r} ({type(module.get_submodule(layer)).__name__}) changes its own {own!r}"
+
 def same(a:Tensor, b:Tensor) -> bool: return a.shape == b.shape and torch.allclose(a.double(), b.double(), equal_nan=True)
 
-# %% ../../nbs/machinery/network.ipynb #cbe666df
+# %% ../../nbs/machinery/network.ipynb #d3d77bda
 @torch.no_grad()
 def batch_outputs(network:Network, x:Tensor): # tensors with n rows
     "What the module returns for all samples, in pieces"
     module = put(network, x)
-    with plainly(), torch.no_grad(): outs = [module(network.data(s)[0]) for s in pieces_of(len(network.X), network.chunk)]
+    pieces = pieces_of(len(network.X), network.chunk)
+    with plainly(), torch.no_grad(): outs = [module(network.data(s)[0]) for s in pieces]
+    check_output(outs[0], pieces[0].stop)
     return outs[0] if len(outs) == 1 else tree_map(lambda *t: torch.cat(t), *outs)
+
+def check_output(out, n:int # samples
+                ):
+    "Raises ValueError or TypeError unless a module returns tensors with one row for each sample"
+    kinds = {type(t).__name__ for t in tree_leaves(out) if not isinstance(t, (Tensor, int, float, str, bool, type(None)))}
+    if kinds: raise TypeError(f"the module must return a tensor, or a tuple, list or dict of tensors, got {', '.join(sorted(kinds))}")
+    if isinstance(out, Tensor) and (out.ndim == 0 or len(out) != n):
+        raise ValueError(f"the module must return one row for each sample along the first axis, got shape {tuple(out.shape)} for {n} samples")
 
 @torch.no_grad()
 def check_means(network:Network, x:Tensor):
@@ -354,9 +371,8 @@ def check_means(network:Network, x:Tensor):
     if not torch.isfinite(f).all():
         raise ValueError(f"the loss of sample {int((~torch.isfinite(f)).nonzero()[0])} is {f[~torch.isfinite(f)][0]:g}: is its target ignored, or all of it padding?")
     check_alone(network, x, f, rows)
-    for i in (torch.arange(n), torch.tensor(rows), torch.tensor(rows[:1] * 2)):
-        part = tree_map(lambda t: t[i], out) if len(i) < n else out
-        with plainly(), torch.no_grad(): batch = network.loss(part, y[i])
+    for i in (slice(None), torch.tensor(rows), torch.tensor(rows[:1] * 2)):
+        with plainly(), torch.no_grad(): batch = network.loss(tree_map(lambda t: t[i], out), y[i])
         if not close(network, batch, f[i].mean()): raise ValueError(no_mean(network, batch, f[i]))
 
 def check_alone(network:Network, x:Tensor, f:Tensor, rows:list):
@@ -364,6 +380,7 @@ def check_alone(network:Network, x:Tensor, f:Tensor, rows:list):
     module = put(network, x)
     with plainly(), torch.no_grad():
         X, y = network.data(torch.tensor(rows[::-1]))
+        check_output(module(X[:1]), 1)
         company = network.each(module(X), y).flip(0)
         alone = torch.stack([network.loss(module(X[k:k + 1]), y[k:k + 1]) for k in range(len(rows))]).flip(0)
     for i, a, c in zip(rows, alone, company):
