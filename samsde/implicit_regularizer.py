@@ -106,7 +106,7 @@ def potential_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor, gammas:Ten
     def total(z, w, v, c): # of one path
         g, f = torch.func.vmap(torch.func.grad_and_value(loss), (None, 0))(z, c)
         return (w * f + v * psi(g)).sum()
-    def part(s): return gradient(lambda z: objective.lift(total, z, w[..., s], v[..., s], gammas[..., s, :]), x)
+    def part(s): return gradient(lambda z: objective.lift(total, z, w[..., s], v[..., s], gammas[..., s, :], kind="potential"), x)
     return sum(part(s) for s in pieces(gammas.movedim(-2, 0), x, chunk=objective.chunk))
 
 def perturbation_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor,

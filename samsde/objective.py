@@ -12,7 +12,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
-from .machinery.network import Network, check_data, check_layers, check_network, lift
+from .machinery.network import Network, can_be_tried, check_data, check_layers, check_network, lift, needs_loop
 from .machinery.record import replay
 
 # %% ../nbs/00_objective.ipynb #d8084a09
@@ -163,6 +163,11 @@ class Objective:
     def hessian(self, x:Tensor) -> Tensor:
         "∇²f(x), (..., d) -> (..., d, d): `dim` Hessian-vector products"
         return self.hvp(self.check(x)[..., None, :], torch.eye(self.dim, dtype=x.dtype, device=x.device))
+    def lift(self, fn:Callable, x:Tensor, *rest:Tensor, kind:str="all") -> Tensor:
+        "Apply a function of one point along all leading axes; at the first use of its kind, whether by `vmap` or a loop is found out"
+        loops = self.__dict__.setdefault("loops", {})
+        if kind not in loops and can_be_tried(x, *rest): loops[kind] = needs_loop(fn, x, *rest)
+        return lift(fn, x, *rest, loop=loops.get(kind, False))
     def draw(self, shape:tuple, generator:torch.Generator|None=None, *, dtype=None, device=None) -> Tensor:
         "γ for every path of shape `shape`"
         return self.law.draw(shape, generator, dtype=dtype or self.dtype, device=device)
@@ -256,7 +261,7 @@ class NoisyLoss(Additive):
         self.fn = fn
 
     def loss(self, x:Tensor) -> Tensor:
-        out = lift(self.fn, self.check(x))
+        out = self.lift(self.fn, self.check(x))
         if out.shape == x.shape[:-1]: return out
         raise ValueError(f"the loss of one point must be a scalar, got shape {tuple(out.shape[x.ndim - 1:])}")
 
@@ -330,7 +335,7 @@ class FiniteSum(Objective):
         return [slice(i, min(i + size, self.n)) for i in range(0, self.n, size)]
     def some(self, x:Tensor, s:slice) -> Tensor:
         "f_i(x) of a slice of the samples, (..., d) -> (..., b)"
-        if len(range(self.n)[s]) < self.n: return self.lift(lambda z: self.select(z, torch.arange(s.start, s.stop, device=z.device)), x)
+        if len(range(self.n)[s]) < self.n: return self.lift(lambda z: self.select(z, torch.arange(s.start, s.stop, device=z.device)), x, kind="some")
         out = self.lift(self.sample_losses, x)
         if out.shape == (*x.shape[:-1], self.n): return out
         raise ValueError(f"sample_losses must return one loss for each sample, shape ({self.n},), got {tuple(out.shape[x.ndim - 1:])}")
@@ -344,7 +349,7 @@ class FiniteSum(Objective):
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
         "The mean loss of the samples `gamma`, (..., d) and (..., b) -> (...); `b` need not be the batch size"
         x = aligned(x, gamma=self.numbers(gamma))
-        return self.lift(lambda x, i: self.select(x, i).mean(), x, gamma.expand(*x.shape[:-1], -1))
+        return self.lift(lambda x, i: self.select(x, i).mean(), x, gamma.expand(*x.shape[:-1], -1), kind="chosen")
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor: return self.run("sample", super().sample_grad, self.check(x), gamma)
     def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor:
         "Σ_i w_i ∇f_i(x), (..., d) and (..., n) -> (..., d)"
@@ -357,9 +362,8 @@ class FiniteSum(Objective):
         pull = lambda z, w, s: gradient(lambda y: (self.some(y, s) * w[..., s]).sum(-1), z)
         part = lambda s: lambda x, w, v: gradient(lambda z: (pull(z, w, s) * v).sum(-1), x)
         return sum(self.run(("hvp", s.start, s.stop), part(s), x, w, v) for s in self.slices(x))
-    def lift(self, fn:Callable, x:Tensor, *rest:Tensor) -> Tensor:
-        "Apply `fn`, of one point, along all leading axes"
-        return lift(fn, x, *rest) if self.network is None else self.network.lift(fn, x, *rest)
+    def lift(self, fn:Callable, x:Tensor, *rest:Tensor, kind:str="all") -> Tensor:
+        return super().lift(fn, x, *rest, kind=kind) if self.network is None else self.network.lift(fn, x, *rest)
     def run(self, name, # of the function, for a record
             fn:Callable, *tensors:Tensor) -> Tensor:
         "fn(*tensors); in a simulation from a record, if it is called often and there is a network"

@@ -170,11 +170,11 @@ def used_elsewhere(network:Network, layers:dict) -> set: # of names of parameter
         found = torch.autograd.grad(f, [params[name] for name in names], allow_unused=True) if names and f.requires_grad else []
     return {name for name, g in zip(names, found) if g is not None}
 
-# %% ../../nbs/machinery/layers.ipynb #23a4b948
+# %% ../../nbs/machinery/layers.ipynb #6670029b
 def wrong_layers(network:Network, layers:dict, x:Tensor) -> set:
     "The layers whose form gives other norms than the sample gradients at a point"
     wrong, params, n = set(), network.named(x), len(network.X)
-    size = max(1, min(n, network.chunk or 256, 2**23 // len(x))) # samples at once
+    size = max(1, min(n, network.chunk or 256, 2**22 // len(x))) # samples at once
     for s in pieces_of(n, size):
         rows = torch.arange(s.start, s.stop, device=x.device)
         inside, _, _, inputs = signals(network, layers, params, rows)

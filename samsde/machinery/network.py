@@ -126,6 +126,47 @@ def lift(fn:Callable, # takes one point, and what else belongs to it
     if out.dtype != x.dtype: raise TypeError(f"x is {x.dtype}, but its loss is {out.dtype}: convert x, or the data of the loss")
     return out.reshape((*lead, *out.shape[1:]))
 
+# %% ../../nbs/machinery/network.ipynb #c2b855b7
+def three(x:Tensor, # (..., d)
+          *rest:Tensor) -> tuple:
+    "Three points with what belongs to them: the first, the last, and one between the two that is none of them"
+    first, last = ([t.reshape(-1, *t.shape[x.ndim - 1:])[k] for t in (x, *rest)] for k in (0, -1))
+    z = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
+    between = (first[0] + last[0]) / 2 + .1 * first[0].square().mean().sqrt() * z
+    return tuple(torch.stack(t) for t in zip(first, last, [between, *first[1:]]))
+
+def twice_differentiated(fn:Callable, tensors:tuple, loop:bool) -> list:
+    "Values of a function at several points, and first and second derivatives in a direction"
+    with torch.enable_grad():
+        z = tensors[0].detach().requires_grad_()
+        out = lift(fn, z, *tensors[1:], loop=loop)
+        found, f = [out.detach()], (out * out.detach().abs().sqrt()).sum()
+        for _ in range(2):
+            if not f.requires_grad: break
+            g, = torch.autograd.grad(f, z, create_graph=True, allow_unused=True, materialize_grads=True)
+            found, f = found + [g.detach()], (g * g.detach().cos()).sum()
+    return found
+
+def needs_loop(fn:Callable, x:Tensor, *rest:Tensor) -> bool:
+    "Must points be taken one after another? Raises ValueError if the function changes from one call to the next."
+    tensors = three(x.detach(), *rest)
+    try: known, again = (twice_differentiated(fn, tensors, loop=True) for _ in range(2))
+    except Exception: return False # what is wrong with it is told where it is used
+    if not agree(known, again, 1e-6): raise ValueError("a loss must not change from one call to the next: does the function draw random numbers?")
+    try: return not agree(twice_differentiated(fn, tensors, loop=False), known, 4 * torch.finfo(x.dtype).eps**.5)
+    except Exception: return True # of a kind that vmap has for what it cannot do
+
+def agree(found:list, known:list, slack:float) -> bool:
+    "Are these tensors equal, relative to the largest finite entry of each?"
+    def close(a, b):
+        size = b.nan_to_num(0, 0, 0).abs().max().item() if b.numel() else 0.
+        return a.shape == b.shape and torch.allclose(a, b, rtol=slack, atol=slack * size, equal_nan=True)
+    return len(found) == len(known) and all(map(close, found, known))
+
+def can_be_tried(*tensors) -> bool:
+    "Are these tensors with numbers, and not inside of a transform of torch.func?"
+    return tensors[0].numel() > 0 and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+
 # %% ../../nbs/machinery/network.ipynb #87241765
 def snapshot(thing, name:str):
     "A copy that nothing outside can change. Raises ValueError where there is none."
