@@ -349,8 +349,20 @@ class FiniteSum(Objective):
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
         "The mean loss of the samples `gamma`, (..., d) and (..., b) -> (...); `b` need not be the batch size"
         x = aligned(x, gamma=self.numbers(gamma))
-        return self.lift(lambda x, i: self.select(x, i).mean(), x, gamma.expand(*x.shape[:-1], -1), kind="chosen")
-    def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor: return self.run("sample", super().sample_grad, self.check(x), gamma)
+        mean = lambda x, i: self.select(x, i).mean()
+        return self.in_parts(lambda i: self.lift(mean, x, i, kind="chosen"), x, gamma.expand(*x.shape[:-1], -1))
+    def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor:
+        x = aligned(self.check(x), gamma=self.numbers(gamma))
+        return self.in_parts(lambda i: self.run("sample", super(FiniteSum, self).sample_grad, x, i), x, gamma)
+    def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
+        x = aligned(self.check(x), gamma=self.numbers(gamma), v=self.check(v, "v"))
+        return self.in_parts(lambda i: super(FiniteSum, self).sample_hvp(x, i, v), x, gamma)
+    def in_parts(self, mean:Callable, x:Tensor, gamma:Tensor) -> Tensor:
+        "A mean over the samples of minibatches, of means over so few of them that samples times paths are at most `chunk`"
+        b = gamma.shape[-1]
+        if self.chunk is None or b * x[..., 0].numel() <= self.chunk: return mean(gamma)
+        parts = gamma.split(max(1, self.chunk // max(1, x[..., 0].numel())), -1)
+        return sum(part.shape[-1] / b * mean(part) for part in parts)
     def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor:
         "Σ_i w_i ∇f_i(x), (..., d) and (..., n) -> (..., d)"
         x = aligned(self.check(x), w=point("w", w, self.n, x.dtype))

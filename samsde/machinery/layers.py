@@ -198,7 +198,7 @@ def right_norms(network:Network, x:Tensor) -> bool:
         ours = torch.autograd.grad(norms.sum() / 2, z)[0]
     return close(network, norms.detach(), g.square().sum(1)) and off(network, ours, Hg) is None
 
-# %% ../../nbs/machinery/layers.ipynb #a10af7b8
+# %% ../../nbs/machinery/layers.ipynb #f8cdf48a
 lock = threading.RLock()
 
 def layers_of(network:Network) -> dict: # name -> Layer
@@ -214,11 +214,12 @@ def has_norms(network:Network) -> bool:
     return network.norms
 
 def found_layers(network:Network) -> tuple[dict, bool]:
-    if not network.inside: return {}, False
-    twin = in_double(network)
-    try:
-        with Rewritten(PLAIN): return proved_layers(twin)
-    except (RuntimeError, NotImplementedError): return {}, False # of a kind that vmap over samples cannot do
+    "Closed forms that are right, and whether norms can be had at all"
+    for twin in (in_double(network), copy.copy(network)) if network.inside else ():
+        try:
+            with Rewritten(PLAIN): return proved_layers(twin)
+        except (RuntimeError, NotImplementedError): pass # of a kind that vmap over samples cannot do
+    return {}, False
 
 def proved_layers(twin:Network) -> tuple[dict, bool]:
     points = near(twin, 0), near(twin, 2, scale=1.)

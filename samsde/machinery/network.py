@@ -50,7 +50,7 @@ def embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2., scal
 def raw_embedding(weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
     return embedding(indices, weight, None if padding_idx < 0 else padding_idx, None, 2., scale_grad_by_freq, sparse)
 
-# %% ../../nbs/machinery/network.ipynb #de9d7002
+# %% ../../nbs/machinery/network.ipynb #06680060
 def attention(query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
     "softmax(query keyᵀ · scale + mask) value"
     if enable_gqa: key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
@@ -62,9 +62,12 @@ def attention(query, key, value, attn_mask=None, dropout_p=0., is_causal=False, 
 def masked(scores, mask):
     return scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
 
-def heads(*args, need_weights=True, **kwargs):
-    "Attention with its weights never goes by fused kernels"
-    out, weights = F.multi_head_attention_forward(*args, need_weights=True, **kwargs)
+def heads(query, *args, need_weights=True, **kwargs):
+    "Attention with its weights never goes by fused kernels, but wants its masks in the dtype of what it attends to"
+    for name in ("attn_mask", "key_padding_mask"):
+        mask = kwargs.get(name)
+        if mask is not None and mask.is_floating_point(): kwargs[name] = mask.to(query.dtype)
+    out, weights = F.multi_head_attention_forward(query, *args, need_weights=True, **kwargs)
     return out, weights if need_weights else None
 
 # %% ../../nbs/machinery/network.ipynb #fb5f5d30
