@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['lock', 'Layer', 'squares', 'signals', 'terms', 'slope', 'layers_of', 'has_norms', 'found_layers', 'proved_layers']
 
-# %% ../../nbs/machinery/layers.ipynb #62b8b4ea
+# %% ../../nbs/machinery/layers.ipynb #54a62f17
 import copy, math, threading
 from collections import Counter
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
