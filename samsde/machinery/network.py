@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PLAIN', 'Rewritten', 'lift', 'snapshot', 'check_data', 'check_layers', 'row', 'Network', 'plainly', 'trainable',
            'put', 'flat', 'gradients', 'backward', 'differentiate', 'plain_loss', 'in_double', 'noise', 'near',
-           'some_rows', 'pieces_of', 'tolerance', 'close', 'off', 'check_runs', 'layer_words', 'same', 'batch_outputs',
-           'check_output', 'check_means', 'check_alone', 'no_mean', 'check_copy', 'along', 'compare', 'Samples',
-           'plain_samples', 'weighted', 'wrong_samples', 'wrong_inside', 'wrong_data', 'rough_layer', 'twice',
-           'check_network', 'check_losses']
+           'all_finite', 'some_rows', 'pieces_of', 'tolerance', 'close', 'off', 'check_runs', 'layer_words', 'same',
+           'batch_outputs', 'check_output', 'check_means', 'check_alone', 'no_mean', 'check_copy', 'along', 'compare',
+           'Samples', 'plain_samples', 'weighted', 'wrong_samples', 'wrong_inside', 'wrong_data', 'rough_layer',
+           'twice', 'check_network', 'check_losses']
 
 # %% ../../nbs/machinery/network.ipynb #ea5b16e8
 import contextlib, copy, math, threading
@@ -312,7 +312,7 @@ def plain_loss(network:Network, x:Tensor, v:Tensor, i) -> tuple[Tensor, Tensor, 
     module, (X, y) = put(network, x), network.data(i)
     with plainly(): return differentiate(network.loss(module(X), y), trainable(module), v)
 
-# %% ../../nbs/machinery/network.ipynb #00b52d9e
+# %% ../../nbs/machinery/network.ipynb #15479c27
 def in_double(network:Network) -> Network:
     "The same network in double precision; itself where its module cannot be had in it"
     twin = copy.copy(network)
@@ -334,10 +334,16 @@ def near(network:Network, k:int, # which of them
          scale:float=.1) -> Tensor: # (d,)
     "A random point near the network's own, at which the losses are finite"
     x = network.x0 + scale * noise(network, seed=k)
-    rows = slice(0, min(64, len(network.X)))
-    module, (X, y) = put(network, x), network.data(rows)
-    with plainly(), torch.no_grad(): good = torch.isfinite(network.loss(module(X), y))
-    return x if good.all() or scale < 1e-3 else near(network, k, scale / 4)
+    return x if scale < 1e-3 or all_finite(network, x) else near(network, k, scale / 4)
+
+@torch.no_grad()
+def all_finite(network:Network, x:Tensor) -> bool:
+    module = put(network, x)
+    with plainly(), torch.no_grad():
+        for s in pieces_of(len(network.X), network.chunk):
+            X, y = network.data(s)
+            if not torch.isfinite(network.loss(module(X), y)).all(): return False
+    return True
 
 # %% ../../nbs/machinery/network.ipynb #418f66a7
 def some_rows(network:Network) -> list:
@@ -389,7 +395,7 @@ def layer_words(module:nn.Module, name:str) -> str:
 
 def same(a:Tensor, b:Tensor) -> bool: return a.shape == b.shape and torch.allclose(a.double(), b.double(), equal_nan=True)
 
-# %% ../../nbs/machinery/network.ipynb #d3d77bda
+# %% ../../nbs/machinery/network.ipynb #1d451738
 @torch.no_grad()
 def batch_outputs(network:Network, x:Tensor): # tensors with n rows
     "What the module returns for all samples, in pieces"
@@ -414,12 +420,13 @@ def check_means(network:Network, x:Tensor):
     f = network.each(out, y)
     if not torch.isfinite(f).all():
         raise ValueError(f"the loss of sample {int((~torch.isfinite(f)).nonzero()[0])} is {f[~torch.isfinite(f)][0]:g}: is its target ignored, or all of it padding?")
-    check_alone(network, x, f, rows)
+    check_alone(network, x, rows, f[rows])
     for i in (slice(None), torch.tensor(rows), torch.tensor(rows[:1] * 2)):
         with plainly(), torch.no_grad(): batch = network.loss(tree_map(lambda t: t[i], out), y[i])
         if not close(network, batch, f[i].mean()): raise ValueError(no_mean(network, batch, f[i]))
 
-def check_alone(network:Network, x:Tensor, f:Tensor, rows:list):
+def check_alone(network:Network, x:Tensor, rows:list, f:Tensor|None=None # their losses in company of all
+               ):
     "Raises ValueError if a sample's loss depends on the other samples"
     module = put(network, x)
     with plainly(), torch.no_grad():
@@ -427,8 +434,8 @@ def check_alone(network:Network, x:Tensor, f:Tensor, rows:list):
         check_output(module(X[:1]), 1)
         company = network.each(module(X), y).flip(0)
         alone = torch.stack([network.loss(module(X[k:k + 1]), y[k:k + 1]) for k in range(len(rows))]).flip(0)
-    for i, a, c in zip(rows, alone, company):
-        if close(network, torch.stack([c, f[i]]), a): continue
+    for i, *losses in zip(rows, alone, company, company if f is None else f):
+        if all(close(network, loss, losses[0]) for loss in losses): continue
         raise ValueError(f"a sample's loss must not depend on the other samples, but that of sample {i} changes when it is alone: does the module mix a batch?")
 
 def no_mean(network:Network, batch:Tensor, f:Tensor) -> str:
@@ -519,7 +526,7 @@ def wrong_data(network:Network, s:Samples) -> str|None:
         plain = [plain_loss(network, z, u, piece)[1:] for z, u in zip(x, v)]
         if wrong := compare(network, mean, x, v, plain): return wrong
 
-# %% ../../nbs/machinery/network.ipynb #26488767
+# %% ../../nbs/machinery/network.ipynb #886664a6
 def rough_layer(network:Network) -> str:
     "The layer without a second derivative, in words"
     calls, module, (X, _) = [], put(network, network.x0), network.data(slice(0, 1))
@@ -531,7 +538,7 @@ def rough_layer(network:Network) -> str:
     finally: [h.remove() for h in handles]
     for name, layer, args, kwargs in calls:
         if not twice(layer, args, kwargs): return f"layer {name!r} ({type(layer).__name__})"
-    return f"the module ({type(module).__name__})"
+    return f"the module ({type(module).__name__}) or its loss ({getattr(network.loss, '__name__', type(network.loss).__name__)})"
 
 def twice(layer:nn.Module, args, kwargs) -> bool:
     "Can a layer be differentiated twice?"
@@ -545,7 +552,7 @@ def twice(layer:nn.Module, args, kwargs) -> bool:
     except RuntimeError: return False
     return True
 
-# %% ../../nbs/machinery/network.ipynb #67bed815
+# %% ../../nbs/machinery/network.ipynb #192a6db9
 def check_network(network:Network, module:nn.Module, loss:Callable):
     "Compare a network with the plain way, and choose its route. Raises ValueError or TypeError on what has no sample losses, and on what differs."
     check_runs(network)
@@ -575,3 +582,4 @@ def check_losses(network:Network):
         with torch.no_grad(): network.each(put(network, network.x0)(X), y)
     except Exception: network.loop = True # whatever vmap says of a loss
     for x in (network.x0, near(network, 0), near(network, 1, scale=1.)): check_means(network, x)
+    for k, scale in enumerate((3., 10., 30.)): check_alone(network, near(network, k, scale), some_rows(network))
