@@ -170,7 +170,7 @@ def as_tensor(a:np.ndarray, dtype:torch.dtype, device) -> Tensor:
 
 @contextmanager
 def replacing(path:Path): # a binary file
-    "A file that takes the place of another when all is written. Raises OSError if that fails, and then the old one is as it was."
+    "A file that takes the place of another when all is written. Raises OSError if that fails; the old one then stays."
     path = Path(os.path.realpath(path))
     part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     try:
@@ -193,10 +193,11 @@ TEXT = 2**26 # bytes that a file may have to say of itself
 
 @contextmanager
 def refusing(path:Path, words:str):
-    "An error inside, whatever it is, is a ValueError about a file: numpy, zipfile and json have many for bytes that make no sense"
+    "Errors inside are a ValueError about a file: numpy, zipfile and json have many for what makes no sense"
     try: yield
     except Exception as error:
-        raise ValueError(f"{path} {words} ({str(error)[:100]}): give another checkpoint, or delete it") from error
+        why = str(error)[:100]
+        raise ValueError(f"{path} {words} ({why}): give another checkpoint, or delete it") from error
 
 def declared(path:Path) -> dict: # name -> shape, dtype
     "The arrays of an .npz file, as their headers say: nothing is unpacked"
@@ -213,24 +214,29 @@ def declared(path:Path) -> dict: # name -> shape, dtype
 NONE = "is no checkpoint of simulate, or damaged"
 
 def read(path:Path) -> tuple[dict, dict]:
-    "What a file says of itself, and of its arrays. Raises ValueError if it is no checkpoint, damaged, or of another format."
+    "What a file says of itself, and of its arrays. Raises ValueError if it is no checkpoint, or of another format."
     with refusing(path, NONE):
         arrays = declared(path)
-        if arrays.pop("about")[1].itemsize > TEXT: raise ValueError("what it says of itself is too long")
+        _, text = arrays.pop("about")
+        if text.itemsize > TEXT: raise ValueError("what it says of itself is too long")
         with np.load(path, allow_pickle=False) as f: about = json.loads(f["about"].item())
         version = about["format"]
         if type(version) is not int: raise TypeError(f"its format is {type(version).__name__}")
     if version == FORMAT: return about, arrays
-    raise ValueError(f"{path} has format {version}, but this version of samsde has {FORMAT}: give another checkpoint, or delete it")
+    raise ValueError(f"{path} has format {version}, but this version of samsde has {FORMAT}: "
+                     "give another checkpoint, or delete it")
 
 def unpacked(path:Path, form:dict, device) -> dict: # of layout -> owner -> name -> tensor
     "The arrays of a file. Raises ValueError if it is damaged."
+    states = {owner: {} for owner in form}
     with refusing(path, NONE), np.load(path, allow_pickle=False) as f:
-        return {owner: {name: as_tensor(f[f"{owner}:{name}"], dtype, device) for name, (_, dtype) in own.items()}
-                for owner, own in form.items()}
+        for owner, own in form.items():
+            for name, (_, dtype) in own.items():
+                states[owner][name] = as_tensor(f[f"{owner}:{name}"], dtype, device)
+    return states
 
 # %% ../nbs/01c_blocks.ipynb #e6719883
-def sketch(t:Tensor) -> list: # by how much the other numbers may differ; the norm, and three weighted sums
+def sketch(t:Tensor) -> list: # by how much the rest may differ; a norm, and three weighted sums
     "Numbers to compare a tensor by; what is not finite counts as 0"
     rounding = torch.float64 if t.dtype.itemsize < 4 or not t.is_floating_point() else t.dtype
     t = t.double().flatten().cpu().numpy()
@@ -240,7 +246,7 @@ def sketch(t:Tensor) -> list: # by how much the other numbers may differ; the no
     return [16 * torch.finfo(rounding).eps * norm, norm, *(float((t * w).sum()) for w in weights)]
 
 def alike(known:list, rows:list) -> bool:
-    "Are these the sketches of the same tensors? Raises ValueError, TypeError or OverflowError on what are none."
+    "Are these the sketches of the same tensors? Raises an error if what is known makes no sense."
     a, b = np.array(known, float), np.array(rows)
     return a.shape == b.shape and bool((abs(a - b)[:, 1:] <= b[:, :1]).all())
 
@@ -255,7 +261,7 @@ def one_thread():
 
 def looks(objective, x:Tensor, # (points, d)
           generator:torch.Generator) -> list: # of tensors
-    "What an objective is at a few points: its gradient, and the losses of all samples or the gradients of 16 γ"
+    "An objective at a few points: its gradient, and the losses of all samples or the gradients of 16 γ"
     seen = [objective.grad(z) for z in x if hasattr(objective, "grad")]
     if isinstance(objective, FiniteSum): return seen + [objective.losses(z) for z in x]
     if not isinstance(objective, Objective): return seen
@@ -264,13 +270,14 @@ def looks(objective, x:Tensor, # (points, d)
 
 # %% ../nbs/01c_blocks.ipynb #e6719886
 @torch.no_grad()
-def fingerprint(run:Run) -> tuple[dict, list]: # sketches by what they are of, and the values of each observable
+def fingerprint(run:Run) -> tuple[dict, list]: # name -> sketches, and the values of each observable
     "What the process does to a few points, what its objective is there, and what is observed"
     generator, first = torch.Generator(run.x.device).manual_seed(0), run.x[:2]
     near = first + torch.randn(first.shape, generator=generator, dtype=first.dtype, device=first.device)
     some = near.reshape(-1, near.shape[-1])[[0, -1]]
     with one_thread():
-        after = run.process.advance(torch.cat([first, near]), run.draw(2 * len(first), generator), run.grid[0])
+        draw = run.draw(2 * len(first), generator)
+        after = run.process.advance(torch.cat([first, near]), draw, run.grid[0])
         seen = [observed(fn, name, after) for name, fn in run.observe.items()]
         objective = looks(run.process.objective, some, generator)
     tensors = {"what a step does": [after], "the objective": objective, "what is observed": seen}
@@ -288,26 +295,27 @@ def settings(run:Run) -> dict:
     algorithm = parts(getattr(run.process, "algorithm", None), "rho")
     start = run.x if run.x.stride(0) else run.x[:1] # one point for all
     times = [run.grid[0], len(run.grid[1]), run.grid[1][-2:]]
-    found = dict(samsde=__version__, torch=torch.__version__, process=process, algorithm=algorithm, x0=sha256(start), times=times,
-                 shape=[run.x.shape, run.shape, run.size], dtype=str(run.x.dtype), device=run.x.device.type,
+    found = dict(samsde=__version__, torch=torch.__version__, process=process,
+                 algorithm=algorithm, x0=sha256(start), times=times, shape=[run.x.shape, run.shape, run.size],
+                 dtype=str(run.x.dtype), device=run.x.device.type,
                  observe=list(run.observe), seed=run.seed, keep=run.keep)
     return json.loads(json.dumps(found, default=float))
 
 # %% ../nbs/01c_blocks.ipynb #834781ad
 def differences(known:dict, about:dict) -> list:
     "The names of what two runs do not agree in. Raises an error if what is known makes no sense."
-    other = [name for name, value in about["settings"].items() if known["settings"].get(name) != value]
-    seen = about["sketches"]
+    settings, seen = about["settings"], about["sketches"]
+    other = [name for name in settings if known["settings"].get(name) != settings[name]]
     return other or [name for name in seen if not alike(known["sketches"].get(name), seen[name])]
 
 # %% ../nbs/01c_blocks.ipynb #de7805ec
 def pairs(value) -> list:
     "`value` if it is a list of pairs of whole numbers; else a ValueError"
-    fit = isinstance(value, list) and all(isinstance(p, list) and [*map(type, p)] == [int, int] for p in value)
-    if fit: return value
+    def pair(p): return isinstance(p, list) and [*map(type, p)] == [int, int]
+    if isinstance(value, list) and all(map(pair, value)): return value
     raise ValueError("its blocks are no pairs of numbers")
 
-def parts_and_blocks(run:Run, about:dict) -> tuple[list, list]: # of first path and number of paths, of first path and step
+def parts_and_blocks(run:Run, about:dict) -> tuple[list, list]: # first path and number of paths; first path and step
     "What a file says it has. Raises ValueError if these are not parts of the run, each once."
     parts, blocks, n_paths, size = pairs(about["parts"]), pairs(about["blocks"]), len(run.x), run.size
     spans = sorted(parts + [[lo, min(size, n_paths - lo)] for lo, _ in blocks])
@@ -324,24 +332,27 @@ def layout(run:Run, parts:list, blocks:list, seen:list) -> dict: # owner -> name
     count, f64, dtype, T, found = torch.int64, torch.float64, run.x.dtype, len(marks), {}
     rest = [(v.shape[1 + len(lead):], v.dtype) for v in seen]
     for lo, n in parts:
-        found[f"part{lo}"] = arrays = {"final": ((n, *lead, d), dtype), "until": ((n, *lead), count)}
+        found[f"part{lo}"] = own = {"final": ((n, *lead, d), dtype), "until": ((n, *lead), count)}
         for i, (r, kind) in enumerate(rest):
-            arrays |= {f"n{i}": ((*lead,), count), f"mean{i}": ((T, *lead, *r), f64), f"m2{i}": ((T, *lead, *r), f64)}
-            if run.keep: arrays[f"paths{i}"] = (T, n, *lead, *r), kind
-        found[f"part{lo}"] = arrays
+            own[f"n{i}"] = (*lead,), count
+            own |= {f"{name}{i}": ((T, *lead, *r), f64) for name in ("mean", "m2")}
+            if run.keep: own[f"paths{i}"] = (T, n, *lead, *r), kind
     for lo, step in blocks:
-        n, k = min(run.size, n_paths - lo), bisect_left(marks, step)
-        generator = run.block(lo).generator.get_state()
-        arrays = {"x": ((n, *lead, d), dtype), "until": ((n, *lead), count), "generator": (generator.shape, generator.dtype)}
-        found[f"block{lo}"] = arrays | {f"values{i}": ((k, n, *lead, *r), kind) for i, (r, kind) in enumerate(rest)}
+        n, k, state = min(run.size, n_paths - lo), bisect_left(marks, step), run.block(lo).generator.get_state()
+        found[f"block{lo}"] = own = {"x": ((n, *lead, d), dtype), "until": ((n, *lead), count)}
+        own["generator"] = state.shape, state.dtype
+        own |= {f"values{i}": ((k, n, *lead, *r), kind) for i, (r, kind) in enumerate(rest)}
     return found
 
+# %% ../nbs/01c_blocks.ipynb #de7805ef
 def check_layout(form:dict, arrays:dict): # of layout, and of declared
     "Raises ValueError unless a file has these arrays, and no others"
-    wanted = {f"{owner}:{name}": (tuple(shape), as_array(torch.empty(0, dtype=dtype)).dtype)
-              for owner, own in form.items() for name, (shape, dtype) in own.items()}
-    if other := [name for name in wanted.keys() | arrays.keys() if wanted.get(name) != arrays.get(name)]:
-        raise ValueError(f"array {min(other)} is not as this run has it")
+    wanted = {}
+    for owner, own in form.items():
+        for name, (shape, dtype) in own.items():
+            wanted[f"{owner}:{name}"] = tuple(shape), as_array(torch.empty(0, dtype=dtype)).dtype
+    other = [name for name in wanted.keys() | arrays.keys() if wanted.get(name) != arrays.get(name)]
+    if other: raise ValueError(f"array {min(other)} is not as this run has it")
 
 # %% ../nbs/01c_blocks.ipynb #de7805ee
 def check_records(run:Run, t:dict, kind:str):
@@ -359,7 +370,8 @@ def check_part(run:Run, t:dict):
     alive = t["until"] == len(run.grid[1])
     fine = (finite_at(t["final"], run.x.ndim - 1) | ~alive).all()
     for i in range(len(run.observe)):
-        fine &= (t[f"n{i}"] == alive.sum(0)).all() & (t[f"m2{i}"] >= 0).all() & ~t[f"mean{i}"].isnan().any()
+        fine &= (t[f"n{i}"] == alive.sum(0)).all()
+        fine &= (t[f"m2{i}"] >= 0).all() & ~t[f"mean{i}"].isnan().any()
     if not fine: raise ValueError("its sums are not those of its paths")
 
 def check_block(run:Run, lo:int, t:dict):
@@ -368,7 +380,8 @@ def check_block(run:Run, lo:int, t:dict):
     generator = run.block(lo).generator
     seed = generator.initial_seed()
     generator.set_state(t["generator"].cpu())
-    if generator.initial_seed() != seed: raise ValueError("its random numbers are those of another block")
+    if generator.initial_seed() == seed: return
+    raise ValueError("its random numbers are those of another block")
 
 # %% ../nbs/01c_blocks.ipynb #929e52ae
 class Ledger:
@@ -417,7 +430,8 @@ def load(path:Path, run:Run, about:dict, seen:list) -> tuple[dict, dict]: # part
     "What a file has of a run. Raises ValueError if it is damaged or another run's."
     known, arrays = read(path)
     with refusing(path, "is damaged"): other = differences(known, about)
-    if other: raise ValueError(f"{path} belongs to a run with other settings ({', '.join(other)}): give another checkpoint, or delete it")
+    if other: raise ValueError(f"{path} belongs to a run with other settings ({', '.join(other)}): "
+                               "give another checkpoint, or delete it")
     with refusing(path, "is damaged"):
         parts, blocks = parts_and_blocks(run, known)
         form = layout(run, parts, blocks, seen)
@@ -426,18 +440,26 @@ def load(path:Path, run:Run, about:dict, seen:list) -> tuple[dict, dict]: # part
     with refusing(path, "is damaged"):
         for lo, _ in parts: check_part(run, states[f"part{lo}"])
         for lo, _ in blocks: check_block(run, lo, states[f"block{lo}"])
-    return {lo: Partial.restored(states[f"part{lo}"]) for lo, _ in parts}, {lo: (step, states[f"block{lo}"]) for lo, step in blocks}
+    partials = {lo: Partial.restored(states[f"part{lo}"]) for lo, _ in parts}
+    return partials, {lo: (step, states[f"block{lo}"]) for lo, step in blocks}
 
 # %% ../nbs/01c_blocks.ipynb #61df6661
+def place(checkpoint) -> Path:
+    "Where a checkpoint is written: of a link, what it leads to. Raises ValueError or TypeError if that cannot be."
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise TypeError(f"checkpoint must be a path, got {type(checkpoint).__name__}")
+    path, must = Path(os.path.realpath(checkpoint)), "checkpoint must be a file in a folder that"
+    if not path.parent.is_dir(): raise ValueError(f"{must} exists, got {checkpoint}")
+    if not os.access(path.parent, os.W_OK): raise ValueError(f"{must} can be written to, got {checkpoint}")
+    if path.is_file() or not path.exists(): return path
+    raise ValueError(f"checkpoint must be a file, but {checkpoint} {NONE}: it is a folder, or a device")
+
 def opened(checkpoint, run:Run) -> Ledger:
     "The ledger of a run, with what a file has of it. Raises ValueError or TypeError if that cannot be used."
     if checkpoint is None: return Ledger()
-    if not isinstance(checkpoint, (str, os.PathLike)): raise TypeError(f"checkpoint must be a path, got {type(checkpoint).__name__}")
-    path = Path(os.path.realpath(checkpoint)) # of a link, what it leads to
-    if not path.parent.is_dir(): raise ValueError(f"checkpoint must be a file in a folder that exists, got {checkpoint}")
-    if not os.access(path.parent, os.W_OK): raise ValueError(f"checkpoint must be a file in a folder that can be written to, got {checkpoint}")
-    if path.exists() and not path.is_file(): raise ValueError(f"checkpoint must be a file, got {checkpoint}")
-    for left in path.parent.glob(f"{glob.escape(path.name)}.????????.part"): left.unlink(missing_ok=True) # by a run that was killed
+    path = place(checkpoint)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.????????.part"): # by a run that was killed
+        left.unlink(missing_ok=True)
     sketches, seen = fingerprint(run)
     about = dict(format=FORMAT, settings=settings(run), sketches=sketches)
     return Ledger(path, about, *(load(path, run, about, seen) if path.exists() else ()))

@@ -30,8 +30,9 @@ def number(name:str, zero:bool=False, least:float=0.0):
     def parse(text):
         try: value = float(text)
         except ValueError: raise argparse.ArgumentTypeError(f"{name} must be a number, got {text!r}")
+        kind = "non-negative" if zero else "positive"
         if not math.isfinite(value) or value < 0 or value == 0 and not zero:
-            raise argparse.ArgumentTypeError(f"{name} must be {'non-negative' if zero else 'positive'} and finite, got {text}")
+            raise argparse.ArgumentTypeError(f"{name} must be {kind} and finite, got {text}")
         if value >= least: return value
         raise argparse.ArgumentTypeError(f"{name} must be at least {least:g}, got {text}")
     return parse
@@ -96,9 +97,9 @@ def own_options(experiment:Experiment, options:argparse.Namespace) -> dict:
 
 # %% ../nbs/09_cli.ipynb #c11a0003
 def check_place(out:Path, experiments:list):
-    "Raises OSError unless the results of experiments can be written to a folder, which need not be there yet"
-    if out.is_symlink() and not out.exists(): raise FileNotFoundError(f"No such directory: {out} is a link that leads nowhere")
-    nearest = next(p for p in (out, *out.absolute().parents) if p.exists())
+    "Raises OSError unless results can be written to a folder, which need not be there yet"
+    out = Path(os.path.realpath(out)) # of a link, what it leads to
+    nearest = next(p for p in (out, *out.parents) if p.exists())
     if not nearest.is_dir(): raise NotADirectoryError(f"Not a directory: {nearest}")
     if not os.access(nearest, os.W_OK | os.X_OK): raise PermissionError(f"Permission denied: {nearest}")
     for e in experiments:
@@ -106,14 +107,16 @@ def check_place(out:Path, experiments:list):
             if path.is_dir(): raise IsADirectoryError(f"Is a directory: {path}")
 
 # %% ../nbs/09_cli.ipynb #c11a0005
-SPELLED = {"±": "+/-", "√": "sqrt ", "·": "*", "×": "x", "−": "-", "–": "-", "—": "-", "…": "...", "≤": "<=", "≥": ">=", "≈": "~",
-           "→": "->", "∞": "inf", "∇": "grad ", "‖": "||", "½": "1/2", "²": "^2", "‘": "'", "’": "'", "“": '"', "”": '"'}
+SPELLED = {"±": "+/-", "√": "sqrt ", "·": "*", "×": "x", "−": "-", "–": "-", "—": "-", "…": "...", "≤": "<=",
+           "≥": ">=", "≈": "~", "→": "->", "∞": "inf", "∇": "grad ", "‖": "||", "½": "1/2", "²": "^2",
+           "‘": "'", "’": "'", "“": '"', "”": '"'}
 
 def spelled(letter:str) -> str:
     "A letter in ASCII"
     greek = re.match("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)", unicodedata.name(letter, ""))
     if greek: return greek[2].lower() if greek[1] == "SMALL" else greek[2].capitalize()
-    return SPELLED.get(letter) or unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode() or "?"
+    plain = unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
+    return SPELLED.get(letter) or plain or "?"
 
 def readable():
     "Let stdout and stderr spell out the letters that their encodings lack"
@@ -126,7 +129,8 @@ def say(text:str):
     "Print, at once. Raises OSError if that fails, and is silent from then on."
     try: print(text, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # Python tries once more when it ends
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno()) # Python tries once more when it ends
         raise OSError(f"stdout cannot be written to: {error.strerror}") from error
 
 # %% ../nbs/09_cli.ipynb #c11a0008
@@ -137,7 +141,7 @@ def report(experiment:Experiment, table:pd.DataFrame) -> str:
 
 # %% ../nbs/09_cli.ipynb #16a9d9b7
 def reproduce(experiment:Experiment, options:argparse.Namespace) -> pd.DataFrame:
-    "Measure, write NAME.csv, NAME.png and NAME.txt, and print the verdicts. Returns the table. Raises OSError where that is not possible."
+    "Measure, write NAME.csv, .png and .txt, and print the verdicts. Returns the table. Raises OSError if that fails."
     begin, own = time.perf_counter(), own_options(experiment, options)
     check_place(options.out, [experiment])
     table = experiment.measure(quick=options.quick, seed=options.seed, dtype=getattr(torch, options.dtype), device=options.device,

@@ -26,12 +26,13 @@ def time_grid(eta, # learning rate of the process, one number
               dt:float|None=None, # step length, at most η; η if None
               every:int=1 # record every so many η
              ) -> tuple[list, list]: # lengths of the steps within one η, recorded multiples of η
-    "How one unit η is cut, and when to record. Raises ValueError if `dt` > η, `t_end` is no multiple of η, or steps or times are too many."
+    "How one unit η is cut, and when to record. Raises ValueError if `dt` > η, `t_end` is no multiple of η, or all is too long."
     if isinstance(eta, Tensor) and eta.numel() > 1: raise ValueError("paths with different eta share no time grid: simulate them one eta at a time")
     eta, t_end = float(eta), float(positive("t_end", t_end))
     dt = eta if dt is None else float(positive("dt", dt))
     if dt > eta * (1 + 1e-9): raise ValueError(f"dt must be at most eta={eta:g}, got {dt:g}")
-    if max(t_end / eta, eta / dt) > 2**53: raise ValueError(f"a run has at most 2^53 steps, got t_end={t_end:g} with eta={eta:g} and dt={dt:g}")
+    if t_end / eta > 2**53: raise ValueError(f"t_end must be at most 2^53 eta, got {t_end:g} with eta={eta:g}")
+    if eta / dt > 10**6: raise ValueError(f"dt must be at least eta/10^6, got {dt:g} with eta={eta:g}")
     n, m = round(t_end / eta), math.ceil(eta / dt - 1e-9)
     if n < 1 or abs(n * eta - t_end) > 1e-6 * eta * n: raise ValueError(f"t_end must be a whole number of steps eta={eta:g}, got {t_end:g}")
     if n // whole("every", every) >= 10**7: raise ValueError(f"every must be larger: with every={every}, {n // every} times are recorded")
@@ -66,8 +67,8 @@ class Ensemble:
         for name, mean in self.mean.items():
             components = [",".join(map(str, index)) for index in np.ndindex(*mean.shape[1:])]
             each = dict(time=times.repeat(len(components)), component=components * len(times))
-            numbers = {kind: getattr(self, kind)[name].cpu().numpy().ravel() for kind in ("mean", "std", "sem")}
-            tables.append(pd.DataFrame(dict(observable=name) | each | numbers))
+            for kind in ("mean", "std", "sem"): each[kind] = getattr(self, kind)[name].cpu().numpy().ravel()
+            tables.append(pd.DataFrame(dict(observable=name) | each))
         return pd.concat(tables, ignore_index=True).dropna(subset="mean")
     def plot(self, name:str|None=None, ax=None, **style):
         "Mean over time, with a band of two standard errors; returns the Axes"

@@ -6,7 +6,7 @@
 __all__ = ['sweep']
 
 # %% ../nbs/08c_sweep.ipynb #sweep002
-import asyncio, functools, hashlib, itertools, json, math, time, warnings
+import asyncio, functools, hashlib, itertools, json, math, os, time, warnings
 from collections.abc import Iterable, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -105,10 +105,12 @@ class Job:
     substeps: int # of an SDE within one η
 
     @property
-    def dt(self) -> float|None: return None if isinstance(self.process, Chain) else self.setting["eta"] / self.substeps
+    def dt(self) -> float|None: # of an SDE
+        return None if isinstance(self.process, Chain) else self.setting["eta"] / self.substeps
     def ensemble(self, t_end:float, n_paths:int, every:int, seed:int) -> Ensemble:
         x0 = self.x0 if self.x0.ndim == 1 else self.x0[:n_paths]
-        return simulate(self.process, x0, t_end, n_paths, dt=self.dt, seed=seed, observe=self.observe, every=every, threads=1)
+        how = dict(dt=self.dt, seed=seed, observe=self.observe, every=every, threads=1)
+        return simulate(self.process, x0, t_end, n_paths, **how)
 
 # %% ../nbs/08c_sweep.ipynb #sweep022
 def run(job:Job) -> dict: # n_diverged, and rows of observable, time, component, mean, std, sem
@@ -126,7 +128,7 @@ def run(job:Job) -> dict: # n_diverged, and rows of observable, time, component,
 
 # %% ../nbs/08c_sweep.ipynb #sweep024
 def check(job:Job):
-    "Try a first step of two paths, of a job without a seed. Raises ValueError or TypeError, with the setting, if that makes no sense."
+    "Try a first step of two paths. Raises ValueError or TypeError, with the setting, if that makes no sense."
     with naming(job.setting), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*paths diverged")
         for name in ("t_end", "interval"): times_in(name, getattr(job, name), "eta", job.setting["eta"])
@@ -187,10 +189,11 @@ class Meaning:
     columns: int # numbers that are observed at a time
 
 def meaning(job:Job) -> Meaning:
-    "What the names of a job stand for. Raises ValueError or TypeError, with the setting, if they make no sense."
+    "What the names of a job stand for. Raises ValueError or TypeError, with the setting, if that makes no sense."
+    two, eta = job.x0[:2] if job.x0.ndim == 2 else job.x0, job.setting["eta"]
     with naming(job.setting):
-        x, eta = starts(job.process, job.x0[:2] if job.x0.ndim == 2 else job.x0, 2), job.setting["eta"]
-        sketches, seen = fingerprint(Run(job.process, x, time_grid(eta, eta, job.dt), job.observe, 2, (), 0, False))
+        x, grid = starts(job.process, two, 2), time_grid(eta, eta, job.dt)
+        sketches, seen = fingerprint(Run(job.process, x, grid, job.observe, 2, (), 0, False))
     return Meaning(sha256(job.x0), sketches, sum(v[0].numel() for v in seen))
 
 # %% ../nbs/08c_sweep.ipynb #sweep02a
@@ -202,40 +205,44 @@ def keep(path:Path, job:Job, means:Meaning, result:dict):
 
 # %% ../nbs/08c_sweep.ipynb #sweep030
 def loaded(path:Path, room:int) -> tuple[int, dict]: # format and content of a file of at most `room` bytes
-    "Raises ValueError if that is none, or not what was written."
+    "Raises an error if a file is none, or not what was written."
     if path.stat().st_size > room: raise ValueError("it is too long")
     file = json.loads(path.read_bytes())
     version, content = file["format"], file["content"]
-    if type(version) is not int or version == FORMAT and digest(content) != file["sha256"]: raise ValueError("its checksum is wrong")
+    if type(version) is not int: raise TypeError("its format is no number")
+    if version == FORMAT and digest(content) != file["sha256"]: raise ValueError("its checksum is wrong")
     return version, content
 
 def differences(content:dict, job:Job, means:Meaning) -> list:
     "What another job's file does not agree in. Raises an error if what it says makes no sense."
     other = ["settings"] * (content["request"] != request(job)) + ["x0"] * (content["x0"] != means.x0)
-    return other + [name for name, rows in means.sketches.items() if not alike(content["sketches"].get(name), rows)]
+    known, seen = content["sketches"], means.sketches
+    return other + [name for name in seen if not alike(known.get(name), seen[name])]
 
 def check_rows(content:dict, job:Job):
-    "Raises ValueError or TypeError unless a file's rows can be a job's"
-    real = (int, float)
+    "Raises an error unless a file's rows can be a job's"
+    def real(v): return type(v) in (int, float) and not math.isnan(v)
     fit = type(content["n_diverged"]) is int and 0 <= content["n_diverged"] <= job.n_paths
-    for name, time, component, *numbers in content["rows"]:
-        fit &= name in job.observe and type(time) in real and 0 <= time <= job.t_end and type(component) is str
-        fit &= len(numbers) == 3 and all(v is None or type(v) in real and not math.isnan(v) for v in numbers)
+    for name, time, component, mean, std, sem in content["rows"]:
+        fit &= name in job.observe and real(time) and 0 <= time <= job.t_end and type(component) is str
+        fit &= all(v is None or real(v) for v in (mean, std, sem))
     if not fit: raise ValueError("its rows are not those of this job")
 
 # %% ../nbs/08c_sweep.ipynb #sweep03a
 def kept(path:Path, job:Job, means:Meaning) -> dict:
     "The result of a job from its file. Raises ValueError if the file is damaged, of another format, or another job's."
+    row = 200 + max(len(json.dumps(name)) for name in job.observe) # bytes
     rows = means.columns * (2 + round(job.t_end / job.interval))
-    room = 10**5 + 10 * len(json.dumps([request(job), means.sketches])) + rows * (200 + max(len(json.dumps(name)) for name in job.observe))
+    room = 10**5 + 10 * len(json.dumps([request(job), means.sketches])) + rows * row
     try:
         version, content = loaded(path, room)
         other = differences(content, job, means) if version == FORMAT else []
         if version == FORMAT and not other: check_rows(content, job)
     except Exception as error: # whatever is wrong with it
         raise ValueError(f"{path} is damaged, or no file of a sweep: delete it") from error
-    if version != FORMAT: raise ValueError(f"{path} has format {version}, but this version of samsde writes {FORMAT}: give another folder")
-    if other: raise ValueError(f"{path} belongs to another sweep, which differs in {', '.join(other)}: give another folder")
+    wrong = f"belongs to another sweep, which differs in {', '.join(other)}" if other else ""
+    if version != FORMAT: wrong = f"has format {version}, but this version of samsde writes {FORMAT}"
+    if wrong: raise ValueError(f"{path} {wrong}: give another folder")
     return {name: content[name] for name in ("n_diverged", "rows")}
 
 # %% ../nbs/08c_sweep.ipynb #sweep032
@@ -244,21 +251,24 @@ def numbered(i:int, job:Job) -> tuple[int, dict]: return i, run(job)
 PATIENCE = 60. # seconds that a cluster may be without a worker
 
 def outcome(future) -> tuple|None: # None if it was lost with its worker, and is computed again
-    "What came of a task. Raises what it raised, KilledWorker if workers died of it, RuntimeError if it was cancelled."
-    if future.cancelled(): raise RuntimeError("a job was cancelled by the Dask cluster, or its scheduler was lost")
+    "What came of a task. Raises what it raised; KilledWorker if workers died of it; RuntimeError if it was cancelled."
+    if future.cancelled(): raise RuntimeError("the Dask cluster cancelled a job, or lost its scheduler")
     try: return future.result(timeout=10)
     except asyncio.TimeoutError: return None
 
 def on_dask(client, jobs:dict): # number -> Job
-    "Numbers and results of jobs, as they come. Raises RuntimeError if the cluster has no worker for a minute, or gives a job up."
+    "Numbers and results of jobs, as they come. Raises RuntimeError if there is no worker for a minute; what outcome raises."
     from distributed import as_completed
-    todo, running, seen = list(jobs.items())[::-1], as_completed([], loop=client.loop), time.monotonic()
+    todo, running = list(jobs.items())[::-1], as_completed([], loop=client.loop)
+    seen = time.monotonic() # a worker
     try:
         while todo or not running.is_empty():
             cores = sum(client.ncores().values())
             if cores: seen = time.monotonic()
-            if time.monotonic() - seen > PATIENCE: raise RuntimeError(f"the Dask cluster has had no worker for {PATIENCE:g} s")
-            while todo and running.count() < 3 * cores: running.add(client.submit(numbered, *todo.pop(), pure=False))
+            elif time.monotonic() - seen > PATIENCE:
+                raise RuntimeError(f"the Dask cluster has had no worker for {PATIENCE:g} s")
+            while todo and running.count() < 3 * cores:
+                running.add(client.submit(numbered, *todo.pop(), pure=False))
             if not running.has_ready(): time.sleep(.02)
             for future in running.next_batch(block=False):
                 if result := outcome(future): yield result
@@ -287,11 +297,16 @@ def table_of(jobs:list, results:dict) -> pd.DataFrame:
 def collect(jobs:list, folder:Path|None, progress:bool) -> dict: # number of a job -> its result
     "Results of all jobs, from the folder where they are there. Raises what a job raises, and ValueError on a file that does not belong."
     if folder and folder.exists() and not folder.is_dir(): raise ValueError(f"folder must be a folder, got the file {folder}")
+    folder = folder and Path(os.path.realpath(folder)) # of a link, what it leads to
     combinations = [tuple(job.setting.values())[:-1] for job in jobs] # without the seed
-    known = {key: meaning(job) for key, job in dict(zip(combinations, jobs)).items()} if folder else {}
+    of_each = dict(zip(combinations, jobs)) if folder else {}
+    known = {key: meaning(job) for key, job in of_each.items()}
     if folder: folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("*.json.????????.part") if folder else (): # by a sweep that was killed
+        if left.stat().st_mtime < time.time() - 3600: left.unlink(missing_ok=True)
     paths = [folder / f"{digest(request(job))[:24]}.json" for job in jobs] if folder else []
-    results = {i: kept(path, jobs[i], known[combinations[i]]) for i, path in enumerate(paths) if path.exists()}
+    there = [i for i, path in enumerate(paths) if path.exists()]
+    results = {i: kept(paths[i], jobs[i], known[combinations[i]]) for i in there}
     todo = {i: job for i, job in enumerate(jobs) if i not in results}
     bar = tqdm(total=len(jobs), initial=len(results), unit="job", disable=not progress)
     with bar, closing(finished(todo)) as done, warnings.catch_warnings(): # threads may leave filters behind

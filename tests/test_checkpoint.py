@@ -398,7 +398,7 @@ def test_no_file(small, tmp_path):
     """A folder and a pipe are no files; a pipe is not waited for."""
     os.mkfifo(tmp_path/"pipe")
     for path in (tmp_path, tmp_path/"pipe"):
-        with pytest.raises(ValueError, match="checkpoint must be a file, got"): small(checkpoint=path)
+        with pytest.raises(ValueError, match="checkpoint must be a file, but"): small(checkpoint=path)
 
 def test_what_a_killed_writer_left_goes(small, file):
     for name in ("run.npz.0123abcd.part", "run.npz.ffffffff.part"): (file.parent/name).write_text("half")

@@ -202,6 +202,30 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"] * 2
 
 
+def test_links(tmp_path):
+    """What a folder's link leads to is written, also where that is not there yet, and what a file's link leads to."""
+    link, target = tmp_path / "link", tmp_path / "target"
+    link.symlink_to(target)
+    table = small(link)
+    assert link.is_symlink() and len(files(target)) == 2
+    path = files(target)[0]
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    same(small(link), table)
+    (tmp_path / "moved").unlink()
+    same(small(link), table)
+    assert path.is_symlink() and (tmp_path / "moved").is_file()
+
+
+def test_what_a_killed_sweep_left_goes(tmp_path):
+    """After an hour, since another sweep may be writing."""
+    old, new = tmp_path / "a.json.0123abcd.part", tmp_path / "a.json.ffffffff.part"
+    for path in (old, new): path.write_text("half")
+    os.utime(old, (0, 0))
+    small(tmp_path)
+    assert new.exists() and not old.exists()
+
+
 def test_a_backend_that_returns_all_at_once(monkeypatch):
     """As Ray's does"""
     monkeypatch.setattr(BACKENDS["loky"], "supports_return_generator", False)

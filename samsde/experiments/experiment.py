@@ -6,7 +6,7 @@
 __all__ = ['VERDICTS', 'Verdict', 'Verdicts', 'plus_minus', 'exponent', 'jackknife', 'Experiment', 'picture', 'legend']
 
 # %% ../../nbs/experiments/experiment.ipynb #0824d6e6
-import math
+import math, os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -80,7 +80,7 @@ class Experiment:
         "Write NAME.csv and NAME.png. Raises OSError where that is not possible."
         import matplotlib
         import matplotlib.pyplot as plt
-        folder.mkdir(parents=True, exist_ok=True)
+        os.makedirs(os.path.realpath(folder), exist_ok=True) # of a link, what it leads to
         csv, png = (folder / f"{self.name}.{kind}" for kind in ("csv", "png"))
         with replacing(csv) as f: f.write(table.to_csv(index=False, float_format="%.9g").encode())
         with matplotlib.rc_context(theme() | {"backend": "agg"}): figure = self.plot(table)
