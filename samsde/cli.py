@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     top = Parser("samsde", description="Stochastic differential equations for sharpness-aware minimization.")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     run = commands.add_parser("reproduce", help="run the paper's experiments and judge its claims",
-                              description="Run experiments: a table (CSV), a figure (PNG) and a verdict on each claim of the paper.")
+                              description="Run experiments: a table (CSV), a figure (PNG) and a verdict on each claim of the paper (TXT).")
     run.add_argument("names", nargs="*", metavar="NAME", help="experiments, see --list; 'all' for all of them (default: error_vs_rho)")
     run.add_argument("--list", action="store_true", help="name the experiments, and how long they take")
     run.add_argument("--quick", action="store_true", help="a smaller setting of under a minute, for a first look")
@@ -125,13 +125,13 @@ def readable():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="samsde.spelled")
 
-def say(text:str):
+def say(text:str, instead:str=""): # what an error adds
     "Print, at once. Raises OSError if that fails, and is silent from then on."
     try: print(text, flush=True)
     except OSError as error:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno()) # Python tries once more when it ends
-        raise OSError(f"stdout cannot be written to: {error.strerror}") from error
+        raise OSError(f"stdout cannot be written to ({error.strerror}){instead}") from error
 
 # %% ../nbs/09_cli.ipynb #c11a0008
 def report(experiment:Experiment, table:pd.DataFrame) -> str:
@@ -148,12 +148,13 @@ def reproduce(experiment:Experiment, options:argparse.Namespace) -> pd.DataFrame
                                progress=sys.stderr is not None and sys.stderr.isatty(), **own)
     try:
         csv, png = experiment.save(table, options.out)
-        text = report(experiment, table)
-        with replacing(csv.with_suffix(".txt")) as f: f.write(f"{text}\n".encode())
+        text, txt = report(experiment, table), csv.with_suffix(".txt")
+        with replacing(txt) as f: f.write(f"{text}\n".encode())
     except OSError: # on a full disk, say: what can be saved of the work is what can be printed
         say(f"{report(experiment, table)}\n\n{table.to_csv(index=False)}")
         raise
-    say(f"{text}\n\n{csv} and {png} written in {time.perf_counter() - begin:.0f} s.")
+    seconds = time.perf_counter() - begin
+    say(f"{text}\n\n{csv}, {png} and {txt} written in {seconds:.0f} s.", f": the verdicts are in {txt}")
     return table
 
 # %% ../nbs/09_cli.ipynb #c11a0007
