@@ -131,3 +131,10 @@ def test_a_table_of_a_million_rows():
         run = Ensemble(torch.arange(shape[0], **f64), {"x": t}, {"x": t}, {"x": t}, torch.zeros(2, 1, **f64), alive, alive.double())
         begin = time.perf_counter()
         assert len(run.frame()) == 10**6 and time.perf_counter() - begin < 3
+
+def test_more_than_can_be_counted():
+    """A learning rate, a step or a number of paths beyond all sense is refused in words."""
+    bowl, x0 = Quadratic(torch.eye(2, **f64), .1), torch.ones(2, **f64)
+    for kind, eta, how, words in ((Chain, 1e-320, dict(n_paths=4), "t_end must be at most 2.53 eta"), (SDE, .1, dict(n_paths=4, dt=1e-320), "dt must be at least eta/10.6"),
+                                  (Chain, .1, dict(n_paths=10**30), "n_paths must be at most 2.53, got 1000000000000000000000000000000")):
+        with pytest.raises(ValueError, match=words): simulate(kind(SGD(), bowl, eta), x0, 1., **how)
