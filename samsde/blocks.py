@@ -168,6 +168,7 @@ def as_tensor(a:np.ndarray, dtype:torch.dtype, device) -> Tensor:
     t = torch.from_numpy(a).to(device, copy=True) # into torch's memory, aligned as it is there
     return t.view(dtype) if dtype == torch.bfloat16 else t
 
+# %% ../nbs/01c_blocks.ipynb #d73c6828
 @contextmanager
 def replacing(path:Path): # a binary file
     "A file that takes the place of another when all is written. Raises OSError if that fails; the old one then stays."
@@ -183,6 +184,7 @@ def replacing(path:Path): # a binary file
         part.unlink(missing_ok=True)
         raise
 
+# %% ../nbs/01c_blocks.ipynb #6f60e6a4
 def write(path:Path, arrays:dict):
     "Write an .npz file completely or not at all. Raises OSError if that fails."
     with replacing(path) as f: np.savez(f, **arrays)
@@ -199,6 +201,7 @@ def refusing(path:Path, words:str):
         why = str(error)[:100]
         raise ValueError(f"{path} {words} ({why}): give another checkpoint, or delete it") from error
 
+# %% ../nbs/01c_blocks.ipynb #debaf862
 def declared(path:Path) -> dict: # name -> shape, dtype
     "The arrays of an .npz file, as their headers say: nothing is unpacked"
     found = {}
@@ -213,6 +216,7 @@ def declared(path:Path) -> dict: # name -> shape, dtype
 # %% ../nbs/01c_blocks.ipynb #e9009d78
 NONE = "is no checkpoint of simulate, or damaged"
 
+# %% ../nbs/01c_blocks.ipynb #67558d96
 def read(path:Path) -> tuple[dict, dict]:
     "What a file says of itself, and of its arrays. Raises ValueError if it is no checkpoint, or of another format."
     with refusing(path, NONE):
@@ -226,6 +230,7 @@ def read(path:Path) -> tuple[dict, dict]:
     raise ValueError(f"{path} has format {version}, but this version of samsde has {FORMAT}: "
                      "give another checkpoint, or delete it")
 
+# %% ../nbs/01c_blocks.ipynb #d23afab2
 def unpacked(path:Path, form:dict, device) -> dict: # of layout -> owner -> name -> tensor
     "The arrays of a file. Raises ValueError if it is damaged."
     states = {owner: {} for owner in form}
@@ -259,6 +264,7 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(threads)
 
+# %% ../nbs/01c_blocks.ipynb #def2b02c
 def looks(objective, x:Tensor, # (points, d)
           generator:torch.Generator) -> list: # of tensors
     "An objective at a few points: its gradient, and the losses of all samples or the gradients of 16 γ"
@@ -315,6 +321,7 @@ def pairs(value) -> list:
     if isinstance(value, list) and all(map(pair, value)): return value
     raise ValueError("its blocks are no pairs of numbers")
 
+# %% ../nbs/01c_blocks.ipynb #4ec99a61
 def parts_and_blocks(run:Run, about:dict) -> tuple[list, list]: # first path and number of paths; first path and step
     "What a file says it has. Raises ValueError if these are not parts of the run, each once."
     parts, blocks, n_paths, size = pairs(about["parts"]), pairs(about["blocks"]), len(run.x), run.size
@@ -364,6 +371,7 @@ def check_records(run:Run, t:dict, kind:str):
         fine &= (finite_at(v, 1 + axes) | (until <= k)).all()
     if not fine: raise ValueError("paths that did not diverge are not finite")
 
+# %% ../nbs/01c_blocks.ipynb #fe038314
 def check_part(run:Run, t:dict):
     "Raises ValueError unless tensors can be a Partial's"
     check_records(run, t, "paths")
@@ -374,6 +382,7 @@ def check_part(run:Run, t:dict):
         fine &= (t[f"m2{i}"] >= 0).all() & ~t[f"mean{i}"].isnan().any()
     if not fine: raise ValueError("its sums are not those of its paths")
 
+# %% ../nbs/01c_blocks.ipynb #9de8ec2b
 def check_block(run:Run, lo:int, t:dict):
     "Raises ValueError unless tensors can be a Block's"
     check_records(run, t, "values")
@@ -454,6 +463,7 @@ def place(checkpoint) -> Path:
     if path.is_file() or not path.exists(): return path
     raise ValueError(f"checkpoint must be a file, but {checkpoint} {NONE}: it is a folder, or a device")
 
+# %% ../nbs/01c_blocks.ipynb #c9539af3
 def opened(checkpoint, run:Run) -> Ledger:
     "The ledger of a run, with what a file has of it. Raises ValueError or TypeError if that cannot be used."
     if checkpoint is None: return Ledger()

@@ -25,6 +25,7 @@ class Parser(argparse.ArgumentParser):
     "A parser that says in one line what is wrong"
     def error(self, message): self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
+# %% ../nbs/09_cli.ipynb #0b2d73bd
 def number(name:str, zero:bool=False, least:float=0.0):
     "A parser of a finite number of at least `least` that is positive, or with `zero` not negative"
     def parse(text):
@@ -37,6 +38,7 @@ def number(name:str, zero:bool=False, least:float=0.0):
         raise argparse.ArgumentTypeError(f"{name} must be at least {least:g}, got {text}")
     return parse
 
+# %% ../nbs/09_cli.ipynb #573972a4
 def count(name:str, least:int, most:int):
     "A parser of a whole number from `least` to `most`"
     def parse(text):
@@ -118,6 +120,7 @@ def spelled(letter:str) -> str:
     plain = unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
     return SPELLED.get(letter) or plain or "?"
 
+# %% ../nbs/09_cli.ipynb #6f04242b
 def readable():
     "Let stdout and stderr spell out the letters that their encodings lack"
     def spell(error): return "".join(map(spelled, error.object[error.start:error.end])), error.end
@@ -125,6 +128,7 @@ def readable():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="samsde.spelled")
 
+# %% ../nbs/09_cli.ipynb #d08dea7a
 def say(text:str, instead:str=""): # what an error adds
     "Print, at once. Raises OSError if that fails, and is silent from then on."
     try: print(text, flush=True)

@@ -188,6 +188,7 @@ class Meaning:
     sketches: dict # of what a step does, of the objective, of what is observed
     columns: int # numbers that are observed at a time
 
+# %% ../nbs/08c_sweep.ipynb #a301d160
 def meaning(job:Job) -> Meaning:
     "What the names of a job stand for. Raises ValueError or TypeError, with the setting, if that makes no sense."
     two, eta = job.x0[:2] if job.x0.ndim == 2 else job.x0, job.setting["eta"]
@@ -213,12 +214,14 @@ def loaded(path:Path, room:int) -> tuple[int, dict]: # format and content of a f
     if version == FORMAT and digest(content) != file["sha256"]: raise ValueError("its checksum is wrong")
     return version, content
 
+# %% ../nbs/08c_sweep.ipynb #584ef49c
 def differences(content:dict, job:Job, means:Meaning) -> list:
     "What another job's file does not agree in. Raises an error if what it says makes no sense."
     other = ["settings"] * (content["request"] != request(job)) + ["x0"] * (content["x0"] != means.x0)
     known, seen = content["sketches"], means.sketches
     return other + [name for name in seen if not alike(known.get(name), seen[name])]
 
+# %% ../nbs/08c_sweep.ipynb #a7eaa8c1
 def check_rows(content:dict, job:Job):
     "Raises an error unless a file's rows can be a job's"
     def real(v): return type(v) in (int, float) and not math.isnan(v)
@@ -256,6 +259,7 @@ def outcome(future) -> tuple|None: # None if it was lost with its worker, and is
     try: return future.result(timeout=10)
     except asyncio.TimeoutError: return None
 
+# %% ../nbs/08c_sweep.ipynb #52061262
 def on_dask(client, jobs:dict): # number -> Job
     "Numbers and results of jobs, as they come. Raises RuntimeError if there is no worker for a minute; what outcome raises."
     from distributed import as_completed
