@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../nbs/01c_blocks.ipynb #e2ae42b2
-import hashlib, json, math, os, threading, time, warnings
+import glob, hashlib, json, math, os, threading, time, warnings, zipfile
 from bisect import bisect_left
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .objective import FiniteSum, Objective
 
 # %% ../nbs/01c_blocks.ipynb #a6cad47f
 def block_size(n_paths:int, # number of paths
@@ -64,15 +66,16 @@ def finite_at(t:Tensor, # (*lead, ...)
     "Where all of a tensor's numbers are finite: 0 · ∞ and 0 · NaN are not 0, which is eight times as fast to find as `isfinite` and `all`"
     return (t * 0).reshape(*t.shape[:axes], -1).sum(-1) == 0 if t.ndim > axes else torch.isfinite(t)
 
+# %% ../nbs/01c_blocks.ipynb #0b5e7a12
 def observed(fn, name:str, x:Tensor) -> Tensor:
     "An observable's values. Raises ValueError if it mixes paths, TypeError if it gives no numbers."
-    value, lead = fn(x), x.shape[:-1]
+    value, lead = fn(x.clone()), x.shape[:-1]
     if not isinstance(value, Tensor):
         try: value = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"observable {name!r} must give a tensor, got {type(value).__name__}") from None
     if value.is_complex(): raise TypeError(f"observable {name!r} must be real, got {value.dtype}: observe its parts")
-    if value.shape[:len(lead)] == lead: return value
+    if value.shape[:len(lead)] == lead: return value.detach().clone()
     raise ValueError(f"observable {name!r} must keep the leading axes {tuple(lead)}, got shape {tuple(value.shape)}")
 
 # %% ../nbs/01c_blocks.ipynb #1eda62a8
@@ -111,7 +114,7 @@ class Run:
 
     def block(self, lo:int) -> Block:
         "The block of the paths from `lo` on, at its start"
-        x = self.x[lo:lo + self.size].contiguous()
+        x = self.x[lo:lo + self.size].clone(memory_format=torch.contiguous_format)
         until = torch.full(x.shape[:-1], len(self.grid[1]), device=x.device)
         return Block(x, until, {name: [] for name in self.observe}, stream(self.seed, lo // self.size, x.device))
     def draw(self, n:int, generator:torch.Generator): # () -> noise of n paths
@@ -165,12 +168,15 @@ def as_tensor(a:np.ndarray, dtype:torch.dtype, device) -> Tensor:
     t = torch.from_numpy(a).to(device, copy=True) # into torch's memory, aligned as it is there
     return t.view(dtype) if dtype == torch.bfloat16 else t
 
-def write(path:Path, arrays:dict):
-    "Write an .npz file completely or not at all. Raises OSError if that fails, and then the old file is there as it was."
-    part = path.with_name(path.name + ".part")
+# %% ../nbs/01c_blocks.ipynb #d73c6828
+@contextmanager
+def replacing(path:Path): # a binary file
+    "A file that takes the place of another when all is written. Raises OSError if that fails; the old one then stays."
+    path = Path(os.path.realpath(path))
+    part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     try:
         with part.open("wb") as f:
-            np.savez(f, **arrays)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
@@ -178,39 +184,114 @@ def write(path:Path, arrays:dict):
         part.unlink(missing_ok=True)
         raise
 
-# %% ../nbs/01c_blocks.ipynb #e9009d77
-FORMAT = 1 # of the files; another one where the layout changes, or what a seed gives
+# %% ../nbs/01c_blocks.ipynb #6f60e6a4
+def write(path:Path, arrays:dict):
+    "Write an .npz file completely or not at all. Raises OSError if that fails."
+    with replacing(path) as f: np.savez(f, **arrays)
 
+# %% ../nbs/01c_blocks.ipynb #e9009d77
+FORMAT = 2 # of the files; another one where the layout changes, or what a seed gives
+TEXT = 2**26 # bytes that a file may have to say of itself
+
+@contextmanager
+def refusing(path:Path, words:str):
+    "Errors inside are a ValueError about a file: numpy, zipfile and json have many for what makes no sense"
+    try: yield
+    except Exception as error:
+        why = str(error)[:100]
+        raise ValueError(f"{path} {words} ({why}): give another checkpoint, or delete it") from error
+
+# %% ../nbs/01c_blocks.ipynb #debaf862
+def declared(path:Path) -> dict: # name -> shape, dtype
+    "The arrays of an .npz file, as their headers say: nothing is unpacked"
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            with archive.open(entry) as f:
+                np.lib.format.read_magic(f)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+            found[entry.filename.removesuffix(".npy")] = shape, dtype
+    return found
+
+# %% ../nbs/01c_blocks.ipynb #e9009d78
+NONE = "is no checkpoint of simulate, or damaged"
+
+# %% ../nbs/01c_blocks.ipynb #67558d96
 def read(path:Path) -> tuple[dict, dict]:
-    "What a file says of itself, and its arrays. Raises ValueError if it is no checkpoint, damaged, or of another format."
-    try:
-        with np.load(path, allow_pickle=False) as f: arrays = {name: f[name] for name in f.files}
-        about = json.loads(arrays.pop("about").item())
+    "What a file says of itself, and of its arrays. Raises ValueError if it is no checkpoint, or of another format."
+    with refusing(path, NONE):
+        arrays = declared(path)
+        _, text = arrays.pop("about")
+        if text.itemsize > TEXT: raise ValueError("what it says of itself is too long")
+        with np.load(path, allow_pickle=False) as f: about = json.loads(f["about"].item())
         version = about["format"]
-        if version == FORMAT and (lost := {"settings", "probe", "parts", "blocks"} - about.keys()): raise KeyError(lost)
-    except Exception as error: # numpy, zipfile and json have many words for bytes that make no sense
-        raise ValueError(f"{path} is no checkpoint of simulate, or damaged: give another checkpoint, or delete it") from error
+        if type(version) is not int: raise TypeError(f"its format is {type(version).__name__}")
     if version == FORMAT: return about, arrays
-    raise ValueError(f"{path} has format {version}, but this version of samsde has {FORMAT}: give another checkpoint, or delete it")
+    raise ValueError(f"{path} has format {version}, but this version of samsde has {FORMAT}: "
+                     "give another checkpoint, or delete it")
+
+# %% ../nbs/01c_blocks.ipynb #d23afab2
+def unpacked(path:Path, form:dict, device) -> dict: # of layout -> owner -> name -> tensor
+    "The arrays of a file. Raises ValueError if it is damaged."
+    states = {owner: {} for owner in form}
+    with refusing(path, NONE), np.load(path, allow_pickle=False) as f:
+        for owner, own in form.items():
+            for name, (_, dtype) in own.items():
+                states[owner][name] = as_tensor(f[f"{owner}:{name}"], dtype, device)
+    return states
 
 # %% ../nbs/01c_blocks.ipynb #e6719883
-def sketch(t:Tensor) -> list: # its size, and a sum with weights
-    "Two numbers to compare a tensor by; what is not finite counts as 0"
-    t = t.double().flatten().cpu()
-    t = torch.where(t.abs() < 1e200, t, 0)
-    return [t.abs().sum().item(), (t * torch.arange(1, len(t) + 1).double().cos()).sum().item()]
+def sketch(t:Tensor) -> list: # by how much the rest may differ; a norm, and three weighted sums
+    "Numbers to compare a tensor by; what is not finite counts as 0"
+    rounding = torch.float64 if t.dtype.itemsize < 4 or not t.is_floating_point() else t.dtype
+    t = t.double().flatten().cpu().numpy()
+    t = np.where(abs(t) < 1e150, t, 0)
+    weights = [np.cos(w * np.arange(1, len(t) + 1)) for w in (1, 2.4, 5.3)]
+    norm = float((t**2).sum()**.5)
+    return [16 * torch.finfo(rounding).eps * norm, norm, *(float((t * w).sum()) for w in weights)]
 
+def alike(known:list, rows:list) -> bool:
+    "Are these the sketches of the same tensors? Raises an error if what is known makes no sense."
+    a, b = np.array(known, float), np.array(rows)
+    return a.shape == b.shape and bool((abs(a - b)[:, 1:] <= b[:, :1]).all())
+
+# %% ../nbs/01c_blocks.ipynb #e6719885
+@contextmanager
+def one_thread():
+    "One thread for torch, whose sums are then the same wherever this runs"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
+
+# %% ../nbs/01c_blocks.ipynb #def2b02c
+def looks(objective, x:Tensor, # (points, d)
+          generator:torch.Generator) -> list: # of tensors
+    "An objective at a few points: its gradient, and the losses of all samples or the gradients of 16 γ"
+    seen = [objective.grad(z) for z in x if hasattr(objective, "grad")]
+    if isinstance(objective, FiniteSum): return seen + [objective.losses(z) for z in x]
+    if not isinstance(objective, Objective): return seen
+    gamma = objective.draw((16,), generator, dtype=x.dtype, device=x.device)
+    return seen + [objective.sample_grad(z.expand(16, -1), gamma) for z in x]
+
+# %% ../nbs/01c_blocks.ipynb #e6719886
 @torch.no_grad()
-def probe(run:Run) -> tuple[list, list]: # sketches, and the values of each observable
-    "What the process does to a few points, and what is observed of it"
+def fingerprint(run:Run) -> tuple[dict, list]: # name -> sketches, and the values of each observable
+    "What the process does to a few points, what its objective is there, and what is observed"
     generator, first = torch.Generator(run.x.device).manual_seed(0), run.x[:2]
     near = first + torch.randn(first.shape, generator=generator, dtype=first.dtype, device=first.device)
-    after = run.process.advance(torch.cat([first, near]), run.draw(2 * len(first), generator), run.grid[0])
-    seen = [observed(fn, name, after) for name, fn in run.observe.items()]
-    grad = getattr(run.process.objective, "grad", torch.zeros_like)
-    return [sketch(t) for t in (after, grad(near.reshape(-1, near.shape[-1])[0]), *seen)], seen
+    some = near.reshape(-1, near.shape[-1])[[0, -1]]
+    with one_thread():
+        draw = run.draw(2 * len(first), generator)
+        after = run.process.advance(torch.cat([first, near]), draw, run.grid[0])
+        seen = [observed(fn, name, after) for name, fn in run.observe.items()]
+        objective = looks(run.process.objective, some, generator)
+    tensors = {"what a step does": [after], "the objective": objective, "what is observed": seen}
+    return {name: [sketch(t) for t in ts] for name, ts in tensors.items()}, seen
 
 # %% ../nbs/01c_blocks.ipynb #834781ac
+def sha256(t:Tensor) -> str: return hashlib.sha256(as_array(t.contiguous()).tobytes()).hexdigest()
+
 def settings(run:Run) -> dict:
     "What two runs must agree in exactly, in text and numbers"
     def parts(thing, *names): # the name of its class, and what it has of these
@@ -219,42 +300,97 @@ def settings(run:Run) -> dict:
     process = parts(run.process, "eta", "noise_dim", "expansion", "noise", "order", "draws", "seed")
     algorithm = parts(getattr(run.process, "algorithm", None), "rho")
     start = run.x if run.x.stride(0) else run.x[:1] # one point for all
-    start = hashlib.sha256(as_array(start.contiguous()).tobytes()).hexdigest()
     times = [run.grid[0], len(run.grid[1]), run.grid[1][-2:]]
-    found = dict(samsde=__version__, torch=torch.__version__, process=process, algorithm=algorithm, x0=start, times=times,
-                 shape=[run.x.shape, run.shape, run.size], dtype=str(run.x.dtype), device=run.x.device.type,
+    found = dict(samsde=__version__, torch=torch.__version__, process=process,
+                 algorithm=algorithm, x0=sha256(start), times=times, shape=[run.x.shape, run.shape, run.size],
+                 dtype=str(run.x.dtype), device=run.x.device.type,
                  observe=list(run.observe), seed=run.seed, keep=run.keep)
     return json.loads(json.dumps(found, default=float))
 
-def differences(known:dict, about:dict, eps:float) -> list:
-    "The names of what two runs do not agree in"
-    names = [name for name, value in about["settings"].items() if known["settings"].get(name) != value]
-    a, b = np.array(known["probe"]), np.array(about["probe"])
-    return names or ["what a step does, or what is observed"] * (not (a.shape == b.shape and (abs(a - b) <= 64 * eps * b[:, :1]).all()))
+# %% ../nbs/01c_blocks.ipynb #834781ad
+def differences(known:dict, about:dict) -> list:
+    "The names of what two runs do not agree in. Raises an error if what is known makes no sense."
+    settings, seen = about["settings"], about["sketches"]
+    other = [name for name in settings if known["settings"].get(name) != settings[name]]
+    return other or [name for name in seen if not alike(known["sketches"].get(name), seen[name])]
 
 # %% ../nbs/01c_blocks.ipynb #de7805ec
-def layout(run:Run, about:dict, seen:list) -> dict: # name -> shape, dtype
-    "The arrays that a file must have. Raises ValueError if its blocks are not those of the run."
+def pairs(value) -> list:
+    "`value` if it is a list of pairs of whole numbers; else a ValueError"
+    def pair(p): return isinstance(p, list) and [*map(type, p)] == [int, int]
+    if isinstance(value, list) and all(map(pair, value)): return value
+    raise ValueError("its blocks are no pairs of numbers")
+
+# %% ../nbs/01c_blocks.ipynb #4ec99a61
+def parts_and_blocks(run:Run, about:dict) -> tuple[list, list]: # first path and number of paths; first path and step
+    "What a file says it has. Raises ValueError if these are not parts of the run, each once."
+    parts, blocks, n_paths, size = pairs(about["parts"]), pairs(about["blocks"]), len(run.x), run.size
+    spans = sorted(parts + [[lo, min(size, n_paths - lo)] for lo, _ in blocks])
+    fit = all(lo >= 0 and lo % size == 0 and n >= 1 and lo + n <= n_paths for lo, n in spans)
+    fit = fit and all(n % size == 0 or lo + n == n_paths for lo, n in spans)
+    fit = fit and all(lo + n <= after for (lo, n), (after, _) in zip(spans, spans[1:]))
+    if fit and all(0 < step <= run.grid[1][-1] for _, step in blocks): return parts, blocks
+    raise ValueError("its blocks are not those of this run")
+
+# %% ../nbs/01c_blocks.ipynb #de7805ed
+def layout(run:Run, parts:list, blocks:list, seen:list) -> dict: # owner -> name -> shape, dtype
+    "The arrays that a file must have"
     (n_paths, *lead, d), marks = run.x.shape, run.grid[1]
     count, f64, dtype, T, found = torch.int64, torch.float64, run.x.dtype, len(marks), {}
     rest = [(v.shape[1 + len(lead):], v.dtype) for v in seen]
-    for lo, n in about["parts"]:
-        arrays = {"final": ((n, *lead, d), dtype), "until": ((n, *lead), count)}
+    for lo, n in parts:
+        found[f"part{lo}"] = own = {"final": ((n, *lead, d), dtype), "until": ((n, *lead), count)}
         for i, (r, kind) in enumerate(rest):
-            arrays |= {f"n{i}": ((*lead,), count), f"mean{i}": ((T, *lead, *r), f64), f"m2{i}": ((T, *lead, *r), f64)}
-            if run.keep: arrays[f"paths{i}"] = (T, n, *lead, *r), kind
-        found |= {f"part{lo}:{name}": v for name, v in arrays.items()}
-    for lo, step in about["blocks"]:
-        n, k = min(run.size, n_paths - lo), bisect_left(marks, step)
-        generator = run.block(0).generator.get_state()
-        arrays = {"x": ((n, *lead, d), dtype), "until": ((n, *lead), count), "generator": (generator.shape, generator.dtype)}
-        arrays |= {f"values{i}": ((k, n, *lead, *r), kind) for i, (r, kind) in enumerate(rest)}
-        found |= {f"block{lo}:{name}": v for name, v in arrays.items()}
-    blocks = [b for lo, n in about["parts"] for b in range(lo, lo + n, run.size)] + [lo for lo, _ in about["blocks"]]
-    fit = len(blocks) == len(set(blocks) & set(range(0, n_paths, run.size)))
-    fit = fit and all(n % run.size == 0 or lo + n == n_paths for lo, n in about["parts"])
-    if fit and all(0 < step <= marks[-1] for _, step in about["blocks"]): return found
-    raise ValueError("its blocks are not those of this run")
+            own[f"n{i}"] = (*lead,), count
+            own |= {f"{name}{i}": ((T, *lead, *r), f64) for name in ("mean", "m2")}
+            if run.keep: own[f"paths{i}"] = (T, n, *lead, *r), kind
+    for lo, step in blocks:
+        n, k, state = min(run.size, n_paths - lo), bisect_left(marks, step), run.block(lo).generator.get_state()
+        found[f"block{lo}"] = own = {"x": ((n, *lead, d), dtype), "until": ((n, *lead), count)}
+        own["generator"] = state.shape, state.dtype
+        own |= {f"values{i}": ((k, n, *lead, *r), kind) for i, (r, kind) in enumerate(rest)}
+    return found
+
+# %% ../nbs/01c_blocks.ipynb #de7805ef
+def check_layout(form:dict, arrays:dict): # of layout, and of declared
+    "Raises ValueError unless a file has these arrays, and no others"
+    wanted = {}
+    for owner, own in form.items():
+        for name, (shape, dtype) in own.items():
+            wanted[f"{owner}:{name}"] = tuple(shape), as_array(torch.empty(0, dtype=dtype)).dtype
+    other = [name for name in wanted.keys() | arrays.keys() if wanted.get(name) != arrays.get(name)]
+    if other: raise ValueError(f"array {min(other)} is not as this run has it")
+
+# %% ../nbs/01c_blocks.ipynb #de7805ee
+def check_records(run:Run, t:dict, kind:str):
+    "Raises ValueError unless all that was recorded is finite, up to where a path diverged"
+    until, times, axes = t["until"], len(run.grid[1]), run.x.ndim - 1
+    fine = ((until >= 0) & (until <= times)).all()
+    for v in (v for name, v in t.items() if name.startswith(kind)):
+        k = torch.arange(len(v), device=until.device).reshape(-1, *(1,) * axes)
+        fine &= (finite_at(v, 1 + axes) | (until <= k)).all()
+    if not fine: raise ValueError("paths that did not diverge are not finite")
+
+# %% ../nbs/01c_blocks.ipynb #fe038314
+def check_part(run:Run, t:dict):
+    "Raises ValueError unless tensors can be a Partial's"
+    check_records(run, t, "paths")
+    alive = t["until"] == len(run.grid[1])
+    fine = (finite_at(t["final"], run.x.ndim - 1) | ~alive).all()
+    for i in range(len(run.observe)):
+        fine &= (t[f"n{i}"] == alive.sum(0)).all()
+        fine &= (t[f"m2{i}"] >= 0).all() & ~t[f"mean{i}"].isnan().any()
+    if not fine: raise ValueError("its sums are not those of its paths")
+
+# %% ../nbs/01c_blocks.ipynb #9de8ec2b
+def check_block(run:Run, lo:int, t:dict):
+    "Raises ValueError unless tensors can be a Block's"
+    check_records(run, t, "values")
+    generator = run.block(lo).generator
+    seed = generator.initial_seed()
+    generator.set_state(t["generator"].cpu())
+    if generator.initial_seed() == seed: return
+    raise ValueError("its random numbers are those of another block")
 
 # %% ../nbs/01c_blocks.ipynb #929e52ae
 class Ledger:
@@ -302,28 +438,38 @@ def save(ledger:Ledger, last:bool=False):
 def load(path:Path, run:Run, about:dict, seen:list) -> tuple[dict, dict]: # parts and blocks of a ledger
     "What a file has of a run. Raises ValueError if it is damaged or another run's."
     known, arrays = read(path)
-    if other := differences(known, about, torch.finfo(run.x.dtype).eps):
-        raise ValueError(f"{path} belongs to a run with other settings ({', '.join(other)}): give another checkpoint, or delete it")
-    try:
-        states, form = {}, layout(run, known, seen)
-        if form.keys() != arrays.keys(): raise ValueError(f"its arrays are {list(arrays)}")
-        for name, (shape, dtype) in form.items():
-            owner, key = name.split(":")
-            states.setdefault(owner, {})[key] = t = as_tensor(arrays.pop(name), dtype, run.x.device)
-            if t.shape != torch.Size(shape) or t.dtype != dtype: raise ValueError(f"array {name} has shape {tuple(t.shape)} and {t.dtype}")
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged, {error}: give another checkpoint, or delete it") from error
-    parts = {lo: Partial.restored(states[f"part{lo}"]) for lo, _ in known["parts"]}
-    return parts, {lo: (step, states[f"block{lo}"]) for lo, step in known["blocks"]}
+    with refusing(path, "is damaged"): other = differences(known, about)
+    if other: raise ValueError(f"{path} belongs to a run with other settings ({', '.join(other)}): "
+                               "give another checkpoint, or delete it")
+    with refusing(path, "is damaged"):
+        parts, blocks = parts_and_blocks(run, known)
+        form = layout(run, parts, blocks, seen)
+        check_layout(form, arrays)
+    states = unpacked(path, form, run.x.device)
+    with refusing(path, "is damaged"):
+        for lo, _ in parts: check_part(run, states[f"part{lo}"])
+        for lo, _ in blocks: check_block(run, lo, states[f"block{lo}"])
+    partials = {lo: Partial.restored(states[f"part{lo}"]) for lo, _ in parts}
+    return partials, {lo: (step, states[f"block{lo}"]) for lo, step in blocks}
 
 # %% ../nbs/01c_blocks.ipynb #61df6661
+def place(checkpoint) -> Path:
+    "Where a checkpoint is written: of a link, what it leads to. Raises ValueError or TypeError if that cannot be."
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise TypeError(f"checkpoint must be a path, got {type(checkpoint).__name__}")
+    path, must = Path(os.path.realpath(checkpoint)), "checkpoint must be a file in a folder that"
+    if not path.parent.is_dir(): raise ValueError(f"{must} exists, got {checkpoint}")
+    if not os.access(path.parent, os.W_OK): raise ValueError(f"{must} can be written to, got {checkpoint}")
+    if path.is_file() or not path.exists(): return path
+    raise ValueError(f"checkpoint must be a file, but {checkpoint} {NONE}: it is a folder, or a device")
+
+# %% ../nbs/01c_blocks.ipynb #c9539af3
 def opened(checkpoint, run:Run) -> Ledger:
     "The ledger of a run, with what a file has of it. Raises ValueError or TypeError if that cannot be used."
     if checkpoint is None: return Ledger()
-    if not isinstance(checkpoint, (str, os.PathLike)): raise TypeError(f"checkpoint must be a path, got {type(checkpoint).__name__}")
-    path = Path(checkpoint)
-    if not path.parent.is_dir(): raise ValueError(f"checkpoint must be a file in a folder that exists, got {path}")
-    if not os.access(path.parent, os.W_OK): raise ValueError(f"checkpoint must be a file in a folder that can be written to, got {path}")
-    numbers, seen = probe(run)
-    about = dict(format=FORMAT, settings=settings(run), probe=numbers)
+    path = place(checkpoint)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.????????.part"): # by a run that was killed
+        left.unlink(missing_ok=True)
+    sketches, seen = fingerprint(run)
+    about = dict(format=FORMAT, settings=settings(run), sketches=sketches)
     return Ledger(path, about, *(load(path, run, about, seen) if path.exists() else ()))

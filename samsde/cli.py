@@ -6,13 +6,13 @@
 __all__ = ['EXPERIMENTS', 'parser', 'chosen', 'own_options', 'reproduce', 'main']
 
 # %% ../nbs/09_cli.ipynb #880b4a08
-import argparse, inspect, math, sys, time
+import argparse, codecs, inspect, math, os, re, sys, time, unicodedata
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from .ensemble import DivergenceError
+from .blocks import replacing
 from .experiments import error_vs_rho, flat_minima, networks, saddles, scaling, suboptimality
 from .experiments.experiment import Experiment
 from .experiments.problems import PROBLEMS
@@ -21,47 +21,65 @@ from .experiments.problems import PROBLEMS
 EXPERIMENTS = {e.name: e for e in (m.experiment for m in (error_vs_rho, scaling, suboptimality, saddles, flat_minima, networks))}
 
 # %% ../nbs/09_cli.ipynb #11925593
-def number(name:str, zero:bool=False):
-    "A parser of a finite number that is positive, or with `zero` not negative"
+class Parser(argparse.ArgumentParser):
+    "A parser that says in one line what is wrong"
+    def error(self, message): self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+# %% ../nbs/09_cli.ipynb #0b2d73bd
+def number(name:str, zero:bool=False, least:float=0.0):
+    "A parser of a finite number of at least `least` that is positive, or with `zero` not negative"
     def parse(text):
         try: value = float(text)
         except ValueError: raise argparse.ArgumentTypeError(f"{name} must be a number, got {text!r}")
-        if math.isfinite(value) and (value >= 0 if zero else value > 0): return value
-        raise argparse.ArgumentTypeError(f"{name} must be {'non-negative' if zero else 'positive'} and finite, got {text}")
+        kind = "non-negative" if zero else "positive"
+        if not math.isfinite(value) or value < 0 or value == 0 and not zero:
+            raise argparse.ArgumentTypeError(f"{name} must be {kind} and finite, got {text}")
+        if value >= least: return value
+        raise argparse.ArgumentTypeError(f"{name} must be at least {least:g}, got {text}")
     return parse
 
-def count(name:str, least:int):
-    "A parser of a whole number of at least `least`"
+# %% ../nbs/09_cli.ipynb #573972a4
+def count(name:str, least:int, most:int):
+    "A parser of a whole number from `least` to `most`"
     def parse(text):
-        if text.lstrip("-").isdigit() and int(text) >= least: return int(text)
-        raise argparse.ArgumentTypeError(f"{name} must be a whole number of at least {least}, got {text}")
+        if not re.fullmatch("-?[0-9]+", text) or float(text) < least:
+            raise argparse.ArgumentTypeError(f"{name} must be a whole number of at least {least}, got {text}")
+        if float(text) <= most: return int(text)
+        raise argparse.ArgumentTypeError(f"{name} must be at most {most}, got {text[:40]}")
     return parse
 
+# %% ../nbs/09_cli.ipynb #c11a0001
 def device(text:str) -> torch.device:
     "A parser of a device that is there"
     try: return torch.device(text) if torch.ones(1, device=text).item() else None
-    except (RuntimeError, AssertionError, NotImplementedError): raise argparse.ArgumentTypeError(f"device must be one that torch sees here, such as cpu, got {text!r}")
+    except Exception: # torch has many words for what it does not find
+        raise argparse.ArgumentTypeError(f"device must be one that torch sees here, such as cpu, got {text!r}")
+
+def folder_name(text:str) -> Path:
+    "A parser of a folder's name"
+    if text.strip(): return Path(text)
+    raise argparse.ArgumentTypeError(f"out must name a folder, got {text!r}")
 
 # %% ../nbs/09_cli.ipynb #5cb7a2a1
 def parser() -> argparse.ArgumentParser:
     "The options of `samsde`"
-    top = argparse.ArgumentParser("samsde", description="Stochastic differential equations for sharpness-aware minimization.")
+    top = Parser("samsde", description="Stochastic differential equations for sharpness-aware minimization.")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     run = commands.add_parser("reproduce", help="run the paper's experiments and judge its claims",
-                              description="Run experiments: a table (CSV), a figure (PNG) and a verdict on each claim of the paper.")
+                              description="Run experiments: a table (CSV), a figure (PNG) and a verdict on each claim of the paper (TXT).")
     run.add_argument("names", nargs="*", metavar="NAME", help="experiments, see --list; 'all' for all of them (default: error_vs_rho)")
     run.add_argument("--list", action="store_true", help="name the experiments, and how long they take")
     run.add_argument("--quick", action="store_true", help="a smaller setting of under a minute, for a first look")
-    run.add_argument("--seed", type=count("seed", 0), default=0, help="of all random numbers (default: %(default)s)")
+    run.add_argument("--seed", type=count("seed", 0, 2**63 - 1), default=0, help="of all random numbers (default: %(default)s)")
     run.add_argument("--device", type=device, default="cpu", help="where to compute (default: %(default)s)")
     run.add_argument("--dtype", choices=["float32", "float64"], default="float64", help="precision (default: %(default)s)")
-    run.add_argument("--out", type=Path, default=Path("results"), help="folder for the results (default: %(default)s)")
+    run.add_argument("--out", type=folder_name, default=Path("results"), help="folder for the results (default: %(default)s)")
     own = run.add_argument_group("options of error_vs_rho")
     own.add_argument("--problem", nargs="+", choices=PROBLEMS, dest="problems", help="which losses (default: all)")
     own.add_argument("--algorithm", nargs="+", choices=error_vs_rho.ALGORITHMS, dest="algorithms", help="which algorithms (default: all)")
-    own.add_argument("--eta", type=number("eta"), help="learning rate η (default: 0.05)")
+    own.add_argument("--eta", type=number("eta", least=1e-12), help="learning rate η (default: 0.05)")
     own.add_argument("--rho", nargs="+", type=number("rho", zero=True), dest="rhos", help="radii ρ (default: seven from 0 to 4√η)")
-    own.add_argument("--runs", type=count("runs", 3), help="runs of each algorithm and model")
+    own.add_argument("--runs", type=count("runs", 3, 10**9), help="runs of each algorithm and model")
     return top
 
 # %% ../nbs/09_cli.ipynb #8f2e4a38
@@ -79,30 +97,86 @@ def own_options(experiment:Experiment, options:argparse.Namespace) -> dict:
         raise ValueError(f"{experiment.name} takes no --{name.rstrip('s') if name != 'runs' else name}")
     return {k: list(dict.fromkeys(v)) if isinstance(v, list) else v for k, v in given.items()}
 
+# %% ../nbs/09_cli.ipynb #c11a0003
+def check_place(out:Path, experiments:list):
+    "Raises OSError unless results can be written to a folder, which need not be there yet"
+    out = Path(os.path.realpath(out)) # of a link, what it leads to
+    nearest = next(p for p in (out, *out.parents) if p.exists())
+    if not nearest.is_dir(): raise NotADirectoryError(f"Not a directory: {nearest}")
+    if not os.access(nearest, os.W_OK | os.X_OK): raise PermissionError(f"Permission denied: {nearest}")
+    for e in experiments:
+        for path in (out / f"{e.name}.{kind}" for kind in ("csv", "png", "txt")):
+            if path.is_dir(): raise IsADirectoryError(f"Is a directory: {path}")
+
+# %% ../nbs/09_cli.ipynb #c11a0005
+SPELLED = {"±": "+/-", "√": "sqrt ", "·": "*", "×": "x", "−": "-", "–": "-", "—": "-", "…": "...", "≤": "<=",
+           "≥": ">=", "≈": "~", "→": "->", "∞": "inf", "∇": "grad ", "‖": "||", "½": "1/2", "²": "^2",
+           "‘": "'", "’": "'", "“": '"', "”": '"'}
+
+def spelled(letter:str) -> str:
+    "A letter in ASCII"
+    greek = re.match("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)", unicodedata.name(letter, ""))
+    if greek: return greek[2].lower() if greek[1] == "SMALL" else greek[2].capitalize()
+    plain = unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
+    return SPELLED.get(letter) or plain or "?"
+
+# %% ../nbs/09_cli.ipynb #6f04242b
+def readable():
+    "Let stdout and stderr spell out the letters that their encodings lack"
+    def spell(error): return "".join(map(spelled, error.object[error.start:error.end])), error.end
+    codecs.register_error("samsde.spelled", spell)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="samsde.spelled")
+
+# %% ../nbs/09_cli.ipynb #d08dea7a
+def say(text:str, instead:str=""): # what an error adds
+    "Print, at once. Raises OSError if that fails, and is silent from then on."
+    try: print(text, flush=True)
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno()) # Python tries once more when it ends
+        raise OSError(f"stdout cannot be written to ({error.strerror}){instead}") from error
+
+# %% ../nbs/09_cli.ipynb #c11a0008
+def report(experiment:Experiment, table:pd.DataFrame) -> str:
+    "The verdicts on a table, and its numbers where they are few"
+    numbers = f"{experiment.show(table)}\n\n" if experiment.show else ""
+    return f"{experiment.name}: {experiment.question}\n\n{numbers}{experiment.verdicts(table)}"
+
 # %% ../nbs/09_cli.ipynb #16a9d9b7
 def reproduce(experiment:Experiment, options:argparse.Namespace) -> pd.DataFrame:
-    "Measure, write NAME.csv and NAME.png, and print the verdicts. Returns the table."
+    "Measure, write NAME.csv, .png and .txt, and print the verdicts. Returns the table. Raises OSError if that fails."
     begin, own = time.perf_counter(), own_options(experiment, options)
-    options.out.mkdir(parents=True, exist_ok=True) # fail before the work, not after it
+    check_place(options.out, [experiment])
     table = experiment.measure(quick=options.quick, seed=options.seed, dtype=getattr(torch, options.dtype), device=options.device,
-                               progress=sys.stderr.isatty(), **own)
-    csv, png = experiment.save(table, options.out)
-    numbers = f"{experiment.show(table)}\n\n" if experiment.show else ""
-    print(f"{experiment.name}: {experiment.question}\n\n{numbers}{experiment.verdicts(table)}\n\n{csv} and {png} written in {time.perf_counter() - begin:.0f} s.")
+                               progress=sys.stderr is not None and sys.stderr.isatty(), **own)
+    try:
+        csv, png = experiment.save(table, options.out)
+        text, txt = report(experiment, table), csv.with_suffix(".txt")
+        with replacing(txt) as f: f.write(f"{text}\n".encode())
+    except OSError: # on a full disk, say: what can be saved of the work is what can be printed
+        say(f"{report(experiment, table)}\n\n{table.to_csv(index=False)}")
+        raise
+    seconds = time.perf_counter() - begin
+    say(f"{text}\n\n{csv}, {png} and {txt} written in {seconds:.0f} s.", f": the verdicts are in {txt}")
     return table
 
+# %% ../nbs/09_cli.ipynb #c11a0007
 def main(argv:list|None=None) -> int:
     "The console script; returns the exit status"
+    readable()
     options = parser().parse_args(argv)
     try:
         experiments = chosen(["all"] if options.list else options.names)
         if options.list:
-            for e in experiments: print(f"{e.name:16} {e.question} ({e.full})")
+            say("\n".join(f"{e.name:16} {e.question} ({e.full})" for e in experiments))
             return 0
+        import matplotlib # raises ValueError on a backend that there isn't
         for e in experiments: own_options(e, options) # what one of them refuses is said before the first runs
+        check_place(options.out, experiments)
         for e in experiments: reproduce(e, options)
-    except (DivergenceError, ValueError, OSError) as e:
-        print(f"samsde: {e}", file=sys.stderr)
+    except (ArithmeticError, ValueError, OSError, MemoryError) as e:
+        print("samsde:", " ".join(str(e).split()) or type(e).__name__, file=sys.stderr)
         return 1
     except KeyboardInterrupt: return 130
     return 0

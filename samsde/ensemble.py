@@ -26,11 +26,13 @@ def time_grid(eta, # learning rate of the process, one number
               dt:float|None=None, # step length, at most η; η if None
               every:int=1 # record every so many η
              ) -> tuple[list, list]: # lengths of the steps within one η, recorded multiples of η
-    "How one unit η is cut, and when to record. Raises ValueError if `dt` > η, `t_end` is no multiple of η, or the times are too many."
+    "How one unit η is cut, and when to record. Raises ValueError if `dt` > η, `t_end` is no multiple of η, or all is too long."
     if isinstance(eta, Tensor) and eta.numel() > 1: raise ValueError("paths with different eta share no time grid: simulate them one eta at a time")
     eta, t_end = float(eta), float(positive("t_end", t_end))
     dt = eta if dt is None else float(positive("dt", dt))
     if dt > eta * (1 + 1e-9): raise ValueError(f"dt must be at most eta={eta:g}, got {dt:g}")
+    if t_end / eta > 2**53: raise ValueError(f"t_end must be at most 2^53 eta, got {t_end:g} with eta={eta:g}")
+    if eta / dt > 10**6: raise ValueError(f"dt must be at least eta/10^6, got {dt:g} with eta={eta:g}")
     n, m = round(t_end / eta), math.ceil(eta / dt - 1e-9)
     if n < 1 or abs(n * eta - t_end) > 1e-6 * eta * n: raise ValueError(f"t_end must be a whole number of steps eta={eta:g}, got {t_end:g}")
     if n // whole("every", every) >= 10**7: raise ValueError(f"every must be larger: with every={every}, {n // every} times are recorded")
@@ -61,12 +63,13 @@ class Ensemble:
 
     def frame(self) -> pd.DataFrame:
         "One row for each observable, time and component: columns observable, time, component, mean, std, sem. Rows without a path are left out."
-        rows = []
+        tables, times = [], self.times.cpu().numpy()
         for name, mean in self.mean.items():
-            for k, t in enumerate(self.times.tolist()):
-                for index in np.ndindex(*mean.shape[1:]):
-                    rows.append((name, t, ",".join(map(str, index)), *(s[name][(k, *index)].item() for s in (self.mean, self.std, self.sem))))
-        return pd.DataFrame(rows, columns=["observable", "time", "component", "mean", "std", "sem"]).dropna(subset="mean")
+            components = [",".join(map(str, index)) for index in np.ndindex(*mean.shape[1:])]
+            each = dict(time=times.repeat(len(components)), component=components * len(times))
+            for kind in ("mean", "std", "sem"): each[kind] = getattr(self, kind)[name].cpu().numpy().ravel()
+            tables.append(pd.DataFrame(dict(observable=name) | each))
+        return pd.concat(tables, ignore_index=True).dropna(subset="mean")
     def plot(self, name:str|None=None, ax=None, **style):
         "Mean over time, with a band of two standard errors; returns the Axes"
         import matplotlib.pyplot as plt
@@ -86,6 +89,7 @@ def starts(process, # has .shape, the axes of a sweep over rho or eta
     "The start of every path. Raises ValueError on a shape that does not fit, or numbers that are not finite."
     process.objective.check(x0, "x0")
     if not torch.isfinite(x0).all(): raise ValueError("x0 must be finite, got infinite or NaN entries")
+    if n_paths > 2**53: raise ValueError(f"n_paths must be at most 2^53, got {n_paths}")
     lead = x0.shape[:-1] or (n_paths,)
     if lead[0] != n_paths: raise ValueError(f"x0 must have shape ({x0.shape[-1]},) or ({n_paths}, ..., {x0.shape[-1]}), got {tuple(x0.shape)}")
     try: batch = torch.broadcast_shapes(lead[1:], process.shape)

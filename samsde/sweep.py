@@ -6,7 +6,7 @@
 __all__ = ['sweep']
 
 # %% ../nbs/08c_sweep.ipynb #sweep002
-import functools, hashlib, itertools, json, math, os, warnings
+import asyncio, functools, hashlib, itertools, json, math, os, time, warnings
 from collections.abc import Iterable, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .algorithm import Algorithm, Chain
-from .ensemble import DivergenceError, Ensemble, simulate
+from .blocks import Run, alike, fingerprint, replacing, sha256
+from .ensemble import DivergenceError, Ensemble, simulate, starts, time_grid
 from .objective import Objective, positive, whole
 
 # %% ../nbs/08c_sweep.ipynb #sweep006
@@ -103,10 +104,13 @@ class Job:
     interval: float # between records
     substeps: int # of an SDE within one η
 
+    @property
+    def dt(self) -> float|None: # of an SDE
+        return None if isinstance(self.process, Chain) else self.setting["eta"] / self.substeps
     def ensemble(self, t_end:float, n_paths:int, every:int, seed:int) -> Ensemble:
-        dt = None if isinstance(self.process, Chain) else self.setting["eta"] / self.substeps
         x0 = self.x0 if self.x0.ndim == 1 else self.x0[:n_paths]
-        return simulate(self.process, x0, t_end, n_paths, dt=dt, seed=seed, observe=self.observe, every=every, threads=1)
+        how = dict(dt=self.dt, seed=seed, observe=self.observe, every=every, threads=1)
+        return simulate(self.process, x0, t_end, n_paths, **how)
 
 # %% ../nbs/08c_sweep.ipynb #sweep022
 def run(job:Job) -> dict: # n_diverged, and rows of observable, time, component, mean, std, sem
@@ -123,17 +127,16 @@ def run(job:Job) -> dict: # n_diverged, and rows of observable, time, component,
     return dict(n_diverged=ensemble.n_diverged, rows=frame.values.tolist())
 
 # %% ../nbs/08c_sweep.ipynb #sweep024
-def probe(job:Job) -> list: # of numbers; empty if both paths diverge
-    "What a first step does to two paths, of a job without a seed. Raises ValueError or TypeError, with the setting, if that makes no sense."
+def check(job:Job):
+    "Try a first step of two paths. Raises ValueError or TypeError, with the setting, if that makes no sense."
     with naming(job.setting), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*paths diverged")
         for name in ("t_end", "interval"): times_in(name, getattr(job, name), "eta", job.setting["eta"])
         if getattr(job.process, "shape", ()): raise ValueError(f"a job has one eta and one rho, got a sweep of shape {job.process.shape}")
         if job.x0.ndim > 2 or job.x0.ndim == 2 and len(job.x0) != job.n_paths:
             raise ValueError(f"x0 must have shape (d,) or ({job.n_paths}, d), got {tuple(job.x0.shape)}")
-        try: ensemble = job.ensemble(job.setting["eta"], 2, 1, seed_of(job.setting))
-        except DivergenceError: return []
-    return [t.nansum().item() for t in (ensemble.final.abs(), *(m.abs() for m in ensemble.mean.values()))]
+        try: job.ensemble(job.setting["eta"], 2, 1, seed_of(job.setting))
+        except DivergenceError: pass
 
 # %% ../nbs/08c_sweep.ipynb #sweep026
 def loss(objective:Objective, x:Tensor) -> Tensor: return objective.loss(x)
@@ -154,9 +157,9 @@ def start(x0, name:str, objective:Objective) -> Tensor:
 
 # %% ../nbs/08c_sweep.ipynb #sweep027
 def jobs_of(algorithms:list, objectives:list, # from variants
-            etas:list, seeds:list, processes:dict, x0, observe:dict, **numbers) -> tuple[list, list]: # jobs, and what probe says of each
+            etas:list, seeds:list, processes:dict, x0, observe:dict, **numbers) -> list: # of jobs
     "The jobs of a grid. Raises ValueError or TypeError, with the combination's name, where one makes no sense."
-    jobs, marks, extra = [], [], set(x0) - {name for name, *_ in objectives} if isinstance(x0, Mapping) else ()
+    jobs, extra = [], set(x0) - {name for name, *_ in objectives} if isinstance(x0, Mapping) else ()
     if extra: raise ValueError(f"x0 holds starts for {sorted(extra)}, which are no objectives")
     grid = itertools.product(algorithms, objectives, etas, processes.items())
     for (a, rho, algorithm), (o, batch_size, objective), eta, (p, make) in grid:
@@ -166,50 +169,125 @@ def jobs_of(algorithms:list, objectives:list, # from variants
         setting = dict(algorithm=a, objective=o, eta=eta, rho=rho, batch_size=batch_size, process=p)
         with naming(setting): process, at = make(algorithm, objective, eta), start(x0, o, objective)
         job = Job(setting, process, at, {name: functools.partial(fn, objective) for name, fn in observe.items()}, **numbers)
-        mark = probe(job)
+        check(job)
         jobs += [replace(job, setting=setting | dict(seed=seed)) for seed in seeds]
-        marks += [mark] * len(seeds)
-    return jobs, marks
+    return jobs
 
 # %% ../nbs/08c_sweep.ipynb #sweep029
-FORMAT = 1 # of the files; another one where the numbers of a setting change
+FORMAT = 2 # of the files; another one where the numbers of a setting change
 
 def request(job:Job) -> dict:
     "All that was asked for, in text and numbers"
     more = {name: getattr(job, name) for name in ("t_end", "n_paths", "interval", "substeps")}
     return job.setting | more | dict(observe=list(job.observe), dtype=str(job.x0.dtype))
 
-def keep(path:Path, job:Job, mark:list, result:dict):
-    "Write the result of a job, completely or not at all"
-    content = dict(request=request(job), probe=mark, **result)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(dict(format=FORMAT, sha256=digest(content), content=content)))
-    os.replace(part, path)
+@dataclass
+class Meaning:
+    "What the names of a job stand for"
+    x0: str # a hash of the start
+    sketches: dict # of what a step does, of the objective, of what is observed
+    columns: int # numbers that are observed at a time
+
+# %% ../nbs/08c_sweep.ipynb #a301d160
+def meaning(job:Job) -> Meaning:
+    "What the names of a job stand for. Raises ValueError or TypeError, with the setting, if that makes no sense."
+    two, eta = job.x0[:2] if job.x0.ndim == 2 else job.x0, job.setting["eta"]
+    with naming(job.setting):
+        x, grid = starts(job.process, two, 2), time_grid(eta, eta, job.dt)
+        sketches, seen = fingerprint(Run(job.process, x, grid, job.observe, 2, (), 0, False))
+    return Meaning(sha256(job.x0), sketches, sum(v[0].numel() for v in seen))
+
+# %% ../nbs/08c_sweep.ipynb #sweep02a
+def keep(path:Path, job:Job, means:Meaning, result:dict):
+    "Write the result of a job, completely or not at all. Raises OSError if that fails."
+    content = dict(request=request(job), x0=means.x0, sketches=means.sketches, **result)
+    text = json.dumps(dict(format=FORMAT, sha256=digest(content), content=content))
+    with replacing(path) as f: f.write(text.encode())
 
 # %% ../nbs/08c_sweep.ipynb #sweep030
-def kept(path:Path, job:Job, mark:list) -> dict:
+def loaded(path:Path, room:int) -> tuple[int, dict]: # format and content of a file of at most `room` bytes
+    "Raises an error if a file is none, or not what was written."
+    if path.stat().st_size > room: raise ValueError("it is too long")
+    file = json.loads(path.read_bytes())
+    version, content = file["format"], file["content"]
+    if type(version) is not int: raise TypeError("its format is no number")
+    if version == FORMAT and digest(content) != file["sha256"]: raise ValueError("its checksum is wrong")
+    return version, content
+
+# %% ../nbs/08c_sweep.ipynb #584ef49c
+def differences(content:dict, job:Job, means:Meaning) -> list:
+    "What another job's file does not agree in. Raises an error if what it says makes no sense."
+    other = ["settings"] * (content["request"] != request(job)) + ["x0"] * (content["x0"] != means.x0)
+    known, seen = content["sketches"], means.sketches
+    return other + [name for name in seen if not alike(known.get(name), seen[name])]
+
+# %% ../nbs/08c_sweep.ipynb #a7eaa8c1
+def check_rows(content:dict, job:Job):
+    "Raises an error unless a file's rows can be a job's"
+    def real(v): return type(v) in (int, float) and not math.isnan(v)
+    fit = type(content["n_diverged"]) is int and 0 <= content["n_diverged"] <= job.n_paths
+    for name, time, component, mean, std, sem in content["rows"]:
+        fit &= name in job.observe and real(time) and 0 <= time <= job.t_end and type(component) is str
+        fit &= all(v is None or real(v) for v in (mean, std, sem))
+    if not fit: raise ValueError("its rows are not those of this job")
+
+# %% ../nbs/08c_sweep.ipynb #sweep03a
+def kept(path:Path, job:Job, means:Meaning) -> dict:
     "The result of a job from its file. Raises ValueError if the file is damaged, of another format, or another job's."
+    row = 200 + max(len(json.dumps(name)) for name in job.observe) # bytes
+    rows = means.columns * (2 + round(job.t_end / job.interval))
+    room = 10**5 + 10 * len(json.dumps([request(job), means.sketches])) + rows * row
     try:
-        file = json.loads(path.read_text())
-        version, content = file["format"], file["content"]
-        whole_file = version != FORMAT or digest(content) == file["sha256"]
-    except (ValueError, KeyError, TypeError): whole_file = False
-    if not whole_file: raise ValueError(f"{path} is damaged, or no file of a sweep: delete it")
-    if version != FORMAT: raise ValueError(f"{path} has format {version}, but this version of samsde writes {FORMAT}: give another folder")
-    known, tolerance = content["probe"], torch.finfo(job.x0.dtype).eps**.5
-    close = len(known) == len(mark) and all(math.isclose(a, b, rel_tol=tolerance) for a, b in zip(known, mark))
-    if content["request"] != request(job) or not close:
-        raise ValueError(f"{path} belongs to another sweep, whose algorithms, objectives, start or observables differ: give another folder")
+        version, content = loaded(path, room)
+        other = differences(content, job, means) if version == FORMAT else []
+        if version == FORMAT and not other: check_rows(content, job)
+    except Exception as error: # whatever is wrong with it
+        raise ValueError(f"{path} is damaged, or no file of a sweep: delete it") from error
+    wrong = f"belongs to another sweep, which differs in {', '.join(other)}" if other else ""
+    if version != FORMAT: wrong = f"has format {version}, but this version of samsde writes {FORMAT}"
+    if wrong: raise ValueError(f"{path} {wrong}: give another folder")
     return {name: content[name] for name in ("n_diverged", "rows")}
 
 # %% ../nbs/08c_sweep.ipynb #sweep032
 def numbered(i:int, job:Job) -> tuple[int, dict]: return i, run(job)
 
+PATIENCE = 60. # seconds that a cluster may be without a worker
+
+def outcome(future) -> tuple|None: # None if it was lost with its worker, and is computed again
+    "What came of a task. Raises what it raised; KilledWorker if workers died of it; RuntimeError if it was cancelled."
+    if future.cancelled(): raise RuntimeError("the Dask cluster cancelled a job, or lost its scheduler")
+    try: return future.result(timeout=10)
+    except asyncio.TimeoutError: return None
+
+# %% ../nbs/08c_sweep.ipynb #52061262
+def on_dask(client, jobs:dict): # number -> Job
+    "Numbers and results of jobs, as they come. Raises RuntimeError if there is no worker for a minute; what outcome raises."
+    from distributed import as_completed
+    todo, running = list(jobs.items())[::-1], as_completed([], loop=client.loop)
+    seen = time.monotonic() # a worker
+    try:
+        while todo or not running.is_empty():
+            cores = sum(client.ncores().values())
+            if cores: seen = time.monotonic()
+            elif time.monotonic() - seen > PATIENCE:
+                raise RuntimeError(f"the Dask cluster has had no worker for {PATIENCE:g} s")
+            while todo and running.count() < 3 * cores:
+                running.add(client.submit(numbered, *todo.pop(), pure=False))
+            if not running.has_ready(): time.sleep(.02)
+            for future in running.next_batch(block=False):
+                if result := outcome(future): yield result
+                else: running.add(future)
+    finally: client.cancel(list(running.futures))
+
+# %% ../nbs/08c_sweep.ipynb #sweep03b
 def finished(jobs:dict): # number -> Job
     "Numbers and results of jobs, as they come, by joblib's active backend, on all cores if it was told no number"
-    n_jobs = get_active_backend()[1] or -1
-    try: parallel = Parallel(n_jobs, return_as="generator_unordered")
-    except ValueError: parallel = Parallel(n_jobs) # Ray's hands over its results at the end
+    backend, n_jobs = get_active_backend()
+    if type(backend).__name__ == "DaskDistributedBackend":
+        yield from on_dask(backend.client, jobs)
+        return
+    try: parallel = Parallel(n_jobs or -1, return_as="generator_unordered")
+    except ValueError: parallel = Parallel(n_jobs or -1) # Ray's hands over its results at the end
     yield from parallel(delayed(numbered)(i, job) for i, job in jobs.items())
 
 # %% ../nbs/08c_sweep.ipynb #sweep033
@@ -220,17 +298,24 @@ def table_of(jobs:list, results:dict) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*jobs[0].setting, *columns]).astype(dict.fromkeys(["mean", "std", "sem"], float))
 
 # %% ../nbs/08c_sweep.ipynb #sweep034
-def collect(jobs:list, marks:list, folder:Path|None, progress:bool) -> dict: # number of a job -> its result
+def collect(jobs:list, folder:Path|None, progress:bool) -> dict: # number of a job -> its result
     "Results of all jobs, from the folder where they are there. Raises what a job raises, and ValueError on a file that does not belong."
     if folder and folder.exists() and not folder.is_dir(): raise ValueError(f"folder must be a folder, got the file {folder}")
+    folder = folder and Path(os.path.realpath(folder)) # of a link, what it leads to
+    combinations = [tuple(job.setting.values())[:-1] for job in jobs] # without the seed
+    of_each = dict(zip(combinations, jobs)) if folder else {}
+    known = {key: meaning(job) for key, job in of_each.items()}
     if folder: folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("*.json.????????.part") if folder else (): # by a sweep that was killed
+        if left.stat().st_mtime < time.time() - 3600: left.unlink(missing_ok=True)
     paths = [folder / f"{digest(request(job))[:24]}.json" for job in jobs] if folder else []
-    results = {i: kept(path, jobs[i], marks[i]) for i, path in enumerate(paths) if path.exists()}
+    there = [i for i, path in enumerate(paths) if path.exists()]
+    results = {i: kept(paths[i], jobs[i], known[combinations[i]]) for i in there}
     todo = {i: job for i, job in enumerate(jobs) if i not in results}
     bar = tqdm(total=len(jobs), initial=len(results), unit="job", disable=not progress)
     with bar, closing(finished(todo)) as done, warnings.catch_warnings(): # threads may leave filters behind
         for i, results[i] in done:
-            if folder: keep(paths[i], jobs[i], marks[i], results[i])
+            if folder: keep(paths[i], jobs[i], known[combinations[i]], results[i])
             bar.update()
     return results
 
@@ -260,6 +345,7 @@ def sweep(algorithms, # name -> Algorithm, or function of ρ; or a list of such,
     algorithms = variants("algorithms", algorithms, Algorithm, "rho", rhos)
     objectives = variants("objectives", objectives, Objective, "batch_size", distinct("batch_sizes", batch_sizes, whole, 0))
     seeds = distinct("seeds", seeds, lambda name, v: whole(name, v, least=0))
-    jobs, marks = jobs_of(algorithms, objectives, etas, seeds, named("processes", [Chain] if processes is None else processes), x0, observers(observe), **number)
-    table = table_of(jobs, collect(jobs, marks, Path(folder) if folder else None, progress))
+    processes = named("processes", [Chain] if processes is None else processes)
+    jobs = jobs_of(algorithms, objectives, etas, seeds, processes, x0, observers(observe), **number)
+    table = table_of(jobs, collect(jobs, Path(folder) if folder else None, progress))
     return table[table["time"] > 0].reset_index(drop=True) if interval is None else table

@@ -1,18 +1,22 @@
 """A run that is killed, interrupted or out of disk ends, after it was started again, with exactly the numbers of an undisturbed run."""
 import errno
 import io
+import json
 import math
 import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +24,8 @@ import pytest
 import torch
 
 import samsde.blocks
-from samsde.algorithm import DNSAM, SAM, USAM, Chain
-from samsde.blocks import Ledger
+from samsde.algorithm import DNSAM, SAM, SGD, USAM, Chain
+from samsde.blocks import FORMAT, Ledger
 from samsde.ensemble import simulate
 from samsde.objective import FiniteSum, NoisyLoss, Quadratic
 from samsde.sde import SDE
@@ -305,11 +309,175 @@ def test_wrong_arrays(small, file):
     np.savez(file, **good)
     assert small(checkpoint=file).n_paths == 12 # the control
 
+def nonsense(value, draw):
+    """Some JSON with one thing in it replaced by something else"""
+    if isinstance(value, dict) and value and draw.random() < .9:
+        key = draw.choice(list(value))
+        return value | {key: nonsense(value[key], draw)}
+    if isinstance(value, list) and value and draw.random() < .8:
+        k = draw.randrange(len(value))
+        return [*value[:k], nonsense(value[k], draw), *value[k + 1:]]
+    return draw.choice([None, True, -1, 0, 5, 10**40, 1e400, float("nan"), "text", [], {}, [[]], [[None, 4]], [[0, 10**18]], {"a": 1}])
+
+def test_nonsense_in_what_a_file_says(small, file):
+    """Each of 300 files with something else in its JSON is refused in words, or gives the right numbers."""
+    good, whole, draw, refusals = stored(file), numbers(small()), random.Random(0), 0
+    for _ in range(300):
+        about = nonsense(json.loads(good["about"].item()), draw)
+        np.savez(file, **good | {"about": np.array(json.dumps(about))})
+        try: assert same(numbers(small(checkpoint=file)), whole)
+        except ValueError as error:
+            assert re.search("damaged|belongs to a run with other settings|has format .* but this version", str(error)), error
+            refusals += 1
+    assert refusals > 250
+
+@pytest.mark.parametrize("about", ["null", "[]", "3", '"text"', "{}", "[" * 10**5, '{"format": {}}', '{"format": 2}', '{"format": 2, "settings": null}', '{"format": 2, "settings": {}, "sketches": null}'])
+def test_a_file_that_says_little(small, file, about):
+    np.savez(file, **stored(file) | {"about": np.array(about)})
+    refused(small, file, "damaged|other settings")
+
+def changed(good, name, value):
+    """An array with a value in one place"""
+    a = good[name].copy()
+    a.reshape(-1)[-1] = value
+    return good | {name: a}
+
+@pytest.mark.parametrize("name, value", [("part0:until", 22), ("part0:until", -1), ("part0:until", 3), ("part0:n0", -4), ("part0:n0", 3), ("part0:n0", 2**62), ("part0:m20", math.nan),
+                                         ("part0:m20", -1), ("part0:mean0", math.nan), ("part0:final", math.nan), ("part0:final", math.inf), ("part0:paths0", math.nan),
+                                         ("block4:until", 10**6), ("block4:until", -1), ("block4:values0", math.nan), ("block4:generator", 255)])
+def test_numbers_that_cannot_be(small, tmp_path, name, value):
+    """Counts, times and moments that no run has"""
+    file = tmp_path/"run.npz"
+    with pytest.raises(KeyboardInterrupt): small(stop=30, keep=True, checkpoint=file)
+    good = stored(file)
+    if name == "block4:generator": good[name][:] = 0
+    np.savez(file, **changed(good, name, value))
+    refused(lambda **how: small(keep=True, **how), file, "is damaged")
+    np.savez(file, **good if "generator" not in name else changed(good, "part0:until", 21) | {name: stored_generator(4)})
+    if "generator" in name: refused(lambda **how: small(keep=True, **how), file, "is damaged .*random numbers are those of another block")
+    else: assert small(keep=True, checkpoint=file).n_paths == 12 # the control
+
+def stored_generator(seed): return torch.Generator().manual_seed(seed).get_state().numpy()
+
+@pytest.mark.parametrize("name", ["about", "part0:final", "more"])
+def test_a_bomb(small, file, name):
+    """A file of a megabyte that unpacks to a gigabyte is refused before that, with little memory, at once."""
+    with zipfile.ZipFile(file) as z: good = {n: z.read(n) for n in z.namelist() if n != f"{name}.npy"}
+    dtype = "'<U268435456'" if name == "about" else "'<f8'"
+    shape = "()" if name == "about" else "(134217728,)"
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, dict(descr=dtype.strip("'"), fortran_order=False, shape=eval(shape)))
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as z:
+        for n, content in good.items(): z.writestr(n, content)
+        with z.open(f"{name}.npy", "w", force_zip64=True) as f:
+            f.write(header.getvalue())
+            for _ in range(2**10): f.write(bytes(2**20))
+    assert file.stat().st_size < 2**21
+    tracemalloc.start()
+    begin = time.monotonic()
+    refused(small, file, "damaged")
+    assert time.monotonic() - begin < 2 and tracemalloc.get_traced_memory()[1] < 2**27
+    tracemalloc.stop()
+
+def test_a_link(small, tmp_path):
+    """What a link leads to is written, wherever it is, also where nothing is there yet; the link stays."""
+    whole, link = numbers(small()), tmp_path/"run.npz"
+    for target in (tmp_path/"other"/"target.npz", tmp_path/"other"/"again.npz"):
+        target.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        with pytest.raises(KeyboardInterrupt): small(stop=30, checkpoint=link)
+        assert link.is_symlink() and target.is_file() and not target.is_symlink()
+        assert same(numbers(small(checkpoint=link)), whole) and link.is_symlink()
+    assert sorted(p.name for p in target.parent.iterdir()) == ["again.npz", "target.npz"]
+    link.unlink()
+    link.symlink_to(tmp_path/"nowhere"/"target.npz")
+    with pytest.raises(ValueError, match="checkpoint must be a file in a folder that exists"): small(checkpoint=link)
+
+def test_no_file(small, tmp_path):
+    """A folder and a pipe are no files; a pipe is not waited for."""
+    os.mkfifo(tmp_path/"pipe")
+    for path in (tmp_path, tmp_path/"pipe"):
+        with pytest.raises(ValueError, match="checkpoint must be a file, but"): small(checkpoint=path)
+
+def test_what_a_killed_writer_left_goes(small, file):
+    for name in ("run.npz.0123abcd.part", "run.npz.ffffffff.part"): (file.parent/name).write_text("half")
+    (file.parent/"other.npz.0123abcd.part").write_text("another run's")
+    small(checkpoint=file)
+    assert sorted(p.name for p in file.parent.iterdir()) == ["other.npz.0123abcd.part", "run.npz"]
+
+def test_interrupted_while_it_writes(small, file, monkeypatch):
+    """Nothing but the last good file is left."""
+    before = file.read_bytes()
+    def interrupt(f, **arrays):
+        f.write(b"half")
+        raise KeyboardInterrupt
+    with monkeypatch.context() as change, pytest.raises(KeyboardInterrupt):
+        change.setattr(np, "savez", interrupt)
+        small(checkpoint=file)
+    assert file.read_bytes() == before and len(list(file.parent.iterdir())) == 1
+
+def test_two_runs_write_to_one_file(small, tmp_path):
+    """Each returns its own numbers, and the file is whole: of one of them."""
+    file, seeds = tmp_path/"run.npz", [0, 1]
+    alone = [numbers(small(observe=square, seed=seed, t_end=6.)) for seed in seeds]
+    with warnings.catch_warnings(), ThreadPoolExecutor(2) as pool:
+        warnings.simplefilter("error")
+        both = list(pool.map(lambda seed: numbers(small(observe=square, seed=seed, t_end=6., checkpoint=file)), seeds))
+    assert all(same(a, b) for a, b in zip(both, alone)) and len(list(tmp_path.iterdir())) == 1
+    again = []
+    for seed in seeds:
+        try: again.append(same(numbers(small(observe=square, seed=seed, t_end=6., checkpoint=file)), alone[seed]))
+        except ValueError as error: assert "belongs to a run with other settings (seed)" in str(error)
+    assert again == [True]
+
+
+HARMS = { # what an observable may do to the points that it is shown
+    "numpy": lambda x: x.numpy().fill(0), "data": lambda x: x.data.zero_(), "in place": lambda x: x.mul_(0), "resized": lambda x: x.resize_(0),
+    "a view": lambda x: x[..., 0].fill_(7.), "set": lambda x: x.set_(torch.zeros(3, **f64)),
+}
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("start", ["one", "each"])
+def test_an_observable_that_changes_its_points(small, tmp_path, harm, start):
+    """The simulation, the next observable, the user's start and a checkpoint's sketches are as without it."""
+    x0 = torch.ones(2, **f64) if start == "one" else torch.linspace(1, 2, 24, **f64).reshape(12, 2)
+    before = x0.clone()
+    def harmful(x):
+        first = x[..., 0].clone()
+        HARMS[harm](x)
+        return first
+    both = {"first": harmful, "x": lambda x: x}
+    plain = small(x0=x0, observe={"first": lambda x: x[..., 0], "x": lambda x: x}, keep=True)
+    for how in ({}, dict(checkpoint=tmp_path/"run.npz"), dict(checkpoint=tmp_path/"run.npz")):
+        assert same(numbers(small(x0=x0, observe=both, keep=True, **how)), numbers(plain)) and x0.equal(before)
+
+def test_an_observable_with_one_buffer(small):
+    """It writes into the same array at every call, a numpy array or a tensor."""
+    for buffer in (np.zeros(12), torch.zeros(12, **f64)):
+        def reused(x):
+            into = buffer[:len(x)]
+            into[:] = x.square().sum(-1)
+            return into
+        assert same(numbers(small(observe={"f": reused}, keep=True)), numbers(small(observe={"f": square}, keep=True)))
+
+def test_a_process_that_changes_its_points(small):
+    """A step in place: the user's start stays."""
+    class InPlace(Chain):
+        def advance(self, x, draw, steps): return x.copy_(super().advance(x, draw, steps))
+    x0 = twelve.clone()
+    assert same(numbers(small(InPlace(SAM(.1), bowl, .1), x0=x0)), numbers(small(x0=twelve))) and x0.equal(twelve)
+
 bowl, mirror = Quadratic(H, .5), torch.tensor([1., -1.], **f64)
 twelve = torch.linspace(-1, 1, 24, **f64).reshape(12, 2)
 late = A.clone()
 late[2] += 1e-6
 def close(x): return watch(x) * (1 + 1e-9)
+def sharp(curvature, dtype): return dict(process=Chain(SAM(.1), Quadratic(torch.diag(torch.tensor([1., curvature], dtype=dtype)), .5), .1), x0=torch.ones(2, dtype=dtype))
+def turned(dtype, k=0):
+    y = torch.ones(500, dtype=dtype)
+    y[:k] = -1
+    rows = torch.randn(500, 2, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    return dict(process=Chain(SGD(), FiniteSum(lambda x: torch.nn.functional.softplus(-y * (rows @ x)), 500, 2), .1), x0=torch.ones(2, dtype=dtype))
 OTHERS = { # base, what differs, what the refusal names
     "seed": ({}, dict(seed=1), "seed"), "end": ({}, dict(t_end=2.1), "times"), "records": ({}, dict(every=2), "times"), "paths": ({}, dict(n_paths=16), "shape"),
     "step": (dict(process=SDE(SAM(.1), bowl, .1)), dict(dt=.05), "times"), "kept": ({}, dict(keep=True), "keep"), "start": ({}, dict(x0=mirror), "x0"),
@@ -324,6 +492,10 @@ OTHERS = { # base, what differs, what the refusal names
     "batch size": (dict(process=Chain(SAM(.1), data(), .1)), dict(process=Chain(SAM(.1), data(2), .1)), "process"),
     "replacement": (dict(process=Chain(SAM(.1), data(2), .1)), dict(process=Chain(SAM(.1), data(2, False), .1)), "what a step does"),
     "a row of the data": (dict(process=Chain(SAM(.1), data(), .1)), dict(process=Chain(SAM(.1), data(rows=late), .1)), "what a step does"),
+    **{f"curvature in {t}": (sharp(1., t), sharp(1 + bit, t), "the objective") for t, bit in
+       {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5, torch.float64: 1e-13}.items()},
+    "curvature 1.3 in bfloat16": (sharp(1., torch.bfloat16), sharp(1.3, torch.bfloat16), "what a step does"),
+    **{f"a label of 500 in {t}": (turned(t), turned(t, 1), "the objective") for t in (torch.bfloat16, torch.float32, torch.float64)},
     "observable": ({}, dict(observe={"watch": close}), "what is observed"), "name of an observable": ({}, dict(observe={"look": watch}), "observe"),
     "shared noise": (dict(process=Chain(SAM(torch.tensor([.1, .2], **f64)), bowl, .1)), dict(share=True), "shape"),
 }
@@ -343,8 +515,8 @@ def test_another_version(small, file, monkeypatch):
             change.setattr(target, "0.0")
             refused(small, file, rf"other settings \({name}\)")
     with monkeypatch.context() as change:
-        change.setattr(samsde.blocks, "FORMAT", 2)
-        refused(small, file, "has format 1, but this version of samsde has 2")
+        change.setattr(samsde.blocks, "FORMAT", FORMAT + 1)
+        refused(small, file, f"has format {FORMAT}, but this version of samsde has {FORMAT + 1}")
     assert small(checkpoint=file).n_paths == 12
 
 def test_rounding_is_no_other_run(small, file):
@@ -352,3 +524,19 @@ def test_rounding_is_no_other_run(small, file):
     class Elsewhere(Quadratic):
         def grad(self, x): return super().grad(x) * (1 + 4e-16)
     assert small(Chain(SAM(.1), Elsewhere(H, .5), .1), checkpoint=file).n_paths == 12
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_threads_are_no_other_run(small, tmp_path, dtype):
+    """Sums over many samples are rounded otherwise by another number of threads; the sketches are not."""
+    rows = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    def run():
+        sum_ = FiniteSum(lambda x: torch.nn.functional.softplus(rows @ x), len(rows), 2)
+        return small(Chain(SGD(), sum_, .1), torch.ones(2, dtype=dtype), .5, checkpoint=tmp_path/"run.npz", threads=1).final
+    before, seen = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            seen.append(run())
+            assert torch.get_num_threads() == n
+    finally: torch.set_num_threads(before)
+    assert seen[0].equal(seen[1]) and seen[0].equal(seen[2])

@@ -1,12 +1,15 @@
 """Paths that diverge are counted, told by time and index, and leave the statistics of the others as they were."""
+import itertools
 import math
+import time
 import warnings
 
+import pandas as pd
 import pytest
 import torch
 
 from samsde.algorithm import DNSAM, SAM, SGD, USAM, Chain
-from samsde.ensemble import DivergenceError, simulate
+from samsde.ensemble import DivergenceError, Ensemble, simulate
 from samsde.objective import FiniteSum, NoisyLoss, Quadratic
 from samsde.sde import SDE
 from samsde.weak_approximation import validity_map, weak_error
@@ -102,3 +105,36 @@ def test_time_and_index(process, tmp_path):
 
 def test_all_by_time_and_index():
     with pytest.raises(DivergenceError, match=r"all 8 paths diverged, the first, path \d, by t=0\.\d"): quiet(PROCESSES[0], starts(paths=range(8)) * 10)
+
+def by_hand(run):
+    """The table, a row at a time"""
+    rows = []
+    for name, mean in run.mean.items():
+        for k, t in enumerate(run.times.tolist()):
+            for index in itertools.product(*map(range, mean.shape[1:])):
+                rows.append((name, t, ",".join(map(str, index)), *(s[name][(k, *index)].item() for s in (run.mean, run.std, run.sem))))
+    return pd.DataFrame(rows, columns=["observable", "time", "component", "mean", "std", "sem"]).dropna(subset="mean")
+
+def test_a_table_by_columns():
+    """The same rows, columns, order and types as row by row, where all of a member diverge, some, or none."""
+    bowl, x0, rhos = Quadratic(torch.eye(2, **f64), .1), torch.ones(6, 2, **f64), torch.tensor([.1, 1e9], **f64)
+    seen = {"x": lambda x: x, "f": bowl.loss, "right": lambda x: x[..., 0] > 0, "all": lambda x: x[..., None] * torch.ones(3, **f64)}
+    for run in (quiet(Chain(USAM(rhos), bowl, .1), x0, 10., observe=seen), quiet(Chain(SGD(), bowl, .1), x0, observe=seen), quiet(PROCESSES[0], starts())):
+        table = run.frame()
+        pd.testing.assert_frame_equal(table, by_hand(run), check_exact=True)
+        assert table.index.equals(by_hand(run).index) and len(table)
+
+def test_a_table_of_a_million_rows():
+    """Under three seconds, with many times and with many components"""
+    for shape in ((1000, 1000), (10**6,), (1, 1000, 1000)):
+        t, alive = torch.zeros(shape, **f64), torch.ones(2, dtype=torch.bool)
+        run = Ensemble(torch.arange(shape[0], **f64), {"x": t}, {"x": t}, {"x": t}, torch.zeros(2, 1, **f64), alive, alive.double())
+        begin = time.perf_counter()
+        assert len(run.frame()) == 10**6 and time.perf_counter() - begin < 3
+
+def test_more_than_can_be_counted():
+    """A learning rate, a step or a number of paths beyond all sense is refused in words."""
+    bowl, x0 = Quadratic(torch.eye(2, **f64), .1), torch.ones(2, **f64)
+    for kind, eta, how, words in ((Chain, 1e-320, dict(n_paths=4), "t_end must be at most 2.53 eta"), (SDE, .1, dict(n_paths=4, dt=1e-320), "dt must be at least eta/10.6"),
+                                  (Chain, .1, dict(n_paths=10**30), "n_paths must be at most 2.53, got 1000000000000000000000000000000")):
+        with pytest.raises(ValueError, match=words): simulate(kind(SGD(), bowl, eta), x0, 1., **how)

@@ -117,7 +117,7 @@ def test_command_line_as_a_module(tmp_path):
     command = [sys.executable, "-m", "samsde", "reproduce", "--quick", "--problem", "quadratic", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "The error of SGD's SDE is" in done.stdout, done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"error_vs_rho.csv", "error_vs_rho.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"error_vs_rho.csv", "error_vs_rho.png", "error_vs_rho.txt"}
 
 @pytest.mark.parametrize("n, B, replace", [(1, 1, True), (1, 1, False), (2, 1, True), (2, 2, False), (5, 1, False), (5, 2, True), (5, 3, False), (5, 4, True), (5, 5, False)])
 def test_moments_by_enumeration(n, B, replace):

@@ -2,6 +2,7 @@
 import functools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -75,6 +76,68 @@ def test_a_cluster_loses_a_worker(expected, tmp_path):
     assert not of(0).equals(of(1))  # the control: another seed
 
 
+def cluster(**how):
+    distributed = pytest.importorskip("distributed", reason="dask is not installed")
+    return distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, **how)
+
+def within(seconds, work):
+    """What `work` returns, or raises; a test that fails if it takes longer"""
+    found = []
+    def run():
+        try: found.append((work(), None))
+        except BaseException as error: found.append((None, error))
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert found, f"no return in {seconds} s"
+    result, error = found[0]
+    if error: raise error
+    return result
+
+def on_cluster(client, **how):
+    with joblib.parallel_config("dask", client=client): return grid(**how)
+
+@pytest.mark.parametrize("pause", [0, 1.5])
+def test_a_cluster_loses_all_workers(expected, tmp_path, pause):
+    """Both are killed within three seconds, and started again by Dask: complete, and equal to the serial table."""
+    with cluster() as both, both.get_client() as client:
+        pids = list(client.run(os.getpid).values())
+        def kill():
+            while len(files(tmp_path)) < 5: time.sleep(.01)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+                time.sleep(pause)
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        same(within(120, lambda: on_cluster(client, folder=tmp_path)), expected)
+        assert not killer.is_alive() and not set(pids) & set(client.run(os.getpid).values())
+
+def test_a_job_that_kills_its_workers(tmp_path):
+    """Dask gives it up after some of them, and so does the sweep. (joblib's own way to Dask is never told, and waits for ever.)"""
+    killed = pytest.importorskip("distributed", reason="dask is not installed").scheduler.KilledWorker
+    parent = os.getpid()
+    def loss(f, x):
+        if os.getpid() != parent and len(files(tmp_path)) > 1: os.kill(os.getpid(), signal.SIGKILL)
+        return f.loss(x)
+    def run(client):
+        with joblib.parallel_config("dask", client=client):
+            return sweep([SGD(), SAM], {"bowl": bowl}, [.1], [.1], seeds=range(4), t_end=1., n_paths=4, x0=at, observe={"loss": loss}, folder=tmp_path)
+    with cluster() as both, both.get_client() as client:
+        with pytest.raises(killed, match="workers died while running it"): within(120, lambda: run(client))
+    assert 1 < len(files(tmp_path)) < 8
+
+def test_a_cluster_without_workers(tmp_path, monkeypatch):
+    """Workers that die and are not replaced: an error, after a minute or what it is set to."""
+    monkeypatch.setattr(module, "PATIENCE", 2.)
+    with cluster() as both, both.get_client() as client:
+        def leave():
+            while len(files(tmp_path)) < 5: time.sleep(.01)
+            both.scale(0)
+        threading.Thread(target=leave, daemon=True).start()
+        with pytest.raises(RuntimeError, match="no worker for 2 s"): within(120, lambda: on_cluster(client, folder=tmp_path))
+    assert 5 <= len(files(tmp_path)) < 48
+
+
 def test_on_ray(expected):
     """Ray is no requirement of developers: `pip install ray` runs this test too. Its workers have no folder in common with this process."""
     ray = pytest.importorskip("ray", reason="Ray is not installed")
@@ -132,11 +195,35 @@ def small(folder=None, objective=bowl, cores=1, **more):
 def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
     def full(*args): raise OSError(28, "No space left on device")
     with monkeypatch.context() as m:
-        m.setattr(module.os, "replace", full)
+        m.setattr(os, "replace", full)
         with pytest.raises(OSError, match="No space left"): small(tmp_path)
     assert not files(tmp_path)
     same(small(tmp_path), small())
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"] * 2
+
+
+def test_links(tmp_path):
+    """What a folder's link leads to is written, also where that is not there yet, and what a file's link leads to."""
+    link, target = tmp_path / "link", tmp_path / "target"
+    link.symlink_to(target)
+    table = small(link)
+    assert link.is_symlink() and len(files(target)) == 2
+    path = files(target)[0]
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    same(small(link), table)
+    (tmp_path / "moved").unlink()
+    same(small(link), table)
+    assert path.is_symlink() and (tmp_path / "moved").is_file()
+
+
+def test_what_a_killed_sweep_left_goes(tmp_path):
+    """After an hour, since another sweep may be writing."""
+    old, new = tmp_path / "a.json.0123abcd.part", tmp_path / "a.json.ffffffff.part"
+    for path in (old, new): path.write_text("half")
+    os.utime(old, (0, 0))
+    small(tmp_path)
+    assert new.exists() and not old.exists()
 
 
 def test_a_backend_that_returns_all_at_once(monkeypatch):
@@ -149,19 +236,51 @@ DAMAGE = {
     "cut short": (lambda text: text[:-100], "is damaged"),
     "empty": (lambda text: "", "is damaged"),
     "one digit": (lambda text: text.replace('"rows": [["loss", 0.0, "", 2.5', '"rows": [["loss", 0.0, "", 2.6'), "is damaged"),
+    "deep": (lambda text: "[" * 10**5, "is damaged"),
+    "deep inside": (lambda text: text.replace('"rows": ', '"rows": ' + "[" * 10**5), "is damaged"),
+    "no text": (lambda text: "\udcff", "is damaged"),
+    "huge": (lambda text: text + " " * 10**6, "is damaged"),
+    "no format": (lambda text: text.replace('"format": 2', '"format": [2]'), "is damaged"),
     "another JSON file": (lambda text: "[1, 2]", "is damaged, or no file of a sweep"),
-    "another format": (lambda text: text.replace('"format": 1', '"format": 2'), "has format 2, but this version of samsde writes 1"),
+    "another format": (lambda text: text.replace('"format": 2', '"format": 3'), "has format 3, but this version of samsde writes 2"),
 }
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_files_are_refused(kind, tmp_path):
     (damage, message), table = DAMAGE[kind], small(tmp_path)
     path, text = files(tmp_path)[0], files(tmp_path)[0].read_text()
-    assert damage(text) != text and json.loads(text)["format"] == 1
-    path.write_text(damage(text))
+    assert damage(text) != text and json.loads(text)["format"] == 2
+    path.write_text(damage(text), errors="surrogateescape")
     with pytest.raises(ValueError, match=f"{path.name} {message}"): small(tmp_path)
     path.write_text(text)
     same(small(tmp_path), table)
+
+
+def mutated(value, draw):
+    """Some JSON with one thing in it replaced by nonsense"""
+    nonsense = [None, True, -1, 10**40, 1e400, float("nan"), "text", [], {}, [[]], [[None]], {"a": 1}]
+    if isinstance(value, dict) and value and draw.random() < .9:
+        key = draw.choice(list(value))
+        return value | {key: mutated(value[key], draw)}
+    if isinstance(value, list) and value and draw.random() < .8:
+        k = draw.randrange(len(value))
+        return [*value[:k], mutated(value[k], draw), *value[k + 1:]]
+    return draw.choice(nonsense)
+
+def test_mutated_files(tmp_path):
+    """Files with nonsense in them and a right checksum: refused in words, or as another sweep's."""
+    small(tmp_path)
+    path, draw, damaged = files(tmp_path)[0], random.Random(0), 0
+    file = json.loads(path.read_text())
+    for _ in range(300):
+        content = mutated(file["content"], draw)
+        path.write_text(json.dumps(file | dict(content=content, sha256=module.digest(content))))
+        try: table = small(tmp_path)
+        except ValueError as error:
+            assert path.name in str(error) and ("is damaged" in str(error) or "belongs to another sweep" in str(error))
+            damaged += 1
+        else: assert table["n_diverged"].between(0, 4).all() and len(table) <= 2  # a number in its range
+    assert damaged > 250
 
 
 @pytest.mark.parametrize("change", [dict(objective=Quadratic(2 * bowl.H, sigma=.3)), dict(x0=2 * at), dict(observe={"loss": lambda f, x: 2 * f.loss(x)}),
@@ -170,6 +289,50 @@ def test_another_meaning_of_the_same_name_is_refused(change, tmp_path):
     small(tmp_path)
     with pytest.raises(ValueError, match="belongs to another sweep"): small(tmp_path, **change)
     small(tmp_path, seeds=[1, 0], rhos=[.2, .1])  # the control: a larger grid
+
+
+@pytest.mark.parametrize("start", [[2., 1.], [-1., 2.], [1., 2.0000000000000004]])
+def test_another_start_is_refused(start, tmp_path):
+    """Also where the loss is the same from there"""
+    small(tmp_path, x0=torch.tensor([1., 2.], **f64), objective=Quadratic(torch.eye(2, **f64)))
+    with pytest.raises(ValueError, match="belongs to another sweep, which differs in x0"):
+        small(tmp_path, x0=torch.tensor(start, **f64), objective=Quadratic(torch.eye(2, **f64)))
+
+
+def labels(flipped=0, n=50, dtype=torch.float64):
+    """Logistic regression, and the share of right answers; some labels are turned"""
+    X = torch.randn(n, 2, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    y = (X[:, 0] > 0).to(dtype) * 2 - 1
+    y[n - flipped:] *= -1
+    def right(f, x): return ((x @ X.T) * y > 0).double().mean(-1)
+    return FiniteSum(lambda x: torch.nn.functional.softplus(-y * (X @ x)), n, 2), right
+
+@pytest.mark.parametrize("flipped", [1, 15])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seen", [True, False])
+def test_other_data_are_refused(flipped, dtype, seen, tmp_path):
+    """Turned labels are found, though one sample is drawn at a time and only the share of right answers, or nothing of them, is observed."""
+    objective, right = labels(dtype=dtype)
+    other, now = labels(flipped, dtype=dtype)
+    def run(objective, right):
+        return small(tmp_path, objective=objective, x0=torch.ones(2, dtype=dtype), observe={"right": right if seen else lambda f, x: x})
+    table = run(objective, right)
+    with pytest.raises(ValueError, match="belongs to another sweep, which differs in .*the objective"): run(other, now)
+    same(run(*labels(dtype=dtype)), table)  # the control: made anew
+
+
+@pytest.mark.parametrize("dtype, bit", [(torch.bfloat16, 2**-7), (torch.float16, 2**-10), (torch.float32, 1e-5), (torch.float64, 1e-13)])
+def test_another_curvature_at_every_precision(dtype, bit, tmp_path):
+    """In half precision its last bit"""
+    def run(curvature, n=1):
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(n)
+            return small(tmp_path, objective=Quadratic(curvature * torch.eye(2, dtype=dtype), sigma=.3), x0=torch.ones(2, dtype=dtype))
+        finally: torch.set_num_threads(threads)
+    table = run(1.)
+    with pytest.raises(ValueError, match="the objective"): run(1. + bit)
+    same(run(1., 2), table)
 
 
 def test_threads_of_torch_do_not_matter():

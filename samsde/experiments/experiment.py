@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-import matplotlib
 import pandas as pd
 from torch import Tensor
 
+from ..blocks import replacing
 from ..style import theme
 
 # %% ../../nbs/experiments/experiment.ipynb #06149ba0
@@ -78,14 +78,13 @@ class Experiment:
              folder:Path # made if it isn't there
             ) -> tuple[Path, Path]: # the CSV file and the PNG file
         "Write NAME.csv and NAME.png. Raises OSError where that is not possible."
+        import matplotlib
         import matplotlib.pyplot as plt
-        folder.mkdir(parents=True, exist_ok=True)
+        os.makedirs(os.path.realpath(folder), exist_ok=True) # of a link, what it leads to
         csv, png = (folder / f"{self.name}.{kind}" for kind in ("csv", "png"))
+        with replacing(csv) as f: f.write(table.to_csv(index=False, float_format="%.9g").encode())
         with matplotlib.rc_context(theme() | {"backend": "agg"}): figure = self.plot(table)
-        for path, write in [(csv, lambda p: table.to_csv(p, index=False, float_format="%.9g")), (png, lambda p: figure.savefig(p, dpi=150, format="png"))]:
-            part = path.with_name(path.name + ".part")
-            write(part)
-            os.replace(part, path)
+        with replacing(png) as f: figure.savefig(f, dpi=150, format="png")
         plt.close(figure)
         return csv, png
 
