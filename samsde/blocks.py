@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .machinery.record import Recorder, recording
 from .objective import FiniteSum, Objective
 
 # %% ../nbs/01c_blocks.ipynb #a6cad47f
@@ -111,6 +112,7 @@ class Run:
     shape: tuple # the noise of a path has this shape, and noise_dim behind it
     seed: int
     keep: bool # the values of every path?
+    recorder: Recorder|None = None # of steps; None: each is computed the plain way
 
     def block(self, lo:int) -> Block:
         "The block of the paths from `lo` on, at its start"
@@ -128,7 +130,8 @@ def advance(run:Run, block:Block, tick):
     draw = run.draw(len(block.x), block.generator)
     for k in range(len(next(iter(block.values.values()))), len(marks)):
         while block.step < marks[k]:
-            block.x = run.process.advance(block.x, draw, steps).contiguous() # in memory as a file would give it back
+            with recording(run.recorder): x = run.process.advance(block.x, draw, steps)
+            block.x = x.contiguous() # in memory as a file would give it back
             block.step += 1
             tick(block)
         seen = {name: observed(fn, name, block.x) for name, fn in run.observe.items()}
@@ -398,9 +401,14 @@ class Ledger:
     pause = 5. # seconds between two states of a block that are kept, and between two writes of a file, at least
     def __init__(self, path:Path|None=None, about:dict|None=None, parts=(), blocks=()): # of a file, and what there was in it
         self.path, self.about, self.new = path, about, False
-        self.parts, self.blocks = dict(parts), dict(blocks) # first path -> Partial, and -> (step, state) of a Block
+        self.first = dict(parts), dict(blocks) # first path -> Partial, and -> (step, state) of a Block
+        self.parts, self.blocks = map(dict, self.first)
         self.stop, self.lock, self.due = threading.Event(), threading.Lock(), time.monotonic() + self.pause
 
+    def restart(self):
+        "Forget what was done since the file was read"
+        (self.parts, self.blocks), self.new = map(dict, self.first), True
+        self.stop.clear()
     def add(self, lo:int, part:Partial):
         "What a block came to"
         with self.lock:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .blocks import Ledger, Partial, Run, advance, block_size, opened, save
+from .machinery.record import RecordError, Recorder
 from .objective import positive, whole
 
 # %% ../nbs/02_ensemble.ipynb #e86f96ed
@@ -114,15 +115,17 @@ def checked(process, observe) -> dict:
 def on_threads(work, # a function of one job
                jobs:list, threads:int, stop:threading.Event): # work gives up if this is set
     "Do all jobs on `threads` threads; an interrupt or an error ends them all"
-    torch_threads = torch.get_num_threads()
+    torch_threads, errors = torch.get_num_threads(), []
     def careful(job):
         try: work(job)
-        except BaseException:
+        except BaseException as error:
+            errors.append(error)
             stop.set()
             raise
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try: list(pool.map(careful, jobs))
+            except InterruptedError: raise errors[0] # what made the others give up
             finally:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
@@ -191,6 +194,17 @@ def interrupted(stop:KeyboardInterrupt, run:Run, ledger:Ledger, eta:float):
     except DivergenceError: pass
     stop.args = f"{len(total or ())} of {len(run.x)} paths were done" + (": the same call goes on from there" if ledger.path else ""),
 
+# %% ../nbs/02_ensemble.ipynb #cd59bc42
+def compute_or_again(run:Run, ledger:Ledger, many:int, threads:int, bar):
+    "All blocks; all of them anew, with a warning and without records, if a record was wrong"
+    try: compute(run, ledger, many, threads, bar)
+    except RecordError as error:
+        warnings.warn(f"{error}: the simulation starts again without records (record=False)", stacklevel=3)
+        run.recorder = None
+        ledger.restart()
+        bar.reset()
+        compute(run, ledger, many, threads, bar)
+
 # %% ../nbs/02_ensemble.ipynb #deb29b60
 def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and advance
              x0:Tensor, # start: (d,), or (n_paths, *batch, d) with one for each path
@@ -205,7 +219,8 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
              threads:int|None=None, # torch's number if None
              keep:bool=False, # keep the observables of every path, in .paths
              checkpoint:str|Path|None=None, # a file to write results to now and then, and to go on from if it is there
-             progress:bool=False # show a progress bar
+             progress:bool=False, # show a progress bar
+             record:bool=True # may steps that are taken often be replayed from a record? No number depends on it
             ) -> Ensemble:
     "Run independent paths. Raises ValueError or TypeError on bad input, DivergenceError if none stays finite. Ctrl-C has a `partial`."
     observe, seed = checked(process, observe), whole("seed", seed, least=0)
@@ -214,10 +229,10 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
     size = block_size(n_paths, max(process.noise_dim, x.shape[-1]) * math.prod(shape))
     many = math.ceil(whole("chunk", size if chunk is None else chunk) / size)
     threads = whole("threads", threads) if threads is not None else torch.get_num_threads() if x.device.type == "cpu" else 1
-    run = Run(process, x, grid, observe, size, shape, seed, bool(keep))
+    run = Run(process, x, grid, observe, size, shape, seed, bool(keep), Recorder() if record else None)
     ledger = opened(checkpoint, run)
     with tqdm(total=n_paths * grid[1][-1], unit="step", unit_scale=True, disable=not progress) as bar:
-        try: compute(run, ledger, many, threads, bar)
+        try: compute_or_again(run, ledger, many, threads, bar)
         except KeyboardInterrupt as stop:
             interrupted(stop, run, ledger, eta)
             raise
