@@ -46,7 +46,7 @@ def sort_sidebar(proc):
     path, lines = proc/"sidebar.yml", []
     for items, group in groupby(path.read_text(encoding="utf-8").splitlines(), key=lambda line: line.endswith(".ipynb")):
         lines += sorted(group, key=place) if items else group
-    path.write_text("\n".join(lines).replace("section: experiments", "section: Experiments") + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines).replace("section: experiments", "section: Experiments").replace("section: machinery", "section: Machinery") + "\n", encoding="utf-8")
 
 
 def leave_out_widgets(proc):

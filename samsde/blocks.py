@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/01c_blocks.ipynb #e2ae42b2
 import glob, hashlib, json, math, os, threading, time, warnings, zipfile
 from bisect import bisect_left
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -186,6 +186,13 @@ def replacing(path:Path): # a binary file
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+# %% ../nbs/01c_blocks.ipynb #c0ce7e70
+def remove_parts(folder:Path, name:str):
+    "Remove what killed writers left of a file, which others may still be writing until an hour has passed"
+    for part in folder.glob(f"{name}.????????.part"):
+        with suppress(FileNotFoundError): # another may have been here before
+            if part.stat().st_mtime < time.time() - 3600: part.unlink()
 
 # %% ../nbs/01c_blocks.ipynb #6f60e6a4
 def write(path:Path, arrays:dict):
@@ -476,8 +483,7 @@ def opened(checkpoint, run:Run) -> Ledger:
     "The ledger of a run, with what a file has of it. Raises ValueError or TypeError if that cannot be used."
     if checkpoint is None: return Ledger()
     path = place(checkpoint)
-    for left in path.parent.glob(f"{glob.escape(path.name)}.????????.part"): # by a run that was killed
-        left.unlink(missing_ok=True)
+    remove_parts(path.parent, glob.escape(path.name))
     sketches, seen = fingerprint(run)
     about = dict(format=FORMAT, settings=settings(run), sketches=sketches)
     return Ledger(path, about, *(load(path, run, about, seen) if path.exists() else ()))

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .algorithm import Algorithm, Chain
-from .blocks import Run, alike, fingerprint, replacing, sha256
+from .blocks import Run, alike, fingerprint, remove_parts, replacing, sha256
 from .ensemble import DivergenceError, Ensemble, simulate, starts, time_grid
 from .objective import Objective, positive, whole
 
@@ -306,8 +306,7 @@ def collect(jobs:list, folder:Path|None, progress:bool) -> dict: # number of a j
     of_each = dict(zip(combinations, jobs)) if folder else {}
     known = {key: meaning(job) for key, job in of_each.items()}
     if folder: folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob("*.json.????????.part") if folder else (): # by a sweep that was killed
-        if left.stat().st_mtime < time.time() - 3600: left.unlink(missing_ok=True)
+    if folder: remove_parts(folder, "*.json")
     paths = [folder / f"{digest(request(job))[:24]}.json" for job in jobs] if folder else []
     there = [i for i, path in enumerate(paths) if path.exists()]
     results = {i: kept(paths[i], jobs[i], known[combinations[i]]) for i in there}
