@@ -129,11 +129,11 @@ def advance(run:Run, block:Block, tick):
     steps, marks = run.grid
     draw = run.draw(len(block.x), block.generator)
     for k in range(len(next(iter(block.values.values()))), len(marks)):
-        while block.step < marks[k]:
-            with recording(run.recorder): x = run.process.advance(block.x, draw, steps)
-            block.x = x.contiguous() # in memory as a file would give it back
-            block.step += 1
-            tick(block)
+        with recording(run.recorder):
+            while block.step < marks[k]:
+                block.x = run.process.advance(block.x, draw, steps).contiguous() # in memory as a file would give it back
+                block.step += 1
+                tick(block)
         seen = {name: observed(fn, name, block.x) for name, fn in run.observe.items()}
         for name, value in seen.items(): block.values[name].append(value)
         doubtful = [t for t in (block.x, *seen.values()) if not math.isfinite(t.sum())] # if a sum is finite, so is all that is in it

@@ -229,7 +229,8 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
     size = block_size(n_paths, max(process.noise_dim, x.shape[-1]) * math.prod(shape))
     many = math.ceil(whole("chunk", size if chunk is None else chunk) / size)
     threads = whole("threads", threads) if threads is not None else torch.get_num_threads() if x.device.type == "cpu" else 1
-    run = Run(process, x, grid, observe, size, shape, seed, bool(keep), Recorder() if record else None)
+    steps = grid[1][-1] * len(grid[0]) * math.ceil(n_paths / size)
+    run = Run(process, x, grid, observe, size, shape, seed, bool(keep), Recorder() if record and steps >= Recorder.worth else None)
     ledger = opened(checkpoint, run)
     with tqdm(total=n_paths * grid[1][-1], unit="step", unit_scale=True, disable=not progress) as bar:
         try: compute_or_again(run, ledger, many, threads, bar)

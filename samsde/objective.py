@@ -380,7 +380,7 @@ class FiniteSum(Objective):
             fn:Callable, *tensors:Tensor) -> Tensor:
         "fn(*tensors); in a simulation from a record, if it is called often and there is a network"
         if self.network is None or self.network.loop: return fn(*tensors)
-        return replay(self, name, fn, *tensors, reads=(self.network.own(), self.network.loss))
+        return replay(self, name, fn, *tensors, reads=self.network.holds)
 
 # %% ../nbs/00_objective.ipynb #33d4ca28
 def from_module(cls, module:torch.nn.Module, # any network without training-mode batch normalisation or dropout

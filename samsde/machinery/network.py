@@ -217,7 +217,7 @@ def check_layers(module:nn.Module, X:Tensor):
     if len(kinds) > 1: raise TypeError(f"parameters and inputs must share one dtype, got {sorted(map(str, kinds))}")
     if params[0].is_complex(): raise TypeError(f"parameters must be real, got {params[0].dtype}")
 
-# %% ../../nbs/machinery/network.ipynb #f8843edc
+# %% ../../nbs/machinery/network.ipynb #ee35217e
 def row(tree, k:int):
     "One sample of outputs or targets, as a batch of one"
     return tree_map(lambda t: t[k:k + 1] if isinstance(t, Tensor) else t, tree)
@@ -245,6 +245,9 @@ class Network:
         if not hasattr(local, "module"): local.module = written_out(copy.deepcopy(self.module))
         return local.module
     def __getstate__(self) -> dict: return {k: v for k, v in vars(self).items() if k not in ("local", "plain")} # a copy has its own
+    def holds(self) -> tuple:
+        "What a run of the network may read beside its arguments"
+        return self.own(), self.loss
     @property
     def route(self) -> str:
         "How several points are taken: by `vmap`, or in a `loop`"

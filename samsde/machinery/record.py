@@ -165,7 +165,7 @@ def compiled(fn:Callable, tensors:tuple) -> Callable|None:
         if all(same_bits(record(*tensors), out) for _ in range(3)): return record # it optimises itself in the first calls
     except Exception: pass # whatever a module does that no record can hold: it works without
 
-# %% ../../nbs/machinery/record.ipynb #79a0b90f
+# %% ../../nbs/machinery/record.ipynb #55999248
 class RecordError(RuntimeError):
     "A record gave other numbers than the function that it was made of"
 
@@ -173,32 +173,40 @@ class Entry:
     "The calls of one function, and its record if there is one"
     def __init__(self, owner): self.owner, self.calls, self.record, self.found = owner, 0, None, []
 
-def modes(device:torch.device) -> tuple:
+def modes(kind:str # of device
+         ) -> tuple:
     "What else decides the numbers of a function"
-    kind = device.type
     return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_grad_enabled(), torch.get_default_dtype()
 
 class Recorder:
     "Runs functions of tensors; what is called often with tensors of the same shapes is recorded, and replayed"
-    lock, patience, room = threading.Lock(), 64, 32 # calls before a record, and how many there may be
+    lock, patience, room = threading.Lock(), 16, 32 # calls before a record, and how many there may be
+    worth = 256 # calls that a record pays for: to make it takes as long as a hundred or two of them
     def __init__(self): self.entries = {}
     @property
     def records(self) -> dict: return {key: e.record for key, e in self.entries.items() if e.record}
 
-    def __call__(self, owner, name, fn:Callable, *tensors:Tensor, reads=()) -> Tensor:
-        "fn(*tensors), where `owner` and `name` say which function it is, and `reads` are objects that it may read"
+    def __call__(self, owner, name, fn:Callable, *tensors:Tensor, reads:Callable=tuple # () -> objects that the function may read
+                ) -> Tensor:
+        "fn(*tensors), where `owner` and `name` say which function it is"
         if outside(tensors): return fn(*tensors)
-        key = (id(owner), name, modes(tensors[0].device), *((t.shape, t.dtype, t.device) for t in tensors))
-        entry = self.entries.setdefault(key, Entry(owner)) # which keeps the owner, and so its id
+        key = (id(owner), name, modes(tensors[0].device.type), *((t.shape, t.dtype, t.device) for t in tensors))
+        entry = self.entries.get(key) or self.entries.setdefault(key, Entry(owner)) # which keeps the owner, and so its id
         entry.calls += 1
         tensors = [t.detach().contiguous() for t in tensors]
-        if entry.calls == self.patience and len(self.records) < self.room: return self.record(entry, fn, tensors, reads)
-        if entry.record is None: return fn(*tensors)
-        if not unchanged(entry.found): entry.record = None
-        elif entry.calls & (entry.calls - 1): return entry.record(*tensors)
-        return self.compare(entry, name, fn, tensors)
+        if entry.record and entry.calls & (entry.calls - 1) and unchanged(entry.found): return entry.record(*tensors)
+        if entry.calls > self.patience and entry.record is None: return fn(*tensors) # whose parts may have records
+        with recording(None): return self.inside(entry, name, fn, tensors, reads())
+    def inside(self, entry:Entry, name, fn, tensors:list, reads) -> Tensor:
+        "The function as a whole, none of its parts from a record"
+        if entry.calls < self.patience: return fn(*tensors)
+        if entry.calls == self.patience: return self.record(entry, fn, tensors, reads)
+        if unchanged(entry.found): return self.compare(entry, name, fn, tensors)
+        entry.record = None
+        return fn(*tensors)
     def record(self, entry:Entry, fn, tensors:list, reads) -> Tensor:
-        "Make a record, unless the function changes what it reads"
+        "Make a record, if there is room, unless the function changes what it reads"
+        if len(self.records) >= self.room: return fn(*tensors)
         try: found = readings(*reads)
         except (Unreadable, RuntimeError): return fn(*tensors) # torch does not count the changes of an inference tensor
         out = fn(*tensors)
@@ -209,7 +217,7 @@ class Recorder:
     def compare(self, entry:Entry, name, fn, tensors:list) -> Tensor:
         "The function itself, and whether its record says the same. Raises RecordError if not."
         out = fn(*tensors)
-        if entry.record is None or same_bits(entry.record(*tensors), out): return out
+        if same_bits(entry.record(*tensors), out): return out
         raise RecordError(f"the record of {name} gives other numbers than the function itself")
 
 def outside(tensors) -> bool:
@@ -217,7 +225,7 @@ def outside(tensors) -> bool:
     live = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return live or any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
 
-# %% ../../nbs/machinery/record.ipynb #37dc0ed1
+# %% ../../nbs/machinery/record.ipynb #76a3ebb1
 here = threading.local()
 
 @contextmanager
@@ -228,7 +236,7 @@ def recording(recorder:Recorder|None):
     try: yield
     finally: here.recorder = before
 
-def replay(owner, name, fn:Callable, *tensors:Tensor, reads=()) -> Tensor:
+def replay(owner, name, fn:Callable, *tensors:Tensor, reads:Callable=tuple) -> Tensor:
     "fn(*tensors), from a record if there is a recorder here and it is called often"
     recorder = getattr(here, "recorder", None)
     return fn(*tensors) if recorder is None else recorder(owner, name, fn, *tensors, reads=reads)
