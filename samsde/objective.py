@@ -12,7 +12,9 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
-from .machinery.network import Network, can_be_tried, check_data, check_layers, check_network, lift, needs_loop
+from .machinery.comparison import check_network
+from .machinery.network import Network, check_data, check_layers
+from .machinery.paths import can_be_tried, lift, needs_loop
 from .machinery.record import replay
 
 # %% ../nbs/00_objective.ipynb #d8084a09

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lock', 'Layer', 'squares', 'signals', 'terms', 'slope', 'layers_of', 'has_norms', 'found_layers', 'proved_layers']
 
-# %% ../../nbs/machinery/layers.ipynb #54a62f17
+# %% ../../nbs/machinery/layers.ipynb #46433345
 import copy, math, threading
 from collections import Counter
 from typing import NamedTuple
@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .network import PLAIN, Network, Rewritten, close, in_double, near, off, pieces_of, plain_loss, some_rows, tolerance
+from .comparison import close, in_double, near, off, pieces_of, plain_loss, some_rows, tolerance
+from .network import Network
+from .paths import Rewritten
 
 # %% ../../nbs/machinery/layers.ipynb #be4ab19c
 def outer_square(a:Tensor, d:Tensor) -> Tensor: # (b, T, m), (b, T, k) -> (b,)
@@ -47,7 +49,7 @@ def convolution(layer, # of one or two dimensions
     weight = outer_square(places(patches), places(d)).reshape(len(a), -1).sum(1)
     return dict(weight=weight, bias=d.sum((1, 3)).square().sum(1))
 
-# %% ../../nbs/machinery/layers.ipynb #99e39d92
+# %% ../../nbs/machinery/layers.ipynb #4fc18f5f
 def scaled(normal:Tensor, d:Tensor) -> dict: # (b, places, entries of the weight, places) each
     return dict(weight=(normal * d).sum((1, 3)).square().sum(1), bias=d.sum((1, 3)).square().sum(1))
 
@@ -66,16 +68,20 @@ def embedding(layer:nn.Embedding, a:Tensor, d:Tensor) -> dict:
     a, d = a.reshape(len(a), -1), d.reshape(len(d), -1, d.shape[-1])
     return dict(weight=((a[:, :, None] == a[:, None]) * (d @ d.mT)).sum((1, 2)))
 
-FORMS = {nn.Linear: linear, nn.modules.linear.NonDynamicallyQuantizableLinear: linear, nn.Conv1d: convolution, nn.Conv2d: convolution,
-         nn.LayerNorm: layer_norm, nn.GroupNorm: channel_norm, nn.BatchNorm1d: channel_norm, nn.BatchNorm2d: channel_norm, nn.Embedding: embedding}
+FORMS = {nn.Linear: linear, nn.modules.linear.NonDynamicallyQuantizableLinear: linear,
+         nn.Conv1d: convolution, nn.Conv2d: convolution, nn.Embedding: embedding,
+         nn.LayerNorm: layer_norm, nn.GroupNorm: channel_norm,
+         nn.BatchNorm1d: channel_norm, nn.BatchNorm2d: channel_norm}
 
-# %% ../../nbs/machinery/layers.ipynb #6dddfe74
+# %% ../../nbs/machinery/layers.ipynb #77c0a27d
 def has_form(layer:nn.Module) -> bool:
     "Is there a formula for this layer's sample gradients, as it is set up?"
     if type(layer) not in FORMS or "forward" in vars(layer): return False
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks: return False
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    if any(getattr(layer, name) for name in hooks): return False
     if {name for name, _ in layer.named_parameters()} - {"weight", "bias"}: return False
-    return getattr(layer, "padding_mode", "zeros") == "zeros" and not isinstance(getattr(layer, "padding", 0), str)
+    words = isinstance(getattr(layer, "padding", 0), str) # such as "same"
+    return getattr(layer, "padding_mode", "zeros") == "zeros" and not words
 
 def received(layer:nn.Module, a:Tensor, d:Tensor) -> Tensor:
     "What of a signal reaches the parameters"
@@ -119,13 +125,14 @@ def signals(network:Network, layers:dict, # name -> Layer
     (inside, outside), (f, inputs) = vmap(both, (None, None, 0))(added, outside, rows)
     return inside, outside, f, inputs
 
-# %% ../../nbs/machinery/layers.ipynb #6b0cd7e4
+# %% ../../nbs/machinery/layers.ipynb #bc597981
 def terms(network:Network, x:Tensor, s:slice, directions=()) -> tuple: # (d,), and (d,) each -> (b,) each
     "f_i, ‖∇f_i‖² and the slopes of f_i in some directions, for a slice of the samples"
     layers, rows = layers_of(network), torch.arange(s.start, s.stop, device=x.device)
     inside, outside, f, inputs = signals(network, layers, network.named(x), rows)
-    total = sum(sum(squares(network, name, layers[name], inputs[name], d).values()) for name, d in inside.items())
-    total = total + sum(g.reshape(len(g), -1).square().sum(1) for g in outside.values())
+    total = sum(g.reshape(len(g), -1).square().sum(1) for g in outside.values())
+    for name, d in inside.items():
+        total = total + sum(squares(network, name, layers[name], inputs[name], d).values())
     return f, total, *(slope(network, network.named(p), inside, outside, inputs) for p in directions)
 
 def slope(network:Network, p:dict, inside:dict, outside:dict, inputs:dict) -> Tensor: # -> (b,)
@@ -133,44 +140,64 @@ def slope(network:Network, p:dict, inside:dict, outside:dict, inputs:dict) -> Te
     total = sum((g * p[name]).reshape(len(g), -1).sum(1) for name, g in outside.items())
     for name, d in inside.items():
         layer, names, a = network.own().get_submodule(name), layers_of(network)[name].names, inputs[name]
-        ours = {key: p[names[key]] if key in names else torch.zeros_like(v) for key, v in layer.named_parameters()}
+        ours = {key: torch.zeros_like(value) for key, value in layer.named_parameters()}
+        ours |= {key: p[known] for key, known in names.items()}
         change = vmap(lambda z: functional_call(layer, ours, (z,)))(a)
         total = total + (received(layer, a, d) * change).flatten(1).sum(1)
     return total
 
-# %% ../../nbs/machinery/layers.ipynb #186daf3e
-def candidates(network:Network) -> dict: # name -> Layer
-    "Layers with a form that are called once, and own their parameters"
-    module, calls, row = network.own(), {}, torch.zeros(1, dtype=torch.long, device=network.x0.device)
+# %% ../../nbs/machinery/layers.ipynb #ec6be485
+def first_row(network:Network) -> Tensor:
+    return torch.zeros(1, dtype=torch.long, device=network.x0.device)
+
+def shapes_of_calls(network:Network) -> dict: # name -> shapes of its output, None for a call by keyword
+    "How the layers with a form are called, for one sample"
+    module, calls = network.own(), {}
     def note(name):
-        return lambda layer, args, out: calls.setdefault(name, []).append(out.shape if len(args) == 1 else None)
-    handles = [layer.register_forward_hook(note(name)) for name, layer in module.named_modules() if has_form(layer)]
-    try: network.losses(network.x0, row)
+        def hook(layer, args, out):
+            calls.setdefault(name, []).append(out.shape if len(args) == 1 else None)
+        return hook
+    layers = [(name, layer) for name, layer in module.named_modules() if has_form(layer)]
+    handles = [layer.register_forward_hook(note(name)) for name, layer in layers]
+    try: network.losses(network.x0, first_row(network))
     finally: [h.remove() for h in handles]
-    known_as = {id(p): name for name, p in module.named_parameters() if name in network.shapes} # a parameter may have several owners
-    once = {name: shapes[0] for name, shapes in calls.items() if len(shapes) == 1 and shapes[0]}
-    params = {name: {key: known_as[id(p)] for key, p in module.get_submodule(name).named_parameters() if id(p) in known_as} for name in once}
-    owners = Counter(name for names in params.values() for name in names.values())
-    return {name: Layer(shape, params[name]) for name, shape in once.items()
-            if params[name] and all(owners[known] == 1 for known in params[name].values())}
+    return calls
+
+def candidates(network:Network) -> dict: # name -> Layer
+    "Layers with a form that are called once, and share no parameter"
+    module = network.own()
+    known_as = {id(p): name for name, p in module.named_parameters() if name in network.shapes}
+    layers = {}
+    for name, shapes in shapes_of_calls(network).items():
+        params = module.get_submodule(name).named_parameters()
+        names = {key: known_as[id(p)] for key, p in params if id(p) in known_as}
+        if names and len(shapes) == 1 and shapes[0]: layers[name] = Layer(shapes[0], names)
+    owners = Counter(known for layer in layers.values() for known in layer.names.values())
+    return {name: layer for name, layer in layers.items()
+            if all(owners[known] == 1 for known in layer.names.values())}
+
+# %% ../../nbs/machinery/layers.ipynb #b31beb46
+def frozen(layer:nn.Module):
+    "A hook that returns what a copy of the layer returns, whose parameters have no gradient"
+    twin = copy.deepcopy(layer).requires_grad_(False)
+    return lambda layer, args, out: twin(*args)
 
 def used_elsewhere(network:Network, layers:dict) -> set: # of names of parameters
     "The parameters on which the loss depends though their layers are frozen"
-    module = network.own()
-    def frozen(layer):
-        twin = copy.deepcopy(layer).requires_grad_(False)
-        return lambda layer, args, out: twin(*args)
-    hooks = {name: frozen(module.get_submodule(name)) for name in layers}
-    handles = [module.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
-    names = [name for layer in layers.values() for name in layer.names.values()]
+    modules = [network.own().get_submodule(name) for name in layers]
+    hooks = [frozen(layer) for layer in modules]
+    handles = [layer.register_forward_hook(hook) for layer, hook in zip(modules, hooks)]
+    names = [known for layer in layers.values() for known in layer.names.values()]
     with torch.enable_grad():
-        params = {name: p.detach().requires_grad_() for name, p in network.named(network.x0).items()}
-        try: f = network.losses(params, torch.zeros(1, dtype=torch.long, device=network.x0.device)).sum()
+        named = network.named(network.x0).items()
+        params = {name: p.detach().requires_grad_() for name, p in named}
+        try: f = network.losses(params, first_row(network)).sum()
         finally: [h.remove() for h in handles]
-        found = torch.autograd.grad(f, [params[name] for name in names], allow_unused=True) if names and f.requires_grad else []
+        if not names or not f.requires_grad: return set()
+        found = torch.autograd.grad(f, [params[name] for name in names], allow_unused=True)
     return {name for name, g in zip(names, found) if g is not None}
 
-# %% ../../nbs/machinery/layers.ipynb #6670029b
+# %% ../../nbs/machinery/layers.ipynb #ce275d46
 def wrong_layers(network:Network, layers:dict, x:Tensor) -> set:
     "The layers whose form gives other norms than the sample gradients at a point"
     wrong, params, n = set(), network.named(x), len(network.X)
@@ -178,12 +205,13 @@ def wrong_layers(network:Network, layers:dict, x:Tensor) -> set:
     for s in pieces_of(n, size):
         rows = torch.arange(s.start, s.stop, device=x.device)
         inside, _, _, inputs = signals(network, layers, params, rows)
-        known = {name: g.reshape(len(g), -1).square().sum(1) for name, g in signals(network, {}, params, rows)[1].items()}
+        all_gradients = signals(network, {}, params, rows)[1].items()
+        known = {name: g.reshape(len(g), -1).square().sum(1) for name, g in all_gradients}
         slack = tolerance(network) * sum(known.values())
         for name, layer in layers.items():
-            found = squares(network, name, layer, inputs[name], inside[name])
-            right = all((~((v - known[layer.names[key]]).abs() > slack)).all() for key, v in found.items())
-            if not right: wrong.add(name)
+            found = squares(network, name, layer, inputs[name], inside[name]).items()
+            gaps = [(value - known[layer.names[key]]).abs() for key, value in found]
+            if not all((gap <= slack).all() for gap in gaps): wrong.add(name)
     return wrong
 
 def right_norms(network:Network, x:Tensor) -> bool:
@@ -198,7 +226,7 @@ def right_norms(network:Network, x:Tensor) -> bool:
         ours = torch.autograd.grad(norms.sum() / 2, z)[0]
     return close(network, norms.detach(), g.square().sum(1)) and off(network, ours, Hg) is None
 
-# %% ../../nbs/machinery/layers.ipynb #f8cdf48a
+# %% ../../nbs/machinery/layers.ipynb #59389663
 lock = threading.RLock()
 
 def layers_of(network:Network) -> dict: # name -> Layer
@@ -217,15 +245,15 @@ def found_layers(network:Network) -> tuple[dict, bool]:
     "Closed forms that are right, and whether norms can be had at all"
     for twin in (in_double(network), copy.copy(network)) if network.inside else ():
         try:
-            with Rewritten(PLAIN): return proved_layers(twin)
+            with Rewritten(): return proved_layers(twin)
         except (RuntimeError, NotImplementedError): pass # of a kind that vmap over samples cannot do
     return {}, False
 
 def proved_layers(twin:Network) -> tuple[dict, bool]:
     points = near(twin, 0), near(twin, 2, scale=1.)
-    twin.layers = candidates(twin)
-    elsewhere = used_elsewhere(twin, twin.layers)
-    twin.layers = {name: layer for name, layer in twin.layers.items() if not elsewhere & {*layer.names.values()}}
-    wrong = set.union(*(wrong_layers(twin, twin.layers, x) for x in points))
-    twin.layers = {name: layer for name, layer in twin.layers.items() if name not in wrong}
+    layers = candidates(twin)
+    elsewhere = used_elsewhere(twin, layers)
+    layers = {name: layer for name, layer in layers.items() if not elsewhere & {*layer.names.values()}}
+    wrong = set.union(*(wrong_layers(twin, layers, x) for x in points))
+    twin.layers = {name: layer for name, layer in layers.items() if name not in wrong}
     return twin.layers, all(right_norms(twin, x) for x in points)

@@ -1,0 +1,42 @@
+"`chunk` bounds the memory of a network from its construction on."
+import subprocess
+import sys
+
+MEASURE = """
+import resource
+import sys
+import torch
+from samsde.algorithm import SAM
+from samsde.implicit_regularizer import drift
+from samsde.objective import FiniteSum
+from samsde.sde import SDE
+
+torch.set_num_threads(1)
+chunk = int(sys.argv[1]) or None
+X, y = torch.randn(8000, 88), torch.randint(10, (8000,))
+net = torch.nn.Sequential(torch.nn.Linear(88, 1000), torch.nn.Tanh(), torch.nn.Linear(1000, 10))
+small = FiniteSum.from_module(torch.nn.Linear(88, 10), torch.nn.CrossEntropyLoss(), X[:60], y[:60])
+drift(SAM(.1), small, small.x0)  # what torch and the library load at their first use
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+objective = FiniteSum.from_module(net, torch.nn.CrossEntropyLoss(), X, y, batch_size=100, chunk=chunk)
+assert objective.dim == 99_010
+made = peak() - before
+drift(SAM(.1), objective, objective.x0, draws=8)
+objective.grad(objective.x0)
+objective.sample_hvp(objective.x0, torch.arange(100)[None], objective.x0)
+print(made, peak() - before)
+"""
+
+
+def grown(chunk):
+    "MiB beyond the start: after construction, and after a drift with drawn minibatches, a gradient and a product"
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(chunk)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [float(word) for word in done.stdout.split()]
+
+
+def test_memory_of_a_network_in_chunks():
+    """8,000 samples and 99,010 parameters: under 250 MiB with chunk=50. The control has no chunk."""
+    made, used = grown(50)
+    assert used < 250 and made < 250 < grown(0)[1]
