@@ -1,9 +1,14 @@
-"pytest runs each notebook as one item, in a process of its own, and leaves out the cells that settings.ini's tst_flags name."
+"""pytest runs each notebook as one item, in a process of its own, and leaves out the cells that settings.ini's tst_flags name.
+While the tests run, notebooks are run beside them, from the last to the first: two processes, of one thread each."""
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 ROOT = Path(__file__).parent
 RUN = """
@@ -28,17 +33,46 @@ def pytest_collect_file(file_path, parent):
         return NotebookFile.from_parent(parent, path=file_path)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: isinstance(item, Notebook))  # the tests first
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session):
+    notebooks = [item for item in session.items if isinstance(item, Notebook)]
+    with ThreadPoolExecutor(1) as pool:
+        if not session.config.option.collectonly:
+            for item in reversed(notebooks): item.beside = pool.submit(item.execute)
+        try: return (yield)
+        finally:
+            for item in notebooks: item.stop()
+
+
 class NotebookFile(pytest.File):
     def collect(self):
         yield Notebook.from_parent(self, name="notebook")
 
 
 class Notebook(pytest.Item):
-    def runtest(self):
+    beside = process = None
+
+    def execute(self):
+        "The exit status, and all that was printed"
         flags = ["slow"] if self.config.getoption("slow") else []
-        done = subprocess.run([sys.executable, "-c", RUN, str(self.path), *flags], cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise NotebookError(done.stdout + done.stderr)
+        command = [sys.executable, "-c", RUN, str(self.path), *flags]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        text, _ = self.process.communicate()
+        return self.process.returncode, text
+
+    def runtest(self):
+        here = self.beside is None or self.beside.cancel()  # nobody has begun with it
+        status, text = self.execute() if here else self.beside.result()
+        if status: raise NotebookError(text)
+
+    def stop(self):
+        if self.beside: self.beside.cancel()
+        if self.process and self.process.poll() is None: self.process.kill()
 
     def repr_failure(self, excinfo, style=None):
         return str(excinfo.value) if excinfo.errisinstance(NotebookError) else super().repr_failure(excinfo, style)
