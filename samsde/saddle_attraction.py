@@ -93,7 +93,7 @@ def is_attracting(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     if not normalised(algorithm, rho): return linear_attraction(name, rho * (type(algorithm) is USAM), lam, eta)
     if noisy and name == "DNSAM":
         return Attraction(False, "DNSAM divides by the full gradient, which vanishes at the critical point: its noise explodes there "
-                              "and throws it out, in one dimension at a rate of about 0.2 |lambda|")
+                              "and throws it out, in one dimension at a rate of 0.1 to 0.3 |lambda|")
     star = float(min(-lam[lam < 0], default=math.inf))
     if noisy and rho * star * kappa(d) <= s:
         return Attraction(False, f"the noise is too strong: rho * lambda* * kappa_{d} = {rho * star * kappa(d):g} is not above sigma = {s:g}")
@@ -108,7 +108,7 @@ def exit_time(rate:float, # growth rate ν, of any sign
               m:int, # dimension
               L:float # distance
              ) -> float:
-    """Mean time to reach distance L from 0 for dx = ν x dt + √D dW in m dimensions, Eq. (13); inf beyond what a double can hold.
+    """Mean time to reach distance L from 0 for dx = ν x dt + √D dW in m dimensions, Eq. (8); inf beyond what a double can hold.
     Raises ValueError or TypeError on bad input."""
     if not math.isfinite(rate): raise ValueError(f"rate must be finite, got {rate}")
     D, m, L = one("D", D), whole("m", m), one("L", L)
@@ -125,7 +125,7 @@ def escape_time(algorithm:Algorithm, # SGD, USAM or SAM
                 sigma:float, # standard deviation s of the noise in each coordinate of the gradient
                 radius:float # L, a distance within the least stable negative eigenspace
                ) -> float:
-    """Mean time from the saddle until the SDE first is at distance `radius` in its least stable eigenspace, Eq. (13).
+    """Mean time from the saddle until the SDE first is at distance `radius` in its least stable eigenspace, Eq. (8).
     Raises ValueError or TypeError on bad input, and where there is no such time."""
     rho, lam, _ = spectrum(algorithm, H)
     eta, s, L = one("eta", eta), one("sigma", sigma), one("radius", radius)
