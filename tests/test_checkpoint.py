@@ -216,7 +216,7 @@ def test_a_network_from_its_record(small, tmp_path, monkeypatch):
             for k, p in enumerate(net.parameters()): p.copy_(torch.linspace(-1, 1, p.numel()).add(k).sin().view_as(p))
         return FiniteSum.from_module(net, torch.nn.MSELoss(), A.float(), A[:, :1].float())
     for kind in (Chain, SDE):
-        go = lambda **how: small(kind(SAM(.1), network(), .1), network().x0, 10., 4, **how)
+        go = lambda **how: small(kind(SAM(.1), network(), .1), network().x0, 40., 4, **how)
         whole, file = numbers(go()), tmp_path/f"{kind.__name__}.npz"
         assert made and made[-1].records # there was one
         assert same(numbers(go(record=False)), whole)
