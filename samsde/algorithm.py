@@ -11,7 +11,7 @@ import copy, math
 import torch
 from torch import Tensor
 
-from .objective import Additive, FiniteSum, Objective, common, gradient, per_path, positive
+from .objective import Additive, FiniteSum, NoisyLoss, Objective, Quadratic, common, gradient, per_path, positive
 from .style import colours
 
 # %% ../nbs/01_algorithm.ipynb #2f2506ca
@@ -120,18 +120,80 @@ def recorded(name, # of the function, for a record
     out = objective.run((name, type(algorithm), algorithm.still, objective.way, law.batch_size, law.replace), step, x, noise, *tensors)
     return out if type(algorithm) is not DNSAM or math.isfinite(out.sum()) else fn(algorithm, x, noise, *numbers)
 
+# %% ../nbs/01_algorithm.ipynb #3ce7016c
+def close(a:Tensor, b:Tensor) -> bool:
+    "Are two tensors equal up to rounding, or is one of them not finite?"
+    slack = 16 * torch.finfo(b.dtype).eps**.5
+    gap, size = (a - b).abs().max(), b.abs().max()
+    return not torch.isfinite(gap + size) or bool(gap <= slack * (size + 1))
+
+def contradictions(objective:Objective): # of words, two values that should be equal
+    "What an objective says in two ways, at two random points"
+    generator, dtype = torch.Generator().manual_seed(0), objective.dtype or torch.float64
+    x, v = torch.randn(2, 2, objective.dim, generator=generator, dtype=torch.float64).to(dtype) / 4
+    gamma = objective.draw((2,), generator, dtype=dtype)
+    yield "grad is not the gradient of loss", objective.grad(x), Objective.grad(objective, x)
+    yield "hvp is not the derivative of grad", objective.hvp(x, v), Objective.hvp(objective, x, v)
+    ours, known = objective.sample_grad(x, gamma), Objective.sample_grad(objective, x, gamma)
+    yield "sample_grad is not the gradient of sample_loss", ours, known
+    if isinstance(objective, FiniteSum):
+        losses = objective.losses(x)
+        yield "loss is not the mean of losses", objective.loss(x), losses.mean(-1)
+        yield "sample_loss is not a mean of losses", objective.sample_loss(x, gamma), losses.gather(-1, gamma).mean(-1)
+    elif (support := objective.law.support(1024, generator, dtype=dtype)).exact:
+        losses = torch.stack([objective.sample_loss(x, c.expand(2, -1)) for c in support.gammas])
+        yield "loss is not the mean of sample_loss", objective.loss(x), losses.mean(0)
+
+def check_objective(objective:Objective):
+    "Raises ValueError if a class of a user's own contradicts itself, such as a loss that its inherited gradient does not belong to"
+    if type(objective) in (Quadratic, NoisyLoss, FiniteSum) or "consistent" in vars(objective): return
+    try: found = [(words, close(a, b)) for words, a, b in contradictions(objective)]
+    except Exception: found = [] # what is wrong with it is told where it is used
+    for words, equal in found:
+        if not equal: raise ValueError(f"{type(objective).__name__} contradicts itself: its {words}")
+    objective.consistent = True
+
+# %% ../nbs/01_algorithm.ipynb #73f898a1
+def contradictions_of(algorithm:Algorithm, objective:Objective): # of words, two values that should be equal
+    "What an algorithm says of its perturbation in other ways, at two random points"
+    generator, dtype = torch.Generator().manual_seed(0), objective.dtype or torch.float64
+    x = torch.randn(2, objective.dim, generator=generator, dtype=torch.float64).to(dtype) / 4
+    gamma = objective.draw((2,), generator, dtype=dtype)
+    u, (g, grad) = algorithm.perturbation(objective, x, gamma), objective.grads(x, gamma)
+    if algorithm.scale is not None: yield "scale", u, algorithm.scale(grad) * g
+    if type(algorithm).potential is Algorithm.potential: return
+    psi = gradient(algorithm.potential, g)
+    yield "potential", u, psi
+    if algorithm.radial is None: return
+    radial = gradient(lambda g: algorithm.radial(g.square().sum(-1)), g)
+    yield "radial", psi, radial if algorithm.scale is None else algorithm.scale(grad) * radial
+
+def check_algorithm(algorithm:Algorithm, objective:Objective):
+    "Raises ValueError if a class of a user's own has a perturbation that does not belong to its potential or scale"
+    if type(algorithm) in (SGD, USAM, DNSAM, SAM) or "consistent" in vars(algorithm): return
+    free = copy.copy(algorithm)
+    free.rho = 0.0 # one radius may be given for each path
+    try: found = [(words, close(a, b)) for words, a, b in contradictions_of(free, objective)]
+    except Exception: found = [] # what is wrong with it is told where it is used
+    for words, equal in found:
+        if not equal: raise ValueError(f"{type(algorithm).__name__} contradicts itself: its perturbation is not that of its {words}")
+    algorithm.consistent = True
+
 # %% ../nbs/01_algorithm.ipynb #b07a64c6
 def an_objective(objective) -> Objective:
-    "`objective` if it is one; else a TypeError"
-    if isinstance(objective, Objective): return objective
-    raise TypeError(f"objective must be an Objective, such as Quadratic(H), got {type(objective).__name__}")
+    "`objective` if it is one; else a TypeError, or a ValueError if it contradicts itself"
+    if not isinstance(objective, Objective): raise TypeError(f"objective must be an Objective, such as Quadratic(H), got {type(objective).__name__}")
+    check_objective(objective)
+    return objective
 
 def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
     "Both, if they are what their names say; else a TypeError"
     if not isinstance(algorithm, Algorithm): raise TypeError(f"algorithm must be an Algorithm, such as SAM(0.05), got {algorithm!r}")
     if replaced := vars(algorithm).keys() & {"potential", "perturbation", "direction", "step", "scale"}:
         raise TypeError(f"methods must be defined in a class, but {type(algorithm).__name__} has {', '.join(sorted(replaced))} set on the object")
-    return algorithm, an_objective(objective)
+    an_objective(objective)
+    check_algorithm(algorithm, objective)
+    return algorithm, objective
 
 def check_model(algorithm:Algorithm, what:str, # that is asked for, in words
                 exact:str|None=None # what there is of an algorithm with a direction of its own

@@ -377,7 +377,16 @@ class FiniteSum(Objective):
         part = lambda s: lambda x, w, v: gradient(lambda z: (pull(z, w, s) * v).sum(-1), x)
         return sum(self.run(("hvp", s.start, s.stop), part(s), x, w, v) for s in self.slices(x))
     def lift(self, fn:Callable, x:Tensor, *rest:Tensor, kind:str="all") -> Tensor:
-        return super().lift(fn, x, *rest, kind=kind) if self.network is None else self.network.lift(fn, x, *rest)
+        if self.network is not None: return self.network.lift(fn, x, *rest)
+        first = kind == "chosen" and kind not in vars(self).get("loops", {})
+        if first and self.chunk is None and can_be_tried(x): self.check_select(x.detach().reshape(-1, self.dim)[0])
+        return super().lift(fn, x, *rest, kind=kind)
+    def check_select(self, z:Tensor):
+        "Raises ValueError if `select` has other losses than `sample_losses` at a point (d,)"
+        i = torch.tensor([0, self.n // 2, self.n - 1], device=z.device)
+        with torch.no_grad(): chosen, known = self.select(z, i), self.sample_losses(z)[i]
+        if not torch.allclose(chosen, known, rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise ValueError(f"select must return the losses of the samples {i.tolist()}, {known.tolist()}, got {chosen.tolist()}")
     def run(self, name, # of the function, for a record
             fn:Callable, *tensors:Tensor) -> Tensor:
         "fn(*tensors); in a simulation from a record, if it is called often and there is a network"
