@@ -15,7 +15,7 @@ from torch import Tensor
 from .machinery.comparison import check_network
 from .machinery.network import Network, check_data, check_layers
 from .machinery.paths import can_be_tried, lift, needs_loop
-from .machinery.record import replay
+from .machinery.record import replay, version
 
 # %% ../nbs/00_objective.ipynb #d8084a09
 def positive(name:str, # what to call the value in the error message
@@ -192,16 +192,26 @@ class Gaussian:
                  sigma:float=0.0, # standard deviation of each coordinate
                  cov:Tensor|None=None # (d, d), positive semidefinite; instead of sigma
                 ):
-        self.dim, self.sigma, self.cov, self.root = whole("dim", dim), one("sigma", sigma, zero=True), cov, None
+        self.dim, self.sigma, self.cov = whole("dim", dim), one("sigma", sigma, zero=True), cov
         if self.sigma > 1e150: raise ValueError(f"sigma must have a finite square, got {sigma:g}")
         if cov is None: return
         if sigma != 0: raise ValueError(f"give sigma or cov, not both: got sigma={sigma} and a covariance")
         if len(symmetric("cov", cov)) != dim: raise ValueError(f"cov must have shape ({dim}, {dim}), got {tuple(cov.shape)}")
-        self.root = psd_root("cov", cov)
+        self.root # raises if it is no covariance
 
+    @property
+    def root(self) -> Tensor|None:
+        "Σ^{1/2} where Σ = cov, also after `cov` has been changed"
+        if self.cov is None: return None
+        cov, changes, root = vars(self).get("known", (None, None, None))
+        if cov is not self.cov or changes != version(cov):
+            root = psd_root("cov", self.cov)
+            self.known = self.cov, version(self.cov), root
+        return root
     def __call__(self, xi:Tensor, scale=1.0) -> Tensor:
         "scale Σ^{1/2} ξ, (..., d) -> (..., d), for a number or a tensor (..., 1)"
-        return self.sigma * scale * xi if self.root is None else scale * (xi @ self.root)
+        root = self.root
+        return self.sigma * scale * xi if root is None else scale * (xi @ root)
     def draw(self, shape, generator=None, *, dtype=None, device=None) -> Tensor:
         return self(torch.randn(*shape, self.dim, generator=generator, dtype=dtype, device=device))
     def support(self, draws, generator=None, *, dtype=None, device=None) -> Support:
@@ -278,12 +288,21 @@ class Minibatches:
         self.n, self.batch_size, self.replace = whole("n", n), whole("batch_size", batch_size), replace
         if not replace and batch_size > n:
             raise ValueError(f"batch_size must be at most n without replacement, got batch_size={batch_size} and n={n}")
-        N, B = self.n, self.batch_size
-        self.tau = 0.0 if N == 1 else 1 / B if replace else (N - B) / (B * (N - 1))
-        self.kappa = 0.0 if N <= 2 else 1 / B**2 if replace else (N - B) * (N - 2 * B) / (B**2 * (N - 1) * (N - 2))
-        self.silent, self.count = self.tau == 0, self.how_many()
 
-    def how_many(self) -> int|float:
+    @property
+    def tau(self) -> float:
+        N, B = self.n, self.batch_size
+        if N == 1: return 0.0
+        return 1 / B if self.replace else (N - B) / (B * (N - 1))
+    @property
+    def kappa(self) -> float:
+        N, B = self.n, self.batch_size
+        if N <= 2: return 0.0
+        return 1 / B**2 if self.replace else (N - B) * (N - 2 * B) / (B**2 * (N - 1) * (N - 2))
+    @property
+    def silent(self) -> bool: return self.tau == 0
+    @property
+    def count(self) -> int|float:
         "The number of minibatches; inf from 2⁶³ on"
         n, k = self.n, self.batch_size if self.replace else min(self.batch_size, self.n - self.batch_size)
         if n == 1 or k == 0: return 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, axes_of, pair, recorded, spread
 from .hessian_noise import batch_formula, batch_sum, by_sample, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
 from .implicit_regularizer import closed_form, drift, over, pieces, response
-from .machinery.record import replay
+from .machinery.record import replay, version
 from .objective import Additive, FiniteSum, Objective, Quadratic, aligned, common, per_path, point, positive, whole
 from .sample_sums import seed_of, way_of
 
@@ -79,7 +79,7 @@ def one_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
         free.algorithm.checked = False
         return euler_step(free, x, xi, dt, seed)
     H, law = sde.objective.H, sde.objective.law
-    tensors = tuple((id(t), t._version) for t in (H, law.root) if t is not None) # which a record keeps
+    tensors = tuple((id(t), version(t)) for t in (H, law.root) if t is not None) # which a record keeps
     name = ("step", type(sde.algorithm), sde.form, dt, float(sde.eta), float(sde.algorithm.rho), law.sigma, tensors)
     out = replay(sde, name, step, x, xi)
     return out if type(sde.algorithm) is not DNSAM or math.isfinite(out.sum()) else euler_step(sde, x, xi, dt, seed)
