@@ -11,14 +11,15 @@ import copy, math
 import torch
 from torch import Tensor
 
-from .objective import Additive, FiniteSum, NoisyLoss, Objective, Quadratic, common, gradient, per_path, positive
+from .machinery.checks import broadcast_axes, check_positive, per_path
+from .objective import Additive, FiniteSum, NoisyLoss, Objective, Quadratic, gradient
 from .style import colours
 
 # %% ../nbs/01_algorithm.ipynb #2f2506ca
 class Algorithm:
     "x⁺ = x − η ∇f_γ(x + ρ u_γ(x)). A subclass defines `potential` or `perturbation`. Raises ValueError if `rho` is negative or not finite."
     def __init__(self, rho=0.0 # ρ, in the units of x for normalised u; a number, or a tensor that broadcasts over the paths
-                ): self.rho = positive("rho", rho, zero=True)
+                ): self.rho = check_positive("rho", rho, zero=True)
 
     scale = None # see Linear
     radial = None # ψ as a function of ‖g‖², where it is one (up to the factor c of a Linear)
@@ -210,7 +211,7 @@ def axes_of(**values) -> dict: # name -> shape
 def spread(x:Tensor, **values) -> Tensor:
     "`x` with the axes of a sweep over `values`, numbers or tensors, before its last; a ValueError if they do not fit"
     shapes = axes_of(**values)
-    return x.expand(*common(x=x.shape[:-1], **shapes), -1) if shapes else x
+    return x.expand(*broadcast_axes(x=x.shape[:-1], **shapes), -1) if shapes else x
 
 # %% ../nbs/01_algorithm.ipynb #65208ff5
 class Chain:
@@ -219,11 +220,11 @@ class Chain:
                  objective:Objective, # on which loss
                  eta # learning rate η; a number, or a tensor that broadcasts over the paths
                 ):
-        self.algorithm, self.objective, self.eta = *pair(algorithm, objective), positive("eta", eta)
+        self.algorithm, self.objective, self.eta = *pair(algorithm, objective), check_positive("eta", eta)
         self.shape # raises where ρ and η do not broadcast
 
     @property
-    def shape(self) -> tuple: return tuple(common(**axes_of(rho=self.algorithm.rho, eta=self.eta)))
+    def shape(self) -> tuple: return tuple(broadcast_axes(**axes_of(rho=self.algorithm.rho, eta=self.eta)))
     @property
     def noise_dim(self) -> int: return self.objective.dim if isinstance(self.objective, Additive) else self.objective.law.batch_size
     def step(self, x:Tensor, gamma:Tensor) -> Tensor:

@@ -18,12 +18,13 @@ from torch import Tensor
 from .algorithm import Algorithm, an_objective, pair
 from .style import colours
 from .implicit_regularizer import drift, hessian_perturbation, pieces
-from .objective import Objective, finite, floating, one, positive, whole
+from .machinery.checks import check_finite, check_floating, check_int, check_positive, check_scalar
+from .objective import Objective
 
 # %% ../nbs/08b_diagnosis.ipynb #f41251e1
 def one_point(objective, x) -> Tensor: # (d,)
     "`x` if it is one finite point of an objective; else a ValueError or TypeError"
-    if an_objective(objective).check(x).ndim == 1: return finite("x", x)
+    if an_objective(objective).check(x).ndim == 1: return check_finite("x", x)
     raise ValueError(f"x must be one point of shape ({objective.dim},), got {tuple(x.shape)}")
 
 # %% ../nbs/08b_diagnosis.ipynb #990e4ab5
@@ -32,7 +33,7 @@ def top_eigenvectors(objective:Objective,
                      k:int=3 # how many, at most d
                     ) -> tuple[Tensor, Tensor]: # (k,) in falling order, and (k, d)
     "The largest eigenvalues of ∇²f(x) and their eigenvectors. Raises ValueError or TypeError on a k or a point that is none."
-    x, d, k = one_point(objective, x), objective.dim, whole("k", k)
+    x, d, k = one_point(objective, x), objective.dim, check_int("k", k)
     if k > d: raise ValueError(f"k must be at most the dimension {d}, got {k}")
     if k > d / 2:
         values, vectors = torch.linalg.eigh(objective.hessian(x))
@@ -50,9 +51,9 @@ def largest_eigenvalue(hvp:Callable, # x, v, (..., d) each -> (..., d), such as 
                        steps:int=12 # Hessian-vector products
                       ) -> Tensor: # (...)
     "The largest eigenvalue at every point, from below, by Lanczos' method with full orthogonalisation"
-    v = torch.randn(floating("x", x).shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x).expand_as(x)
+    v = torch.randn(check_floating("x", x).shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x).expand_as(x)
     Q, diagonal, beside = (v / torch.linalg.vector_norm(v, dim=-1, keepdim=True))[None], [], []
-    for _ in range(min(whole("steps", steps), x.shape[-1])):
+    for _ in range(min(check_int("steps", steps), x.shape[-1])):
         w = hvp(x, Q[-1])
         value = (w * Q[-1]).sum(-1)
         diagonal.append(torch.where(Q[-1].any(-1), value, diagonal[-1]) if diagonal else value) # a vector is 0 where the space is exhausted
@@ -135,13 +136,13 @@ def diagnose(algorithm:Algorithm, # with one radius
     """Is the SDE of an algorithm a fair model at a point? Terms, of which all but the first are ratios: "gradient", ‖ḡ‖; "regulariser", ρ‖E[Hu]‖/‖ḡ‖;
     "neglected in ρ", ‖E[G] − E[g + ρHu]‖/‖b‖, and "error of that", the size that the draws alone would give it; "neglected in η", ½‖b(x + ηb) − b(x)‖/‖b‖;
     "noise", the root of the noise's total variance in one step over ‖ηb‖; "noise, SGD", that of SGD's. Raises ValueError or TypeError on bad input."""
-    eta, draws, rho = one("eta", eta), whole("draws", draws, least=4), pair(algorithm, objective)[0].rho
+    eta, draws, rho = check_scalar("eta", eta), check_int("draws", draws, least=4), pair(algorithm, objective)[0].rho
     x = one_point(objective, x)
     if isinstance(rho, Tensor) and rho.ndim: raise ValueError(f"the algorithm must have one radius, got shape {tuple(rho.shape)}")
-    positive("tolerance", tolerance)
+    check_positive("tolerance", tolerance)
     lam, vectors = top_eigenvectors(objective, x, top)
-    generator = torch.Generator().manual_seed(whole("seed", seed, least=0))
-    random = torch.randn(whole("directions", directions, least=0), objective.dim, generator=generator, dtype=torch.float64).to(x)
+    generator = torch.Generator().manual_seed(check_int("seed", seed, least=0))
+    random = torch.randn(check_int("directions", directions, least=0), objective.dim, generator=generator, dtype=torch.float64).to(x)
     V = torch.cat([vectors, random / torch.linalg.vector_norm(random, dim=1, keepdim=True)])
     b, norm = lambda z: drift(algorithm, objective, z, draws=draws, seed=seed), lambda t: torch.linalg.vector_norm(t).item()
     here, grad = b(x), objective.grad(x)

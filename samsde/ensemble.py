@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .blocks import Ledger, Partial, Run, advance, block_size, opened, save
 from .machinery.record import RecordError, Recorder
-from .objective import positive, whole
+from .machinery.checks import check_int, check_positive
 
 # %% ../nbs/02_ensemble.ipynb #e86f96ed
 def time_grid(eta, # learning rate of the process, one number
@@ -29,14 +29,14 @@ def time_grid(eta, # learning rate of the process, one number
              ) -> tuple[list, list]: # lengths of the steps within one η, recorded multiples of η
     "How one unit η is cut, and when to record. Raises ValueError if `dt` > η, `t_end` is no multiple of η, or all is too long."
     if isinstance(eta, Tensor) and eta.numel() > 1: raise ValueError("paths with different eta share no time grid: simulate them one eta at a time")
-    eta, t_end = float(eta), float(positive("t_end", t_end))
-    dt = eta if dt is None else float(positive("dt", dt))
+    eta, t_end = float(eta), float(check_positive("t_end", t_end))
+    dt = eta if dt is None else float(check_positive("dt", dt))
     if dt > eta * (1 + 1e-9): raise ValueError(f"dt must be at most eta={eta:g}, got {dt:g}")
     if t_end / eta > 2**53: raise ValueError(f"t_end must be at most 2^53 eta, got {t_end:g} with eta={eta:g}")
     if eta / dt > 10**6: raise ValueError(f"dt must be at least eta/10^6, got {dt:g} with eta={eta:g}")
     n, m = round(t_end / eta), math.ceil(eta / dt - 1e-9)
     if n < 1 or abs(n * eta - t_end) > 1e-6 * eta * n: raise ValueError(f"t_end must be a whole number of steps eta={eta:g}, got {t_end:g}")
-    if n // whole("every", every) >= 10**7: raise ValueError(f"every must be larger: with every={every}, {n // every} times are recorded")
+    if n // check_int("every", every) >= 10**7: raise ValueError(f"every must be larger: with every={every}, {n // every} times are recorded")
     marks = list(range(0, n + 1, every))
     return [dt] * (m - 1) + [eta - dt * (m - 1)], marks + [n] * (marks[-1] != n)
 
@@ -223,12 +223,12 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
              record:bool=True # may steps that are taken often be replayed from a record? No number depends on it
             ) -> Ensemble:
     "Run independent paths. Raises ValueError or TypeError on bad input, DivergenceError if none stays finite. Ctrl-C has a `partial`."
-    observe, seed = checked(process, observe), whole("seed", seed, least=0)
-    grid, x = time_grid(process.eta, t_end, dt, every), starts(process, x0, whole("n_paths", n_paths, least=2))
+    observe, seed = checked(process, observe), check_int("seed", seed, least=0)
+    grid, x = time_grid(process.eta, t_end, dt, every), starts(process, x0, check_int("n_paths", n_paths, least=2))
     shape, eta = tuple(1 if share else n for n in x.shape[1:-1]), float(process.eta)
     size = block_size(n_paths, max(process.noise_dim, x.shape[-1]) * math.prod(shape))
-    many = math.ceil(whole("chunk", size if chunk is None else chunk) / size)
-    threads = whole("threads", threads) if threads is not None else torch.get_num_threads() if x.device.type == "cpu" else 1
+    many = math.ceil(check_int("chunk", size if chunk is None else chunk) / size)
+    threads = check_int("threads", threads) if threads is not None else torch.get_num_threads() if x.device.type == "cpu" else 1
     steps = grid[1][-1] * len(grid[0]) * math.ceil(n_paths / size)
     run = Run(process, x, grid, observe, size, shape, seed, bool(keep), Recorder() if record and steps >= Recorder.worth else None)
     ledger = opened(checkpoint, run)

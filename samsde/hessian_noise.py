@@ -12,7 +12,8 @@ from torch import Tensor
 from .algorithm import Algorithm, an_objective, check_model, pair, spread
 from .implicit_regularizer import (all_samples, closed_form, expectation, first_axis, hessian_perturbation, over,
                                          perturbation_sum, potential_of, potential_sum, response, weighted_sum)
-from .objective import Additive, FiniteSum, Objective, Quadratic, Support, aligned, per_path, point, psd_root
+from .machinery.checks import broadcast_paths, check_points, per_path, psd_root
+from .objective import Additive, FiniteSum, Objective, Quadratic, Support
 from .sample_sums import gradient_of_sum, pull, way_of
 
 # %% ../nbs/04_hessian_noise.ipynb #5289c90f
@@ -194,7 +195,7 @@ def noise_sample(algorithm:Algorithm, objective:Objective,
     "R(x) ξ with R Rᵀ = a(x), matrix-free but for the truncated form. Raises ValueError on an unknown form or a ξ of the wrong length."
     form, m = resolve(*pair(algorithm, objective), form), noise_dim(objective, algorithm, form, draws)
     x = spread(objective.check(x), rho=algorithm.rho)
-    x = aligned(x, xi=point("xi", xi, m, x.dtype))
+    x = broadcast_paths(x, xi=check_points("xi", xi, m, x.dtype))
     xi = xi.expand(*x.shape[:-1], -1)
     if form == "none": return torch.zeros_like(x)
     if form == "truncated":

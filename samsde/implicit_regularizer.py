@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .algorithm import DNSAM, SAM, Algorithm, Linear, check_model, pair, spread
-from .objective import Additive, FiniteSum, Objective, Quadratic, Support, aligned, gradient, per_path, whole
+from .machinery.checks import broadcast_paths, check_int, per_path
+from .objective import Additive, FiniteSum, Objective, Quadratic, Support, gradient
 from .sample_sums import pull, signed_products, way_of
 from .random_direction import gaussian_direction, gaussian_factors
 
@@ -21,13 +22,13 @@ _all_ = ["gaussian_direction"]
 
 # %% ../nbs/03_implicit_regularizer.ipynb #d4d866db
 def generator_of(seed, device) -> torch.Generator:
-    return seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(whole("seed", seed, least=0))
+    return seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(check_int("seed", seed, least=0))
 
 def over(objective:Objective, x:Tensor, draws:int,
          seed # of the draws: a number, then all points share them; or a generator, then each path has minibatches of its own
         ) -> Support:
     "The γ over which an expectation at `x` is taken, along a first axis in front of those of `x`. Raises ValueError on fewer than 4 draws."
-    law, generator, K = objective.law, generator_of(seed, x.device), objective.law.size(whole("draws", draws, least=4))
+    law, generator, K = objective.law, generator_of(seed, x.device), objective.law.size(check_int("draws", draws, least=4))
     if isinstance(objective, FiniteSum) and generator is seed and x.ndim > 1 and K < law.count:
         return Support(law.draw((K, len(x), *(1,) * (x.ndim - 2)), generator, device=x.device), False)
     s = law.support(draws, generator, dtype=x.dtype, device=x.device)
@@ -76,7 +77,7 @@ def expectation(fn:Callable, # values of γ (k, 1, ..., 1, b) -> (k, ..., m)
 # %% ../nbs/03_implicit_regularizer.ipynb #5189977e
 def gradient_product(objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
     "H_γ g_γ, the gradient of ½‖∇f_γ‖²"
-    x = aligned(x, gamma=gamma)
+    x = broadcast_paths(x, gamma=gamma)
     return gradient(lambda z: objective.sample_grad(z, gamma).square().sum(-1) / 2, x)
 
 def hessian_perturbation(algorithm:Algorithm, objective:Objective,
@@ -85,7 +86,7 @@ def hessian_perturbation(algorithm:Algorithm, objective:Objective,
                         ) -> Tensor: # (..., d)
     "H_γ u_γ, Theorem 1's Hessian-vector product"
     if algorithm.scale is not None: return algorithm.scale_at(objective, x) * gradient_product(objective, x, gamma)
-    x = aligned(x, gamma=gamma)
+    x = broadcast_paths(x, gamma=gamma)
     if type(algorithm).potential is Algorithm.potential: return objective.sample_hvp(x, gamma, algorithm.perturbation(objective, x, gamma))
     return gradient(lambda z: algorithm.potential(objective.sample_grad(z, gamma)), x)
 
@@ -162,7 +163,7 @@ def response(algorithm:Algorithm, objective:Additive, x:Tensor, grad:Tensor, # �
         return Response(lambda h, s, xi, w: w if isinstance(c, float) and c == 1 else c * w, 0.0)
     if law.silent:
         u = algorithm.perturbation(objective, x, torch.zeros_like(grad))
-        return Response(lambda h, s, xi, w: aligned(h * u, w=w), 0.0)
+        return Response(lambda h, s, xi, w: broadcast_paths(h * u, w=w), 0.0)
     if closed_form(algorithm, objective): return Response(sam_push(grad, law.sigma), 0.0)
     generator = generator_of(seed, x.device)
     half = torch.randn(law.size(draws) // 2, objective.dim, generator=generator, dtype=x.dtype, device=x.device)

@@ -6,109 +6,17 @@
 __all__ = ['Support', 'Objective', 'Gaussian', 'Additive', 'Quadratic', 'NoisyLoss', 'Minibatches', 'FiniteSum', 'from_module']
 
 # %% ../nbs/00_objective.ipynb #4ed14a3c
-import math, numbers
+import math
 from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .machinery.checks import broadcast_axes, broadcast_paths, check_int, check_points, check_scalar, check_symmetric, psd_root
 from .machinery.comparison import check_network
 from .machinery.network import Network, check_data, check_layers
 from .machinery.paths import can_be_tried, lift, needs_loop
 from .machinery.record import replay, version
-
-# %% ../nbs/00_objective.ipynb #d8084a09
-def positive(name:str, # what to call the value in the error message
-             value, # a number, or a tensor with one value for each path
-             zero:bool=False # is zero allowed?
-            ):
-    "`value` if it is a positive (or, with `zero`, non-negative) finite number or tensor; else a ValueError or TypeError"
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
-        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-    t = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
-    if t.is_complex() or t.dtype == torch.bool: raise TypeError(f"{name} must hold real numbers, got {t.dtype}")
-    if not t.numel(): raise ValueError(f"{name} must hold at least one number, got shape {tuple(t.shape)}")
-    if not (torch.isfinite(t) & ((t >= 0) if zero else (t > 0))).all():
-        raise ValueError(f"{name} must be {'non-negative' if zero else 'positive'} and finite, got {value}")
-    return value
-
-def one(name:str, value, zero:bool=False) -> float:
-    "A positive (or, with `zero`, non-negative) number; else a ValueError or TypeError"
-    if isinstance(value, Tensor) and value.numel() != 1: raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
-    return float(positive(name, value, zero))
-
-# %% ../nbs/00_objective.ipynb #0c60dcc4
-def whole(name:str, # what to call the value in the error message
-          value, # a whole number
-          least:int=1 # the smallest allowed
-         ) -> int:
-    "`value` if it is a whole number of at least `least`; else a ValueError or TypeError"
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
-    if value < least: raise ValueError(f"{name} must be at least {least}, got {value}")
-    return int(value)
-
-def per_path(value, # a number, or a tensor with one value for each path
-             x:Tensor # (..., d)
-            ):
-    "`value` such that it multiplies points: a number as it is, a tensor with an axis for the coordinates, in kind with `x`"
-    return value.to(x)[..., None] if isinstance(value, Tensor) else value
-
-# %% ../nbs/00_objective.ipynb #694dcd48
-def floating(name:str, x) -> Tensor:
-    "`x` if it is a floating-point tensor; else a TypeError"
-    if isinstance(x, Tensor) and x.is_floating_point(): return x
-    raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-
-def finite(name:str, x:Tensor) -> Tensor:
-    "`x` if all of it is finite; else a ValueError"
-    if torch.isfinite(x).all(): return x
-    raise ValueError(f"{name} must be finite, got infinite or NaN entries")
-
-def point(name:str, # what to call the tensor in the error message
-          x, # a point or points, (..., d)
-          dim:int, # the length of a point, d
-          dtype:torch.dtype|None=None # the dtype that it must have, if any
-         ) -> Tensor:
-    "`x` if it is a floating-point tensor of shape (..., dim) and of the right dtype; else a ValueError or TypeError"
-    if floating(name, x).ndim == 0 or x.shape[-1] != dim: raise ValueError(f"{name} must have shape (..., {dim}), got {tuple(x.shape)}")
-    if dtype in (None, x.dtype): return x
-    raise TypeError(f"{name} is {x.dtype}, but the data it meets are {dtype}: convert one of them")
-
-# %% ../nbs/00_objective.ipynb #a2da6236
-def symmetric(name:str, # what to call the matrix in the error message
-              M # (d, d)
-             ) -> Tensor:
-    "`M` if it is a finite, symmetric, floating-point matrix; else a ValueError or TypeError"
-    if floating(name, M).ndim != 2 or M.shape[0] != M.shape[1] or not len(M):
-        raise ValueError(f"{name} must be a square matrix (d, d), got shape {tuple(M.shape)}")
-    gap, scale = (finite(name, M) - M.mT).abs().max().item(), M.abs().max().item()
-    if gap <= 100 * torch.finfo(M.dtype).eps * scale: return M
-    raise ValueError(f"{name} must be symmetric, got entries that differ from their transposes by up to {gap:.3g}")
-
-# %% ../nbs/00_objective.ipynb #15eaf7ba
-def psd_root(name:str, # what to call the matrix in the error message
-             C:Tensor # (..., d, d), symmetric
-            ) -> Tensor: # (..., d, d), symmetric
-    "The symmetric square root of a covariance; a ValueError that names the least eigenvalue if `C` is not one"
-    lam, V = torch.linalg.eigh(C)
-    least, tiny = lam[..., 0], 100 * C.shape[-1] * torch.finfo(C.dtype).eps * lam.abs().amax(-1)
-    if (least < -tiny).any():
-        raise ValueError(f"{name} must be positive semidefinite, got an eigenvalue of {least.min().item():.9g}")
-    return (V * lam.clamp(min=0).sqrt()[..., None, :]) @ V.mT
-
-# %% ../nbs/00_objective.ipynb #644f3395
-def common(**shapes) -> torch.Size: # leading axes by name
-    "The shape to which all broadcast; else a ValueError that names them"
-    try: return torch.broadcast_shapes(*shapes.values())
-    except RuntimeError:
-        raise ValueError(f"leading axes must broadcast, got {', '.join(f'{k} {tuple(v)}' for k, v in shapes.items())}") from None
-
-def aligned(x:Tensor, **others:Tensor) -> Tensor: # (..., d) each
-    "`x` with the leading axes that all have together; a ValueError if they do not broadcast"
-    lead = x.shape[:-1]
-    if all(v.ndim == 1 or v.shape[:-1] == lead for v in others.values()): return x
-    return x.expand(*common(x=lead, **{k: v.shape[:-1] for k, v in others.items()}), -1)
 
 # %% ../nbs/00_objective.ipynb #1c15d243
 def add_(y:Tensor, # (..., d), changed
@@ -148,13 +56,13 @@ class Objective:
     dtype = None # of the data that define the loss, where there are any
     chunk = None # samples, times paths, in one pass over data, where that is bounded
 
-    def check(self, x, name:str="x") -> Tensor: return point(name, x, self.dim, self.dtype)
+    def check(self, x, name:str="x") -> Tensor: return check_points(name, x, self.dim, self.dtype)
     def grad(self, x:Tensor) -> Tensor:
         "∇f(x), (..., d) -> (..., d)"
         return gradient(self.loss, self.check(x))
     def hvp(self, x:Tensor, v:Tensor) -> Tensor:
         "∇²f(x) v, for shapes (..., d) that broadcast"
-        x = aligned(self.check(x), v=self.check(v, "v"))
+        x = broadcast_paths(self.check(x), v=self.check(v, "v"))
         return gradient(lambda z: (self.grad(z) * v).sum(-1), x)
     def add_grad_(self, y:Tensor, x:Tensor, a) -> Tensor:
         "y + a ∇f(x), into `y`, for a number `a` or a tensor (..., 1)"
@@ -178,11 +86,11 @@ class Objective:
         return self.sample_grad(x, gamma), self.grad(x)
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor:
         "∇f_γ(x), for leading axes of `x` and `gamma` that broadcast"
-        x = aligned(self.check(x), gamma=gamma)
+        x = broadcast_paths(self.check(x), gamma=gamma)
         return gradient(lambda z: self.sample_loss(z, gamma), x)
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
         "∇²f_γ(x) v, likewise"
-        x = aligned(self.check(x), gamma=gamma, v=self.check(v, "v"))
+        x = broadcast_paths(self.check(x), gamma=gamma, v=self.check(v, "v"))
         return gradient(lambda z: (self.sample_grad(z, gamma) * v).sum(-1), x)
 
 # %% ../nbs/00_objective.ipynb #439c3187
@@ -192,11 +100,11 @@ class Gaussian:
                  sigma:float=0.0, # standard deviation of each coordinate
                  cov:Tensor|None=None # (d, d), positive semidefinite; instead of sigma
                 ):
-        self.dim, self.sigma, self.cov = whole("dim", dim), one("sigma", sigma, zero=True), cov
+        self.dim, self.sigma, self.cov = check_int("dim", dim), check_scalar("sigma", sigma, zero=True), cov
         if self.sigma > 1e150: raise ValueError(f"sigma must have a finite square, got {sigma:g}")
         if cov is None: return
         if sigma != 0: raise ValueError(f"give sigma or cov, not both: got sigma={sigma} and a covariance")
-        if len(symmetric("cov", cov)) != dim: raise ValueError(f"cov must have shape ({dim}, {dim}), got {tuple(cov.shape)}")
+        if len(check_symmetric("cov", cov)) != dim: raise ValueError(f"cov must have shape ({dim}, {dim}), got {tuple(cov.shape)}")
         self.root # raises if it is no covariance
 
     @property
@@ -237,7 +145,7 @@ class Additive(Objective):
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor: return self.grads(x, gamma)[0]
     def grads(self, x:Tensor, gamma:Tensor) -> tuple[Tensor, Tensor]:
         g = self.grad(x)
-        return aligned(g, gamma=point("gamma", gamma, self.dim, x.dtype)) + gamma, g
+        return broadcast_paths(g, gamma=check_points("gamma", gamma, self.dim, x.dtype)) + gamma, g
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor: return self.hvp(x, v)
 
 # %% ../nbs/00_objective.ipynb #46370c9d
@@ -247,7 +155,7 @@ class Quadratic(Additive):
                  sigma:float=0.0, # standard deviation of each coordinate of the gradient noise
                  cov:Tensor|None=None # (d, d), its covariance instead
                 ):
-        super().__init__(len(symmetric("H", H)), sigma, cov)
+        super().__init__(len(check_symmetric("H", H)), sigma, cov)
         if self.dtype not in (None, H.dtype): raise TypeError(f"cov is {self.dtype}, but H is {H.dtype}: convert one of them")
         self.H, self.dtype = H, H.dtype
 
@@ -255,7 +163,7 @@ class Quadratic(Additive):
     def grad(self, x:Tensor) -> Tensor: return self.check(x) @ self.H
     def hvp(self, x:Tensor, v:Tensor) -> Tensor:
         Hv = self.check(v, "v") @ self.H
-        return Hv if self.check(x).shape == v.shape else Hv.expand(*common(x=x.shape[:-1], v=v.shape[:-1]), -1)
+        return Hv if self.check(x).shape == v.shape else Hv.expand(*broadcast_axes(x=x.shape[:-1], v=v.shape[:-1]), -1)
     def add_grad_(self, y:Tensor, x:Tensor, a) -> Tensor: return add_(y, a, self.check(x), self.H)
     def add_hvp_(self, y:Tensor, x:Tensor, v:Tensor, a) -> Tensor: return add_(y, a, self.check(v, "v"), self.H)
     def hessian(self, x:Tensor) -> Tensor: return self.H.expand(*self.check(x).shape[:-1], -1, -1)
@@ -285,7 +193,7 @@ class Minibatches:
                  replace:bool=True # may a sample occur twice in a minibatch?
                 ):
         if not isinstance(replace, bool): raise TypeError(f"replace must be True or False, got {replace!r}")
-        self.n, self.batch_size, self.replace = whole("n", n), whole("batch_size", batch_size), replace
+        self.n, self.batch_size, self.replace = check_int("n", n), check_int("batch_size", batch_size), replace
         if not replace and batch_size > n:
             raise ValueError(f"batch_size must be at most n without replacement, got batch_size={batch_size} and n={n}")
 
@@ -341,8 +249,8 @@ class FiniteSum(Objective):
         if not callable(select or sample_losses):
             raise TypeError(f"select must be a function of a point and sample numbers, got {type(select).__name__}")
         if chunk and not select: raise ValueError("chunk needs select, the losses of chosen samples, got none")
-        self.n, self.dim, self.law = whole("n", n), whole("dim", dim), Minibatches(n, batch_size, replace)
-        self.chunk = chunk if chunk is None else whole("chunk", chunk)
+        self.n, self.dim, self.law = check_int("n", n), check_int("dim", dim), Minibatches(n, batch_size, replace)
+        self.chunk = chunk if chunk is None else check_int("chunk", chunk)
         self.sample_losses, self.select = sample_losses, select or (lambda x, i: sample_losses(x)[i])
 
     def numbers(self, gamma:Tensor) -> Tensor:
@@ -369,14 +277,14 @@ class FiniteSum(Objective):
     def hvp(self, x:Tensor, v:Tensor) -> Tensor: return self.weighted_hvp(x, self.even(x), v)
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
         "The mean loss of the samples `gamma`, (..., d) and (..., b) -> (...); `b` need not be the batch size"
-        x = aligned(x, gamma=self.numbers(gamma))
+        x = broadcast_paths(x, gamma=self.numbers(gamma))
         mean = lambda x, i: self.select(x, i).mean()
         return self.in_parts(lambda i: self.lift(mean, x, i, kind="chosen"), x, gamma.expand(*x.shape[:-1], -1))
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor:
-        x = aligned(self.check(x), gamma=self.numbers(gamma))
+        x = broadcast_paths(self.check(x), gamma=self.numbers(gamma))
         return self.in_parts(lambda i: self.run("sample", super(FiniteSum, self).sample_grad, x, i), x, gamma)
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
-        x = aligned(self.check(x), gamma=self.numbers(gamma), v=self.check(v, "v"))
+        x = broadcast_paths(self.check(x), gamma=self.numbers(gamma), v=self.check(v, "v"))
         return self.in_parts(lambda i: super(FiniteSum, self).sample_hvp(x, i, v), x, gamma)
     def in_parts(self, mean:Callable, x:Tensor, gamma:Tensor) -> Tensor:
         "A mean over the samples of minibatches, of means over so few of them that samples times paths are at most `chunk`"
@@ -386,12 +294,12 @@ class FiniteSum(Objective):
         return sum(part.shape[-1] / b * mean(part) for part in parts)
     def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor:
         "Σ_i w_i ∇f_i(x), (..., d) and (..., n) -> (..., d)"
-        x = aligned(self.check(x), w=point("w", w, self.n, x.dtype))
+        x = broadcast_paths(self.check(x), w=check_points("w", w, self.n, x.dtype))
         part = lambda s: lambda x, w: gradient(lambda z: (self.some(z, s) * w[..., s]).sum(-1), x)
         return sum(self.run(("grad", s.start, s.stop), part(s), x, w) for s in self.slices(x))
     def weighted_hvp(self, x:Tensor, w:Tensor, v:Tensor) -> Tensor:
         "Σ_i w_i ∇²f_i(x) v"
-        x = aligned(self.check(x), w=point("w", w, self.n, x.dtype), v=self.check(v, "v"))
+        x = broadcast_paths(self.check(x), w=check_points("w", w, self.n, x.dtype), v=self.check(v, "v"))
         pull = lambda z, w, s: gradient(lambda y: (self.some(y, s) * w[..., s]).sum(-1), z)
         part = lambda s: lambda x, w, v: gradient(lambda z: (pull(z, w, s) * v).sum(-1), x)
         return sum(self.run(("hvp", s.start, s.stop), part(s), x, w, v) for s in self.slices(x))

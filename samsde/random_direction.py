@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .objective import floating, one, whole
+from .machinery.checks import check_floating, check_int, check_scalar
 
 # %% ../nbs/02b_random_direction.ipynb #646cea8b
 def gaussian_integrals(r:Tensor, # ‖∇f‖ in units of the noise's standard deviation, (...), double precision
@@ -74,8 +74,8 @@ def gaussian_direction(g:Tensor, # ḡ, (..., d)
                        sigma:float # standard deviation of each coordinate
                       ) -> GaussianDirection:
     "The closed forms of Eqs. (3) to (5); their limits if `sigma` is 0. Raises ValueError or TypeError on bad input."
-    if floating("g", g).ndim == 0 or not g.shape[-1]: raise ValueError(f"g must have shape (..., d), got {tuple(g.shape)}")
-    r, sigma = torch.linalg.vector_norm(g, dim=-1), one("sigma", sigma, zero=True)
+    if check_floating("g", g).ndim == 0 or not g.shape[-1]: raise ValueError(f"g must have shape (..., d), got {tuple(g.shape)}")
+    r, sigma = torch.linalg.vector_norm(g, dim=-1), check_scalar("sigma", sigma, zero=True)
     if sigma == 0: return GaussianDirection(r, g / torch.where(r == 0, 1, r)[..., None], torch.zeros_like(r), torch.zeros_like(r))
     A, along = gaussian_factors(r.square(), sigma, g.shape[-1], "A", "along")
     return GaussianDirection(A * r**2 + sigma**2 * ((g.shape[-1] - 1) * A + along), A[..., None] * g, sigma**2 * along, sigma**2 * A)
@@ -83,5 +83,5 @@ def gaussian_direction(g:Tensor, # ḡ, (..., d)
 # %% ../nbs/02b_random_direction.ipynb #44848135
 def kappa(d:int) -> float:
     "κ_d of Eq. (6): E[g/‖g‖] = κ_d ḡ/s to first order in ḡ, for g ~ N(ḡ, s² I) in d dimensions"
-    d = whole("d", d)
+    d = check_int("d", d)
     return math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2)) / d

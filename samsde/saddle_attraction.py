@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm
 from .random_direction import kappa
-from .objective import one, whole
+from .machinery.checks import check_int, check_scalar
 from .saddle_flow import arrival_time, basin_radius, flow, latest_arrival, normalised, spectrum
 
 # %% ../nbs/07_saddle_attraction.ipynb #sflow021
@@ -51,7 +51,7 @@ def hover_radius(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     """Largest distance at which the full-batch algorithm ends up: ηρλ/(2−ηλ) in a cycle, ηρ|λ| in chaos
     (about half of that on average), 0 at rest; inf where `is_attracting` does not say that it stays.
     Raises ValueError or TypeError on bad input."""
-    (rho, lam, _), eta = spectrum(algorithm, H), one("eta", eta)
+    (rho, lam, _), eta = spectrum(algorithm, H), check_scalar("eta", eta)
     if not is_attracting(algorithm, H, eta): return math.inf
     if not normalised(algorithm, rho): return 0.
     return float(eta * rho * (lam.max() / (2 - eta * lam.max()) if regime(lam, eta)[0] == "cycle" else -lam.min()))
@@ -87,8 +87,8 @@ def is_attracting(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     Where SAM hovers chaotically, true means that the mean of ‖Hx‖ is below ρλ*. That suffices, by an estimate;
     it is not necessary, and false then means undecided.
     Raises ValueError or TypeError on bad input."""
-    (rho, lam, _), s = spectrum(algorithm, H), one("sigma", sigma, zero=True)
-    lam, eta, d = lam[lam != 0], None if eta is None else one("eta", eta), len(lam)
+    (rho, lam, _), s = spectrum(algorithm, H), check_scalar("sigma", sigma, zero=True)
+    lam, eta, d = lam[lam != 0], None if eta is None else check_scalar("eta", eta), len(lam)
     name, noisy = type(algorithm).__name__, normalised(algorithm, rho) and s > 0
     if not normalised(algorithm, rho): return linear_attraction(name, rho * (type(algorithm) is USAM), lam, eta)
     if noisy and name == "DNSAM":
@@ -111,7 +111,7 @@ def exit_time(rate:float, # growth rate ν, of any sign
     """Mean time to reach distance L from 0 for dx = ν x dt + √D dW in m dimensions, Eq. (8); inf beyond what a double can hold.
     Raises ValueError or TypeError on bad input."""
     if not math.isfinite(rate): raise ValueError(f"rate must be finite, got {rate}")
-    D, m, L = one("D", D), whole("m", m), one("L", L)
+    D, m, L = check_scalar("D", D), check_int("m", m), check_scalar("L", L)
     Z, f = rate * L**2 / D, lambda z: hyp1f1(1, m / 2 + 1, -z)
     if abs(Z) < 1e-8: return L**2 / (m * D)
     if Z < -690: return math.inf
@@ -128,7 +128,7 @@ def escape_time(algorithm:Algorithm, # SGD, USAM or SAM
     """Mean time from the saddle until the SDE first is at distance `radius` in its least stable eigenspace, Eq. (8).
     Raises ValueError or TypeError on bad input, and where there is no such time."""
     rho, lam, _ = spectrum(algorithm, H)
-    eta, s, L = one("eta", eta), one("sigma", sigma), one("radius", radius)
+    eta, s, L = check_scalar("eta", eta), check_scalar("sigma", sigma), check_scalar("radius", radius)
     kind, k, d, neg = type(algorithm), kappa(len(lam)), len(lam), lam[lam < 0]
     if not len(neg): raise ValueError(f"H must have a negative eigenvalue to escape along, got {lam.min():g} as its smallest")
     if kind is DNSAM and rho: raise ValueError("DNSAM has no such escape time, its noise is infinite at the critical point: simulate it instead")

@@ -14,7 +14,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm
-from .objective import finite, one, point, positive, symmetric, whole
+from .machinery.checks import check_finite, check_int, check_points, check_positive, check_scalar, check_symmetric
 
 # %% ../nbs/06b_saddle_flow.ipynb #b4196ecb
 def spectrum(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
@@ -22,10 +22,10 @@ def spectrum(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
             ) -> tuple[float, np.ndarray, np.ndarray]: # ρ, eigenvalues in ascending order, eigenvectors in columns
     "ρ and the spectrum of `H`, with its numerical zeros made exact. Raises ValueError or TypeError if either is unfit."
     if type(algorithm) not in (SGD, USAM, DNSAM, SAM): raise TypeError(f"algorithm must be SGD, USAM, DNSAM or SAM, got {algorithm!r}")
-    lam, V = np.linalg.eigh(symmetric("H", H).detach().double().cpu().numpy())
+    lam, V = np.linalg.eigh(check_symmetric("H", H).detach().double().cpu().numpy())
     lam = np.where(abs(lam) > 10 * len(lam) * torch.finfo(H.dtype).eps * abs(lam).max(), lam, 0.)
     if not lam.any(): raise ValueError("H must have an eigenvalue other than 0, got the zero matrix")
-    return one("rho", algorithm.rho, zero=True), lam, V
+    return check_scalar("rho", algorithm.rho, zero=True), lam, V
 
 def normalised(algorithm:Algorithm, rho:float) -> bool:
     "Does it divide by the norm of the gradient (and move at all)?"
@@ -34,7 +34,7 @@ def normalised(algorithm:Algorithm, rho:float) -> bool:
 # %% ../nbs/06b_saddle_flow.ipynb #5b7a2a26
 def coordinates(H:Tensor, V:np.ndarray, x0:Tensor) -> np.ndarray: # (paths, d)
     "Starting points in the eigenvectors' coordinates. Raises ValueError or TypeError if `x0` does not fit."
-    return finite("x0", point("x0", x0, len(H), H.dtype)).detach().double().cpu().numpy().reshape(-1, len(H)) @ V
+    return check_finite("x0", check_points("x0", x0, len(H), H.dtype)).detach().double().cpu().numpy().reshape(-1, len(H)) @ V
 
 def run_clocks(rho:float, lam:np.ndarray, z:np.ndarray, # (paths, d), starts with Hx ≠ 0
                end, # events of (r, t, x), scalar: where one changes sign, the integration stops
@@ -74,8 +74,8 @@ def flow(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
          *, steps:int=200 # recorded points
         ) -> tuple[Tensor, Tensor]: # times (steps, ...) and points (steps, ..., d)
     "The full-batch ODE, Eq. (1), stopped when it reaches the origin. Raises ValueError or TypeError on bad input and overflow."
-    (rho, lam, V), t_end = spectrum(algorithm, H), one("t_end", t_end)
-    z, plain = coordinates(H, V, x0), np.linspace(0, t_end, whole("steps", steps, least=2))
+    (rho, lam, V), t_end = spectrum(algorithm, H), check_scalar("t_end", t_end)
+    z, plain = coordinates(H, V, x0), np.linspace(0, t_end, check_int("steps", steps, least=2))
     rates = lam * (1 + rho * lam * (type(algorithm) is USAM))
     fast = -min(rates.min(), lam.min())
     if fast * t_end > 600: raise ValueError(f"t_end must be at most {600 / fast:g} for numbers not to overflow, got {t_end:g}")
@@ -102,7 +102,7 @@ def latest_arrival(algorithm:Algorithm, # SAM or DNSAM
                   ) -> float:
     """The longest time that the ODE takes to the origin from ‖Hx₀‖ = r0, Eqs. (3) and (4); inf if it may never arrive.
     Raises ValueError or TypeError on bad input."""
-    (rho, lam, _), r0 = spectrum(algorithm, H), one("r0", r0, zero=True)
+    (rho, lam, _), r0 = spectrum(algorithm, H), check_scalar("r0", r0, zero=True)
     if r0 == 0: return 0.
     if not normalised(algorithm, rho) or r0 >= basin_radius(algorithm, H): return math.inf
     star, plus = float(min(-lam[lam < 0], default=math.inf)), float(min(lam[lam > 0], default=math.inf))

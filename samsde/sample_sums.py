@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .algorithm import Algorithm
 from .machinery.layers import has_norms, layers_of, terms
-from .objective import FiniteSum, gradient, whole
+from .machinery.checks import check_int
+from .objective import FiniteSum, gradient
 
 # %% ../nbs/01b_sample_sums.ipynb #fc0fd1e1
 def square_norms(objective:FiniteSum, # from a module
@@ -68,7 +69,7 @@ def signed_products(objective:FiniteSum, # any
                    ) -> tuple[Tensor, Tensor]: # (..., d) each
     "Σ_i w_i H_i g_i and its standard error, by random signs"
     generator, values = torch.Generator().manual_seed(seed_of(w)), []
-    for _ in range(whole("draws", draws, least=2)):
+    for _ in range(check_int("draws", draws, least=2)):
         signs = (2 * torch.randint(2, w.shape, generator=generator) - 1).to(x)
         values.append(objective.weighted_hvp(x, signs * w, objective.weighted_grad(x, signs)))
     values = torch.stack(values)

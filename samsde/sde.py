@@ -15,7 +15,8 @@ from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, axes_of, pair, r
 from .hessian_noise import batch_formula, batch_sum, by_sample, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
 from .implicit_regularizer import closed_form, drift, over, pieces, response
 from .machinery.record import replay, version
-from .objective import Additive, FiniteSum, Objective, Quadratic, aligned, common, per_path, point, positive, whole
+from .machinery.checks import broadcast_axes, broadcast_paths, check_int, check_points, check_positive, per_path
+from .objective import Additive, FiniteSum, Objective, Quadratic
 from .sample_sums import seed_of, way_of
 
 # %% ../nbs/05_sde.ipynb #50a07ed7
@@ -96,12 +97,12 @@ class SDE:
                  *, draws:int=1024, # γ drawn where an expectation has no closed form
                  seed:int|None=0 # of those draws; None: new ones in every step of a simulation
                 ):
-        self.algorithm, self.objective, self.eta = *pair(algorithm, objective), positive("eta", eta)
+        self.algorithm, self.objective, self.eta = *pair(algorithm, objective), check_positive("eta", eta)
         if expansion not in ("first", "exact"): raise ValueError(f"expansion must be 'first' or 'exact', got {expansion!r}")
         if order not in (1, 2): raise ValueError(f"order must be 1 or 2, got {order!r}")
         if order == 2 and expansion != "exact": raise ValueError(f"order=2 needs expansion='exact', got {expansion!r}")
-        self.expansion, self.order, self.draws = expansion, order, whole("draws", draws, least=4)
-        self.seed = seed if seed is None else whole("seed", seed, least=0)
+        self.expansion, self.order, self.draws = expansion, order, check_int("draws", draws, least=4)
+        self.seed = seed if seed is None else check_int("seed", seed, least=0)
         self.noise = noise
         self.form, self.shape # raise where there is no such noise, and where ρ and η do not broadcast
 
@@ -110,7 +111,7 @@ class SDE:
     @property
     def noise_dim(self) -> int: return noise_dim(self.objective, self.algorithm, self.noise, self.draws)
     @property
-    def shape(self) -> tuple: return tuple(common(**axes_of(rho=self.algorithm.rho, eta=self.eta)))
+    def shape(self) -> tuple: return tuple(broadcast_axes(**axes_of(rho=self.algorithm.rho, eta=self.eta)))
     @property
     def way(self) -> str:
         "How a step finds the products of Hessians and perturbations, in words"
@@ -145,7 +146,7 @@ class SDE:
         if not dt > 0: raise ValueError(f"dt must be positive, got {dt}")
         if (self.eta.min() if isinstance(self.eta, Tensor) else self.eta) < dt * (1 - 1e-9): raise ValueError(f"dt must be at most eta={self.eta}, got {dt}")
         x = self.spread(x)
-        x = aligned(x, xi=point("xi", xi, self.noise_dim, x.dtype))
+        x = broadcast_paths(x, xi=check_points("xi", xi, self.noise_dim, x.dtype))
         return one_step(self, x, xi, dt, self.seed or 0)
     def advance(self, x:Tensor, draw, steps:list) -> Tensor:
         x = self.spread(x)

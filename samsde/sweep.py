@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from .algorithm import Algorithm, Chain
 from .blocks import Run, alike, fingerprint, remove_parts, replacing, sha256
 from .ensemble import DivergenceError, Ensemble, simulate, starts, time_grid
-from .objective import Objective, positive, whole
+from .machinery.checks import check_int, check_positive
+from .objective import Objective
 
 # %% ../nbs/08c_sweep.ipynb #sweep006
 def named(what:str, # the argument, for messages
@@ -336,14 +337,14 @@ def sweep(algorithms, # name -> Algorithm, or function of ρ; or a list of such,
           progress:bool=False # show a progress bar
          ) -> pd.DataFrame: # a row for each job, observable, time and component
     "Simulate every combination, by joblib. Raises ValueError or TypeError, before any job starts, on one that makes no sense."
-    number = dict(t_end=float(positive("t_end", t_end)), n_paths=whole("n_paths", n_paths, least=2), substeps=whole("substeps", substeps),
-                  interval=float(positive("interval", t_end if interval is None else interval)))
+    number = dict(t_end=float(check_positive("t_end", t_end)), n_paths=check_int("n_paths", n_paths, least=2), substeps=check_int("substeps", substeps),
+                  interval=float(check_positive("interval", t_end if interval is None else interval)))
     times_in("t_end", number["t_end"], "interval", number["interval"])
-    rhos = distinct("rhos", rhos, lambda name, v: float(positive(name, v, zero=True)), 0)
-    etas = distinct("etas", etas, lambda name, v: float(positive(name, v)))
+    rhos = distinct("rhos", rhos, lambda name, v: float(check_positive(name, v, zero=True)), 0)
+    etas = distinct("etas", etas, lambda name, v: float(check_positive(name, v)))
     algorithms = variants("algorithms", algorithms, Algorithm, "rho", rhos)
-    objectives = variants("objectives", objectives, Objective, "batch_size", distinct("batch_sizes", batch_sizes, whole, 0))
-    seeds = distinct("seeds", seeds, lambda name, v: whole(name, v, least=0))
+    objectives = variants("objectives", objectives, Objective, "batch_size", distinct("batch_sizes", batch_sizes, check_int, 0))
+    seeds = distinct("seeds", seeds, lambda name, v: check_int(name, v, least=0))
     processes = named("processes", [Chain] if processes is None else processes)
     jobs = jobs_of(algorithms, objectives, etas, seeds, processes, x0, observers(observe), **number)
     table = table_of(jobs, collect(jobs, Path(folder) if folder else None, progress))

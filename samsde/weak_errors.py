@@ -22,7 +22,8 @@ from torch import Tensor
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
 from .ensemble import simulate, time_grid
 from .implicit_regularizer import over
-from .objective import Additive, FiniteSum, Objective, Quadratic, aligned, finite, point, positive, whole
+from .machinery.checks import broadcast_paths, check_finite, check_int, check_points, check_positive
+from .objective import Additive, FiniteSum, Objective, Quadratic
 from .sde import SDE, one_process
 
 # %% ../nbs/05b_weak_errors.ipynb #73fb23be
@@ -58,9 +59,9 @@ class TrigonometricSum(FiniteSum):
         "∇f_i(x) of all samples, (..., d) -> (..., n, d)"
         return self.c + torch.einsum("...nj,njd->...nd", self.a * self.phases(x).sin(), self.m)
     def grad(self, x:Tensor) -> Tensor: return self.gradients(x).mean(-2)
-    def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor: return (point("w", w, self.n, self.dtype)[..., None] * self.gradients(x)).sum(-2)
+    def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor: return (check_points("w", w, self.n, self.dtype)[..., None] * self.gradients(x)).sum(-2)
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor:
-        lead = aligned(self.check(x), gamma=self.numbers(gamma)).shape[:-1]
+        lead = broadcast_paths(self.check(x), gamma=self.numbers(gamma)).shape[:-1]
         rows = gamma.expand(*lead, -1)[..., None].expand(*lead, -1, self.dim)
         return self.gradients(x).expand(*lead, -1, -1).gather(-2, rows).mean(-2)
 
@@ -109,7 +110,7 @@ def torus_nodes(nodes:int, # M along each axis, even
                 dim:int # 1 or 2
                ) -> tuple[np.ndarray, Tensor]: # the nodes of one axis (M,), and all of them (M^dim, dim)
     "Equidistant nodes of the circle or the 2-torus. Raises ValueError if M is odd or too small."
-    if whole("nodes", nodes, least=4) % 2: raise ValueError(f"nodes must be even, got {nodes}")
+    if check_int("nodes", nodes, least=4) % 2: raise ValueError(f"nodes must be even, got {nodes}")
     axis = 2 * np.pi * np.arange(nodes) / nodes
     return axis, torch.from_numpy(np.stack(np.meshgrid(*[axis] * dim, indexing="ij"), -1).reshape(-1, dim))
 
@@ -267,10 +268,10 @@ def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
     "Exact mean and covariance at `t_end`, Eq. (5). Raises TypeError or ValueError on another process, start or time."
     (F, C), d = linear_system(process), process.objective.dim
     if process.objective.check(x0, "x0").shape != (d,): raise ValueError(f"x0 must have shape ({d},), got {tuple(x0.shape)}")
-    finite("x0", x0)
+    check_finite("x0", x0)
     if isinstance(process, Chain): n = step_count(process.eta, t_end)
     else:
-        n = 2**max(0, int(np.ceil(np.log2(np.abs(F).sum(1).max() * float(positive("t_end", t_end)) + 1e-300))))
+        n = 2**max(0, int(np.ceil(np.log2(np.abs(F).sum(1).max() * float(check_positive("t_end", t_end)) + 1e-300))))
         block = scipy.linalg.expm(np.block([[-F, C], [np.zeros_like(F), F.T]]) * t_end / n)
         F = block[d:, d:].T
         C = F @ block[:d, d:]
@@ -353,7 +354,7 @@ class WeakError:
                  ) -> int:
         "How many paths narrow the interval to ± `half_width`. Raises ValueError if it is not positive."
         n = self.n_paths - self.n_diverged
-        return max(2, int(np.ceil(n * (1.96 * self.sem / positive("half_width", half_width))**2)))
+        return max(2, int(np.ceil(n * (1.96 * self.sem / check_positive("half_width", half_width))**2)))
 
 # %% ../nbs/05b_weak_errors.ipynb #a24c671e
 def weak_error(chain:Chain, # the algorithm
@@ -370,9 +371,9 @@ def weak_error(chain:Chain, # the algorithm
     together(chain, sde)
     d = chain.objective.dim
     if chain.objective.check(x0, "x0").shape != (d,): raise ValueError(f"x0 must have shape ({d},), got {tuple(x0.shape)}")
-    if whole("substeps", substeps, least=2) % 2: raise ValueError(f"substeps must be even, got {substeps}")
+    if check_int("substeps", substeps, least=2) % 2: raise ValueError(f"substeps must be even, got {substeps}")
     every = max(1, step_count(chain.eta, t_end) // 20) if every is None else every
-    settings = dict(every=every, seed=whole("seed", seed, least=0), dt=float(sde.eta) / substeps)
+    settings = dict(every=every, seed=check_int("seed", seed, least=0), dt=float(sde.eta) / substeps)
     run = lambda process, x, observe, **other: simulate(process, x, t_end, n_paths, observe=observe, **settings | other)
     paired = all(isinstance(p.objective, Additive) for p in (chain, sde)) and sde.noise_dim == chain.noise_dim
     method, more = (paired_run, ()) if paired else (independent_run, (seed,))

@@ -25,7 +25,8 @@ from .experiment import Experiment, Verdict, Verdicts
 from .networks import conv_net, digits
 from ..hessian_noise import noise_covariance
 from ..machinery.record import Recorder, recording
-from ..objective import FiniteSum, Quadratic, psd_root
+from ..machinery.checks import psd_root
+from ..objective import FiniteSum, Quadratic
 from ..sde import SDE
 from ..weak_approximation import weak_order
 from ..weak_errors import circle_error, circle_problem

@@ -19,7 +19,8 @@ from ..style import colours
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, jackknife
 from .problems import PROBLEMS, Problem, one_of
-from ..objective import Quadratic, one, positive, whole
+from ..machinery.checks import check_int, check_positive, check_scalar
+from ..objective import Quadratic
 from ..sde import SDE
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #3eec0dd5
@@ -82,10 +83,10 @@ def error_vs_rho(problem:Problem,
                  progress:bool=False # show a progress bar
                 ) -> pd.DataFrame: # problem, algorithm, model, eta, rho, statistic, error, se, excess, excess_se, runs, diverged
     "Error of each model of each algorithm at each ρ, and its excess over the own SDE's. Raises ValueError on bad input."
-    eta, runs = one("eta", eta), whole("runs", runs, least=3)
+    eta, runs = check_scalar("eta", eta), check_int("runs", runs, least=3)
     algorithms = [one_of("algorithm", name, ALGORITHMS) for name in algorithms]
     models = dict.fromkeys(["own SDE", *(one_of("model", name, MODELS) for name in models)]) # the others are compared to the own SDE
-    rhos = [float(positive("rho", r, zero=True)) for r in (radii(eta) if rhos is None else rhos)]
+    rhos = [float(check_positive("rho", r, zero=True)) for r in (radii(eta) if rhos is None else rhos)]
     if not rhos or len(set(rhos)) < len(rhos): raise ValueError(f"rhos must be different radii, at least one, got {rhos}")
     if eta > (t_end := t_end or problem.t_end): raise ValueError(f"eta must be at most the time of a run, {t_end:g}, got {eta:g}")
     objective, rho = problem.objective, torch.tensor(rhos, dtype=torch.float64).to(problem.x0)
@@ -213,7 +214,7 @@ def measure(quick:bool=False, # fewer runs, for a first look
             runs:int|None=None # of each algorithm and model; 16, or 4 if quick
            ) -> pd.DataFrame: # as error_vs_rho
     "Errors of all models of all algorithms on all problems. Raises ValueError on bad input."
-    tables, eta = [], one("eta", eta)
+    tables, eta = [], check_scalar("eta", eta)
     for name in problems: one_of("problem", name, PROBLEMS)
     if not problems or not algorithms: raise ValueError(f"problems and algorithms must not be empty, got {problems} and {algorithms}")
     rhos = [radii(eta)[k] for k in (0, 4, 6)] if quick and rhos is None else rhos

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
 from ..ensemble import simulate
 from .problems import Problem, one_of
-from ..objective import Additive, finite, positive, symmetric, whole
+from ..machinery.checks import check_finite, check_int, check_positive, check_symmetric
+from ..objective import Additive
 from ..saddle_attraction import kappa
 
 # %% ../../nbs/experiments/escape.ipynb #7c686949
@@ -30,8 +31,8 @@ class Saddle(Additive):
                 ):
         if not isinstance(lam, Tensor) or not lam.is_floating_point() or lam.ndim != 1:
             raise TypeError(f"lam must be a floating-point tensor of shape (d,), got {getattr(lam, 'shape', type(lam).__name__)}")
-        super().__init__(len(finite("lam", lam)), sigma)
-        self.lam, self.quartic, self.dtype = lam, float(positive("quartic", quartic, zero=True)), lam.dtype
+        super().__init__(len(check_finite("lam", lam)), sigma)
+        self.lam, self.quartic, self.dtype = lam, float(check_positive("quartic", quartic, zero=True)), lam.dtype
     def loss(self, x:Tensor) -> Tensor: return (self.lam * self.check(x)**2 / 2 + self.quartic * x**4 / 4).sum(-1)
     def grad(self, x:Tensor) -> Tensor: return self.lam * self.check(x) + (self.quartic * x**3 if self.quartic else 0)
 
@@ -61,7 +62,7 @@ class Autoencoder(Additive):
                  hidden:int, # k
                  sigma:float=0.0 # standard deviation of each coordinate of the gradient noise
                 ):
-        super().__init__(2 * whole("hidden", hidden) * len(symmetric("C", C)), sigma)
+        super().__init__(2 * check_int("hidden", hidden) * len(check_symmetric("C", C)), sigma)
         self.C, self.hidden, self.dtype = C, hidden, C.dtype
     def weights(self, x:Tensor) -> tuple[Tensor, Tensor]: # (..., k, m), (..., m, k)
         m, (first, second) = len(self.C), self.check(x).chunk(2, dim=-1)
@@ -95,7 +96,7 @@ def autoencoder(dtype=torch.float64, device="cpu", hidden:int=8, # k
     Y = torch.from_numpy(load_digits().data).double() / 16
     if centred: Y = Y - Y.mean(0)
     objective = Autoencoder((Y.T @ Y / len(Y)).to(device, dtype), hidden, sigma)
-    return Problem("autoencoder", objective, (positive("radius", radius) * sphere(1, objective.dim, seed)[0]).to(device, dtype), t_end=20.)
+    return Problem("autoencoder", objective, (check_positive("radius", radius) * sphere(1, objective.dim, seed)[0]).to(device, dtype), t_end=20.)
 
 # %% ../../nbs/experiments/escape.ipynb #d1b20aeb
 def remains(lam:np.ndarray, rho:float, eta:float, s:float, r:float) -> float:

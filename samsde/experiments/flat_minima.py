@@ -23,7 +23,8 @@ from ..diagnosis import largest_eigenvalue
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus
 from .two_valleys import FACTS, chain_facts, coefficients, constant, critical, minibatches, sde_facts
-from ..objective import FiniteSum, NoisyLoss, gradient, per_path, whole
+from ..machinery.checks import check_int, per_path
+from ..objective import FiniteSum, NoisyLoss, gradient
 from ..sde import SDE
 
 # %% ../../nbs/experiments/flat_minima.ipynb #507c123a
@@ -314,7 +315,7 @@ def measure(quick:bool=False, # one network, few starts, a short training
             progress:bool=False # show a progress bar
            ) -> pd.DataFrame: # columns part, problem, noise, algorithm, rho, model, quantity, value, se, change, …
     "Curvature at the end of training, against SGD's at equal time and at equal training loss, for algorithms and SDEs; and the two valleys"
-    seed = whole("seed", seed, least=0)
+    seed = check_int("seed", seed, least=0)
     (X, y), (X_held, y_held) = halves(dtype, device)
     size = dict(n=4, seeds=2, t_end=18.) if quick else dict(n=16, seeds=2, t_end=60.)
     plans = [("sigmoid", 0., (1, 64, .05) if quick else (1, 8, 64, .05), (.1, .4) if quick else (.05, .1, .2, .4), True)]

@@ -22,7 +22,8 @@ from ..diagnosis import largest_eigenvalue
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, legend, picture, plus_minus
 from ..hessian_noise import noise_covariance
-from ..objective import FiniteSum, psd_root, whole
+from ..machinery.checks import check_int, psd_root
+from ..objective import FiniteSum
 from ..sde import SDE
 
 # %% ../../nbs/experiments/networks.ipynb #6d3a95fa
@@ -155,7 +156,7 @@ def measure(quick:bool=False, # smaller networks, fewer runs, a shorter training
             progress:bool=False # show a progress bar
            ) -> pd.DataFrame: # part, algorithm, model, rho, statistic, time, value, se, runs, diverged, d, batch_size, chunk
     "Costs of SDE steps, and training against its SDEs"
-    seed = whole("seed", seed, least=0)
+    seed = check_int("seed", seed, least=0)
     with tqdm(total=len(cost_plans(quick)) + 16, desc="networks", disable=not progress) as bar:
         rows = cost_rows(quick, bar.update)
         net = conv_net(6, 16, pool=2, dtype=dtype, device=device)

@@ -15,7 +15,8 @@ import torch
 from sklearn.datasets import load_breast_cancer, load_iris
 from torch import Tensor
 
-from ..objective import NoisyLoss, Objective, Quadratic, whole
+from ..machinery.checks import check_int
+from ..objective import NoisyLoss, Objective, Quadratic
 
 # %% ../../nbs/experiments/problems.ipynb #5c5c89a5
 @dataclass
@@ -45,7 +46,7 @@ def one_hidden_layer(fan_in:int, # inputs
                      seed:int # of the start
                     ) -> tuple[Callable, Tensor]:
     "The function of parameters (d,) and inputs (N, fan_in) -> (N, outputs), and a start (d,) in double precision"
-    hidden = whole("hidden", hidden)
+    hidden = check_int("hidden", hidden)
     sizes = [fan_in * hidden, hidden, hidden * outputs, outputs]
     def network(x, inputs):
         W1, b1, W2, b2 = x.split(sizes)

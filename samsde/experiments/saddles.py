@@ -25,7 +25,7 @@ from ..ensemble import simulate
 from .escape import (SPECTRA, Autoencoder, Stopped, autoencoder, first_exits, floor, held, leaving_time, mildest,
                                        noise_threshold, saddle, sphere, starts)
 from .experiment import Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus
-from ..objective import whole
+from ..machinery.checks import check_int
 from ..saddle_attraction import arrival_time, escape_time, flow, kappa
 
 # %% ../../nbs/experiments/saddles.ipynb #18f9c1ff
@@ -302,7 +302,7 @@ def measure(quick:bool=False, # fewer runs and fewer settings
             progress:bool=False # show a progress bar
            ) -> pd.DataFrame: # columns study, case, algorithm, eta, rho, sigma, x, value, se, low, high (95 %), runs, theory, bound
     "All studies. Raises ValueError or TypeError on bad input."
-    setting = Setting(bool(quick), whole("seed", seed, least=0), dtype, device)
+    setting = Setting(bool(quick), check_int("seed", seed, least=0), dtype, device)
     return pd.DataFrame([r for study in tqdm(STUDIES, desc="saddles", unit="study", disable=not progress) for r in study(setting)])
 
 # %% ../../nbs/experiments/saddles.ipynb #db27c1cd

@@ -21,7 +21,7 @@ from ..ensemble import Ensemble, simulate
 from .error_vs_rho import ALGORITHMS, relative_error
 from .experiment import Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus
 from .problems import Problem, deep_nonlinear, quadratic
-from ..objective import whole
+from ..machinery.checks import check_int
 from ..sde import SDE
 from ..weak_approximation import weak_order
 from ..weak_errors import Coupled, circle_problem, exact_error, linear_moments
@@ -134,7 +134,7 @@ def measure(quick:bool=False, # fewer and larger learning rates, fewer runs
             progress:bool=False # show a progress bar
            ) -> pd.DataFrame: # KEY, eta, rho, error, se, runs, diverged
     "Errors of the own SDE and of SGD's SDE as η falls, for three scalings of ρ"
-    seed = whole("seed", seed, least=0)
+    seed = check_int("seed", seed, least=0)
     plans = [(quadratic, range(4, 7 if quick else 10), 16 if quick else 64), (deep_nonlinear, range(3, 5 if quick else 8), 4 if quick else 16)]
     rows = circle_rows(2.**-np.arange(9 if quick else 3, 18, 2), [1.] if quick else [1., 4.])
     rows += moment_rows(quadratic(), 2.**-np.arange(4, 17, 2), 2.)

@@ -20,7 +20,8 @@ from ..style import colours
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus
 from .problems import Problem, deep_nonlinear
-from ..objective import NoisyLoss, Quadratic, psd_root, whole
+from ..machinery.checks import check_int, psd_root
+from ..objective import NoisyLoss, Quadratic
 from ..random_direction import kappa
 from ..sde import SDE
 from ..stationarity import chain_law, closed_covariance, level, matrices, sde_law, shells, suboptimality
@@ -254,7 +255,7 @@ def measure(quick:bool=False, # fewer cases and runs, and a network of five hidd
             progress:bool=False # show a progress bar
            ) -> pd.DataFrame: # with COLUMNS
     "Suboptimality at stationarity, measured and predicted"
-    seed = whole("seed", seed, least=0)
+    seed = check_int("seed", seed, least=0)
     (run, more), rows, radii = cases(quick), [], [.3] if quick else [.1, .3, 1.]
     steps = [(.05, 20_000), (.005, 4_000)] if quick else [(.05, 100_000), (.005, 40_000), (.0005, 10_000)]
     with tqdm(total=len(run) + 6, desc="suboptimality", unit="case", disable=not progress) as bar:

@@ -88,7 +88,7 @@ def received(layer:nn.Module, a:Tensor, d:Tensor) -> Tensor:
     if getattr(layer, "padding_idx", None) is None: return d
     return d * (a != layer.padding_idx)[..., None]
 
-# %% ../../nbs/machinery/layers.ipynb #29234857
+# %% ../../nbs/machinery/layers.ipynb #a8c7c758
 class Layer(NamedTuple):
     "A layer whose closed form is taken"
     shape: tuple # of its output for one sample
@@ -96,17 +96,17 @@ class Layer(NamedTuple):
 
 def squares(network:Network, name:str, layer:Layer, a:Tensor, d:Tensor) -> dict:
     "Squared norms of the sample gradients of a layer's trainable parameters, by key"
-    module = network.own().get_submodule(name)
+    module = network.thread_copy().get_submodule(name)
     found = FORMS[type(module)](module, a, received(module, a, d))
     return {key: found[key] for key in layer.names}
 
-# %% ../../nbs/machinery/layers.ipynb #0bd9a212
+# %% ../../nbs/machinery/layers.ipynb #82ed5d81
 def signals(network:Network, layers:dict, # name -> Layer
             params:dict, # by name
             rows:Tensor # sample numbers, (b,)
            ) -> tuple: # dicts of (b, ...), (b,), a dict of (b, ...)
     "Derivatives in the outputs of layers and in all parameters outside of them, the losses, and the layers' inputs"
-    module = network.own()
+    module = network.thread_copy()
     def loss(added, outside, i):
         inputs = {}
         def tap(name):
@@ -125,7 +125,7 @@ def signals(network:Network, layers:dict, # name -> Layer
     (inside, outside), (f, inputs) = vmap(both, (None, None, 0))(added, outside, rows)
     return inside, outside, f, inputs
 
-# %% ../../nbs/machinery/layers.ipynb #bc597981
+# %% ../../nbs/machinery/layers.ipynb #8ac9ebee
 def terms(network:Network, x:Tensor, s:slice, directions=()) -> tuple: # (d,), and (d,) each -> (b,) each
     "f_i, ‖∇f_i‖² and the slopes of f_i in some directions, for a slice of the samples"
     layers, rows = layers_of(network), torch.arange(s.start, s.stop, device=x.device)
@@ -139,20 +139,20 @@ def slope(network:Network, p:dict, inside:dict, outside:dict, inputs:dict) -> Te
     "⟨∇f_i, p⟩ for a direction p by name"
     total = sum((g * p[name]).reshape(len(g), -1).sum(1) for name, g in outside.items())
     for name, d in inside.items():
-        layer, names, a = network.own().get_submodule(name), layers_of(network)[name].names, inputs[name]
+        layer, names, a = network.thread_copy().get_submodule(name), layers_of(network)[name].names, inputs[name]
         ours = {key: torch.zeros_like(value) for key, value in layer.named_parameters()}
         ours |= {key: p[known] for key, known in names.items()}
         change = vmap(lambda z: functional_call(layer, ours, (z,)))(a)
         total = total + (received(layer, a, d) * change).flatten(1).sum(1)
     return total
 
-# %% ../../nbs/machinery/layers.ipynb #ec6be485
+# %% ../../nbs/machinery/layers.ipynb #51672cb5
 def first_row(network:Network) -> Tensor:
     return torch.zeros(1, dtype=torch.long, device=network.x0.device)
 
 def shapes_of_calls(network:Network) -> dict: # name -> shapes of its output, None for a call by keyword
     "How the layers with a form are called, for one sample"
-    module, calls = network.own(), {}
+    module, calls = network.thread_copy(), {}
     def note(name):
         def hook(layer, args, out):
             calls.setdefault(name, []).append(out.shape if len(args) == 1 else None)
@@ -165,7 +165,7 @@ def shapes_of_calls(network:Network) -> dict: # name -> shapes of its output, No
 
 def candidates(network:Network) -> dict: # name -> Layer
     "Layers with a form that are called once, and share no parameter"
-    module = network.own()
+    module = network.thread_copy()
     known_as = {id(p): name for name, p in module.named_parameters() if name in network.shapes}
     layers = {}
     for name, shapes in shapes_of_calls(network).items():
@@ -176,7 +176,7 @@ def candidates(network:Network) -> dict: # name -> Layer
     return {name: layer for name, layer in layers.items()
             if all(owners[known] == 1 for known in layer.names.values())}
 
-# %% ../../nbs/machinery/layers.ipynb #b31beb46
+# %% ../../nbs/machinery/layers.ipynb #45efcc9a
 def frozen(layer:nn.Module):
     "A hook that returns what a copy of the layer returns, whose parameters have no gradient"
     twin = copy.deepcopy(layer).requires_grad_(False)
@@ -184,7 +184,7 @@ def frozen(layer:nn.Module):
 
 def used_elsewhere(network:Network, layers:dict) -> set: # of names of parameters
     "The parameters on which the loss depends though their layers are frozen"
-    modules = [network.own().get_submodule(name) for name in layers]
+    modules = [network.thread_copy().get_submodule(name) for name in layers]
     hooks = [frozen(layer) for layer in modules]
     handles = [layer.register_forward_hook(hook) for layer, hook in zip(modules, hooks)]
     names = [known for layer in layers.values() for known in layer.names.values()]

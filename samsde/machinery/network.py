@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['snapshot', 'check_data', 'trainable', 'check_layers', 'row', 'Network']
 
-# %% ../../nbs/machinery/network.ipynb #a218b9ef
+# %% ../../nbs/machinery/network.ipynb #e943db85
 import copy, threading
 from typing import Callable
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
+from .checks import check_finite
 from .paths import lift, written_out
 
 # %% ../../nbs/machinery/network.ipynb #2713fa9c
@@ -50,7 +51,7 @@ def unfit(layer:nn.Module) -> str|None:
     lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
     return LAZY if lazy and layer.has_uninitialized_params() else None
 
-# %% ../../nbs/machinery/network.ipynb #490300ac
+# %% ../../nbs/machinery/network.ipynb #99bf8dee
 def check_data(module, loss, X, y):
     "Raises ValueError or TypeError unless these are a module, its loss, and data"
     def kind(thing): return type(thing).__name__
@@ -62,8 +63,7 @@ def check_data(module, loss, X, y):
         if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {kind(t)}")
         if t.ndim == 0:
             raise ValueError(f"{name} must hold one row for each sample, got a single number")
-        if not torch.isfinite(t).all():
-            raise ValueError(f"{name} must be finite, got infinite or NaN entries")
+        check_finite(name, t)
     if len(X) == 0 or len(X) != len(y):
         lengths = f"{len(X)} and {len(y)} rows"
         raise ValueError(f"X and y must be non-empty and equally long, got {lengths}")
@@ -85,7 +85,7 @@ def check_layers(module:nn.Module, X:Tensor):
         raise TypeError(f"parameters and inputs must share one dtype, got {found}")
     if (dtype := kinds.pop()).is_complex: raise TypeError(f"parameters must be real, got {dtype}")
 
-# %% ../../nbs/machinery/network.ipynb #4f96aaff
+# %% ../../nbs/machinery/network.ipynb #14e2487a
 def row(tree, k:int):
     "One sample of outputs or targets, as a batch of one"
     return tree_map(lambda t: t[k:k + 1] if isinstance(t, Tensor) else t, tree)
@@ -110,14 +110,14 @@ class Network:
 
     def __getstate__(self) -> dict: # a copy has working copies of its own
         return {k: v for k, v in vars(self).items() if k not in ("local", "plain")}
-    def own(self) -> nn.Module:
+    def thread_copy(self) -> nn.Module:
         "This thread's copy of the module"
         local = self.__dict__.setdefault("local", threading.local())
         if not hasattr(local, "module"): local.module = written_out(copy.deepcopy(self.module))
         return local.module
     def holds(self) -> tuple:
         "What a run of the network may read beside its arguments"
-        return self.own(), self.loss
+        return self.thread_copy(), self.loss
     @property
     def route(self) -> str:
         "How several points are taken: by `vmap`, or in a `loop`"
@@ -142,6 +142,6 @@ class Network:
         "f_i of samples i, (b,)"
         X, y = self.data(i)
         params = x if isinstance(x, dict) else self.named(x)
-        return self.each(functional_call(self.own(), params, (X,)), y)
+        return self.each(functional_call(self.thread_copy(), params, (X,)), y)
     def lift(self, fn:Callable, x:Tensor, *rest:Tensor) -> Tensor:
         return lift(fn, x, *rest, loop=self.loop)

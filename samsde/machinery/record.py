@@ -126,12 +126,12 @@ class Watch(torch.fx.Interpreter):
         zero = not self.seen[node.args[1]].any()
         return zero and self.layout(node) == self.layout(node.args[0])
 
-# %% ../../nbs/machinery/record.ipynb #ccb34121
+# %% ../../nbs/machinery/record.ipynb #9b2eb1d5
 def mutates(node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return bool(schema and schema.is_mutable)
 
-def bare(graph:torch.fx.GraphModule, *tensors:Tensor) -> torch.fx.GraphModule:
+def simplified(graph:torch.fx.GraphModule, *tensors:Tensor) -> torch.fx.GraphModule:
     "Take out the operations that return their argument, and compute once those that depend on no argument"
     watch, constant = Watch(graph), set()
     watch.run(*tensors)
@@ -154,7 +154,7 @@ def fold(graph:torch.fx.GraphModule, node, watch:Watch): # -> the node of the co
     node.replace_all_uses_with(stored)
     return stored
 
-# %% ../../nbs/machinery/record.ipynb #941aef42
+# %% ../../nbs/machinery/record.ipynb #1dbd2035
 def same_bits(a:Tensor, b:Tensor) -> bool:
     "Are they equal, where both are NaN too?"
     if torch.equal(a, b): return True
@@ -166,7 +166,7 @@ def compiled(fn:Callable, tensors:tuple) -> Callable|None:
     from torch.fx.experimental.proxy_tensor import make_fx
     out = fn(*tensors)
     try:
-        graph = bare(make_fx(lambda *t: fn(*t))(*tensors), *tensors)
+        graph = simplified(make_fx(lambda *t: fn(*t))(*tensors), *tensors)
         record = traced(graph, tensors)
         plays = [record(*tensors) for _ in range(3)] # it optimises itself in the first calls
         if all(same_bits(play, out) for play in plays): return record
