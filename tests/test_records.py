@@ -53,11 +53,11 @@ class Counting(torch.nn.Module):
 def test_a_counter_in_a_loss():
     """Its calls are counted as without records; that the loss changes at all is seen in the result."""
     ends = {}
-    for record in (True, False):
+    for recorded in (True, False):
         objective = network(Counting(500))
         calls = objective.network.loss.calls
-        ends[record] = run(objective, record=record)
-        ends[record].calls = objective.network.loss.calls - calls
+        ends[recorded] = run(objective, record=recorded)
+        ends[recorded].calls = objective.network.loss.calls - calls
     assert same(ends[True], ends[False]) and ends[True].calls == ends[False].calls
     assert not same(ends[True], run(network(Counting(10**9))))
 

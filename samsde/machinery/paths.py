@@ -6,8 +6,8 @@
 __all__ = ['WRITTEN_OUT', 'scaled', 'layer_norm', 'instance_norm', 'prelu', 'embedding', 'raw_embedding', 'attention', 'masked',
            'heads', 'Rewritten', 'written_out', 'linear_layer', 'lift', 'can_be_tried', 'needs_loop']
 
-# %% ../../nbs/machinery/paths.ipynb #73576987
-import copy, math
+# %% ../../nbs/machinery/paths.ipynb #3989e7f0
+import math
 from typing import Callable
 
 import torch
