@@ -12,7 +12,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
-from .machinery.checks import broadcast_axes, broadcast_paths, check_int, check_points, check_scalar, check_symmetric, psd_root
+from .machinery.checks import broadcast_axes, broadcast_paths, check_grad_possible, check_int, check_points, check_scalar, check_symmetric, psd_root
 from .machinery.comparison import check_network
 from .machinery.network import Network, check_data, check_layers
 from .machinery.paths import can_be_tried, lift, needs_loop
@@ -34,7 +34,7 @@ def gradient(f:Callable, # (..., d) -> (...)
              x:Tensor # (..., d)
             ) -> Tensor: # (..., d)
     "The gradient of `f` at every path of `x`, by one backward pass. Raises ValueError in torch's inference mode, which has no gradients."
-    if torch.is_inference_mode_enabled(): raise ValueError("torch.inference_mode() has no gradients: use torch.no_grad() there")
+    check_grad_possible()
     track = x.requires_grad and torch.is_grad_enabled()
     with torch.enable_grad():
         z = x.view_as(x) if track else x.detach().clone().requires_grad_() if x.is_inference() else x.detach().requires_grad_()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_positive', 'check_scalar', 'check_int', 'per_path', 'check_floating', 'check_finite', 'check_points',
-           'check_symmetric', 'psd_root', 'broadcast_axes', 'broadcast_paths']
+           'check_symmetric', 'psd_root', 'broadcast_axes', 'broadcast_paths', 'check_grad_possible']
 
 # %% ../../nbs/machinery/checks.ipynb #ac5eaa43
 import numbers
@@ -104,3 +104,9 @@ def broadcast_paths(x:Tensor, **others:Tensor) -> Tensor: # (..., d) each
     lead = x.shape[:-1]
     if all(v.ndim == 1 or v.shape[:-1] == lead for v in others.values()): return x
     return x.expand(*broadcast_axes(x=lead, **{k: v.shape[:-1] for k, v in others.items()}), -1)
+
+# %% ../../nbs/machinery/checks.ipynb #1f7b70a1
+def check_grad_possible():
+    "Raises ValueError inside of torch's inference mode, which has no gradients"
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() has no gradients: use torch.no_grad() there")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lock', 'Layer', 'squares', 'signals', 'terms', 'slope', 'layers_of', 'has_norms', 'found_layers', 'proved_layers']
 
-# %% ../../nbs/machinery/layers.ipynb #46433345
+# %% ../../nbs/machinery/layers.ipynb #4a5f1dea
 import copy, math, threading
 from collections import Counter
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from .checks import check_grad_possible
 from .comparison import close, in_double, near, off, pieces_of, plain_loss, some_rows, tolerance
 from .network import Network
 from .paths import Rewritten
@@ -100,12 +101,13 @@ def squares(network:Network, name:str, layer:Layer, a:Tensor, d:Tensor) -> dict:
     found = FORMS[type(module)](module, a, received(module, a, d))
     return {key: found[key] for key in layer.names}
 
-# %% ../../nbs/machinery/layers.ipynb #82ed5d81
+# %% ../../nbs/machinery/layers.ipynb #7639c24b
 def signals(network:Network, layers:dict, # name -> Layer
             params:dict, # by name
             rows:Tensor # sample numbers, (b,)
            ) -> tuple: # dicts of (b, ...), (b,), a dict of (b, ...)
     "Derivatives in the outputs of layers and in all parameters outside of them, the losses, and the layers' inputs"
+    check_grad_possible()
     module = network.thread_copy()
     def loss(added, outside, i):
         inputs = {}
