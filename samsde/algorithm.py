@@ -42,14 +42,14 @@ class Algorithm:
         return gradient(self.potential, objective.sample_grad(x, gamma))
     def direction(self, objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
         "G_ρ(x) = ∇f_γ(x + ρ u_γ(x)), with the same γ twice"
-        if self.still: return objective.sample_grad(x, gamma)
+        if self.unperturbed: return objective.sample_grad(x, gamma)
         return objective.sample_grad(x + per_path(self.rho, x) * self.perturbation(objective, x, gamma), gamma)
     def step(self, objective:Objective, x:Tensor, eta, gamma:Tensor) -> Tensor:
         "x − η G_ρ(x)"
         return x - per_path(eta, x) * self.direction(objective, x, gamma)
 
     @property
-    def still(self) -> bool: return not isinstance(self.rho, Tensor) and self.rho == 0
+    def unperturbed(self) -> bool: return not isinstance(self.rho, Tensor) and self.rho == 0
     def __repr__(self): return f"{type(self).__name__}(rho={self.rho})"
 
 # %% ../nbs/01_algorithm.ipynb #1358a09f
@@ -114,11 +114,13 @@ def recorded(name, # of the function, for a record
     if not ours or objective.network is None or x.dtype.itemsize < 4 or len(objective.slices(x)) > 1: return fn(algorithm, x, noise, *numbers)
     def step(x, noise, rho, *numbers):
         free = copy.copy(algorithm)
-        free.rho, free.checked = algorithm.rho if algorithm.still else rho, False
+        free.rho, free.checked = algorithm.rho if algorithm.unperturbed else rho, False
         return fn(free, x, noise, *numbers)
-    whole = lambda v: isinstance(v, Tensor) and not v.is_floating_point() # numbers of samples
-    tensors = [v if whole(v) else v.to(x) if isinstance(v, Tensor) else x.new_tensor(v) for v in (algorithm.rho, *numbers)]
-    out = objective.run((name, type(algorithm), algorithm.still, objective.way, law.batch_size, law.replace), step, x, noise, *tensors)
+    def in_kind(v):
+        if not isinstance(v, Tensor): return x.new_tensor(v)
+        return v.to(x) if v.is_floating_point() else v # which is numbers of samples
+    tensors = [in_kind(v) for v in (algorithm.rho, *numbers)]
+    out = objective.run((name, type(algorithm), algorithm.unperturbed, objective.way, law.batch_size, law.replace), step, x, noise, *tensors)
     return out if type(algorithm) is not DNSAM or math.isfinite(out.sum()) else fn(algorithm, x, noise, *numbers)
 
 # %% ../nbs/01_algorithm.ipynb #3ce7016c
@@ -208,7 +210,7 @@ def axes_of(**values) -> dict: # name -> shape
     "The shapes of those values that have axes"
     return {name: v.shape for name, v in values.items() if isinstance(v, Tensor) and v.ndim}
 
-def spread(x:Tensor, **values) -> Tensor:
+def expand_sweep(x:Tensor, **values) -> Tensor:
     "`x` with the axes of a sweep over `values`, numbers or tensors, before its last; a ValueError if they do not fit"
     shapes = axes_of(**values)
     return x.expand(*broadcast_axes(x=x.shape[:-1], **shapes), -1) if shapes else x
@@ -229,7 +231,7 @@ class Chain:
     def noise_dim(self) -> int: return self.objective.dim if isinstance(self.objective, Additive) else self.objective.law.batch_size
     def step(self, x:Tensor, gamma:Tensor) -> Tensor:
         fn = lambda algorithm, x, gamma, eta: algorithm.step(self.objective, x, eta, gamma)
-        return recorded("chain", self.algorithm, self.objective, fn, spread(self.objective.check(x), rho=self.algorithm.rho, eta=self.eta), gamma, self.eta)
+        return recorded("chain", self.algorithm, self.objective, fn, expand_sweep(self.objective.check(x), rho=self.algorithm.rho, eta=self.eta), gamma, self.eta)
     def draw(self, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
         if not isinstance(self.objective, Additive): return self.objective.draw(shape, generator, dtype=dtype, device=device)
         return torch.randn(*shape, self.objective.dim, generator=generator, dtype=dtype, device=device)

@@ -141,7 +141,7 @@ def advance(run:Run, block:Block, tick):
 
 # %% ../nbs/01c_blocks.ipynb #337e0141
 @dataclass
-class Partial:
+class PathStatistics:
     "What some of the paths contribute; their own values come in a list, a tensor for each block"
     final: list # of (paths, *batch, d)
     until: list # of (paths, *batch)
@@ -152,7 +152,7 @@ class Partial:
         values = [torch.stack(v) for v in block.values.values()]
         return cls([block.x], [block.until], [Moments.of(v, block.until == times) for v in values], [[v] for v in values] if keep else [])
     def __add__(self, other):
-        return Partial(self.final + other.final, self.until + other.until, [a + b for a, b in zip(self.moments, other.moments)],
+        return PathStatistics(self.final + other.final, self.until + other.until, [a + b for a, b in zip(self.moments, other.moments)],
                        [a + b for a, b in zip(self.paths, other.paths)])
     def __len__(self) -> int: return sum(map(len, self.final))
     def state(self) -> dict:
@@ -383,7 +383,7 @@ def check_records(run:Run, t:dict, kind:str):
 
 # %% ../nbs/01c_blocks.ipynb #fe038314
 def check_part(run:Run, t:dict):
-    "Raises ValueError unless tensors can be a Partial's"
+    "Raises ValueError unless tensors can be those of PathStatistics"
     check_records(run, t, "paths")
     alive = t["until"] == len(run.grid[1])
     fine = (finite_at(t["final"], run.x.ndim - 1) | ~alive).all()
@@ -403,12 +403,12 @@ def check_block(run:Run, lo:int, t:dict):
     raise ValueError("its random numbers are those of another block")
 
 # %% ../nbs/01c_blocks.ipynb #929e52ae
-class Ledger:
+class RunState:
     "What is done of a run, and what is on its way"
     pause = 5. # seconds between two states of a block that are kept, and between two writes of a file, at least
     def __init__(self, path:Path|None=None, about:dict|None=None, parts=(), blocks=()): # of a file, and what there was in it
         self.path, self.about, self.new = path, about, False
-        self.first = dict(parts), dict(blocks) # first path -> Partial, and -> (step, state) of a Block
+        self.first = dict(parts), dict(blocks) # first path -> PathStatistics, and -> (step, state) of a Block
         self.parts, self.blocks = map(dict, self.first)
         self.stop, self.lock, self.due = threading.Event(), threading.Lock(), time.monotonic() + self.pause
 
@@ -416,7 +416,7 @@ class Ledger:
         "Forget what was done since the file was read"
         (self.parts, self.blocks), self.new = map(dict, self.first), True
         self.stop.clear()
-    def add(self, lo:int, part:Partial):
+    def add(self, lo:int, part:PathStatistics):
         "What a block came to"
         with self.lock:
             self.blocks.pop(lo, None)
@@ -432,25 +432,25 @@ class Ledger:
         return due
 
 # %% ../nbs/01c_blocks.ipynb #f2654160
-def save(ledger:Ledger, last:bool=False):
-    "Write the file of a ledger, if it is time or the last time. Warns if that fails."
-    with ledger.lock:
+def save(run_state:RunState, last:bool=False):
+    "Write the file of a RunState, if it is time or the last time. Warns if that fails."
+    with run_state.lock:
         begin = time.monotonic()
-        if not (ledger.path and ledger.new and (last or begin >= ledger.due)): return
-        parts, blocks = [(lo, len(p)) for lo, p in ledger.parts.items()], [(lo, step) for lo, (step, _) in ledger.blocks.items()]
-        arrays = {f"part{lo}:{name}": t for lo, p in ledger.parts.items() for name, t in p.state().items()}
-        arrays |= {f"block{lo}:{name}": t for lo, (_, state) in ledger.blocks.items() for name, t in state.items()}
+        if not (run_state.path and run_state.new and (last or begin >= run_state.due)): return
+        parts, blocks = [(lo, len(p)) for lo, p in run_state.parts.items()], [(lo, step) for lo, (step, _) in run_state.blocks.items()]
+        arrays = {f"part{lo}:{name}": t for lo, p in run_state.parts.items() for name, t in p.state().items()}
+        arrays |= {f"block{lo}:{name}": t for lo, (_, state) in run_state.blocks.items() for name, t in state.items()}
         arrays = {name: as_array(torch.stack(t) if isinstance(t, list) else t) for name, t in arrays.items()}
         try:
-            write(ledger.path, arrays | {"about": np.array(json.dumps(ledger.about | dict(parts=parts, blocks=blocks)))})
-            ledger.new = False
+            write(run_state.path, arrays | {"about": np.array(json.dumps(run_state.about | dict(parts=parts, blocks=blocks)))})
+            run_state.new = False
         except OSError as error:
-            warnings.warn(f"the checkpoint could not be written ({error}): the run goes on, and {ledger.path} is as it was")
+            warnings.warn(f"the checkpoint could not be written ({error}): the run goes on, and {run_state.path} is as it was")
         end = time.monotonic()
-        ledger.due = end + max(ledger.pause, 20 * (end - begin))
+        run_state.due = end + max(run_state.pause, 20 * (end - begin))
 
 # %% ../nbs/01c_blocks.ipynb #7da9d3f6
-def load(path:Path, run:Run, about:dict, seen:list) -> tuple[dict, dict]: # parts and blocks of a ledger
+def load(path:Path, run:Run, about:dict, seen:list) -> tuple[dict, dict]: # parts and blocks of a RunState
     "What a file has of a run. Raises ValueError if it is damaged or another run's."
     known, arrays = read(path)
     with refusing(path, "is damaged"): other = differences(known, about)
@@ -464,7 +464,7 @@ def load(path:Path, run:Run, about:dict, seen:list) -> tuple[dict, dict]: # part
     with refusing(path, "is damaged"):
         for lo, _ in parts: check_part(run, states[f"part{lo}"])
         for lo, _ in blocks: check_block(run, lo, states[f"block{lo}"])
-    partials = {lo: Partial.restored(states[f"part{lo}"]) for lo, _ in parts}
+    partials = {lo: PathStatistics.restored(states[f"part{lo}"]) for lo, _ in parts}
     return partials, {lo: (step, states[f"block{lo}"]) for lo, step in blocks}
 
 # %% ../nbs/01c_blocks.ipynb #61df6661
@@ -479,11 +479,11 @@ def place(checkpoint) -> Path:
     raise ValueError(f"checkpoint must be a file, but {checkpoint} {NONE}: it is a folder, or a device")
 
 # %% ../nbs/01c_blocks.ipynb #c9539af3
-def opened(checkpoint, run:Run) -> Ledger:
-    "The ledger of a run, with what a file has of it. Raises ValueError or TypeError if that cannot be used."
-    if checkpoint is None: return Ledger()
+def opened(checkpoint, run:Run) -> RunState:
+    "The run_state of a run, with what a file has of it. Raises ValueError or TypeError if that cannot be used."
+    if checkpoint is None: return RunState()
     path = place(checkpoint)
     remove_parts(path.parent, glob.escape(path.name))
     sketches, seen = fingerprint(run)
     about = dict(format=FORMAT, settings=settings(run), sketches=sketches)
-    return Ledger(path, about, *(load(path, run, about, seen) if path.exists() else ()))
+    return RunState(path, about, *(load(path, run, about, seen) if path.exists() else ()))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .algorithm import Algorithm, an_objective, pair
 from .style import colours
-from .implicit_regularizer import drift, hessian_perturbation, pieces
+from .implicit_regularizer import drift, hessian_perturbation, chunks
 from .machinery.checks import check_finite, check_floating, check_int, check_positive, check_scalar
 from .objective import Objective
 
@@ -72,7 +72,7 @@ def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, # (d,)
     gammas = objective.draw((draws,), torch.Generator(x.device).manual_seed(seed), dtype=x.dtype, device=x.device)
     projections, first = {n: [] for n in ("g", "c", "G")}, {}
     sums, squares = (dict.fromkeys(["g", "c", "gap"], 0) for _ in range(2)) # of differences to the first, so that equal values have no variance
-    for s in pieces(gammas, x, chunk=getattr(objective, "chunk", None)):
+    for s in chunks(gammas, x, chunk=getattr(objective, "chunk", None)):
         g, G = objective.sample_grad(x, gammas[s]), algorithm.direction(objective, x, gammas[s])
         c = g + algorithm.rho * hessian_perturbation(algorithm, objective, x, gammas[s])
         for name, value in {"g": g, "c": c, "G": G}.items(): projections[name].append(value @ V.T)

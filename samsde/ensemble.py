@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .blocks import Ledger, Partial, Run, advance, block_size, opened, save
+from .blocks import RunState, PathStatistics, Run, advance, block_size, opened, save
 from .machinery.record import RecordError, Recorder
 from .machinery.checks import check_int, check_positive
 
@@ -132,25 +132,25 @@ def on_threads(work, # a function of one job
     finally: torch.set_num_threads(torch_threads)
 
 # %% ../nbs/02_ensemble.ipynb #0eceb5d4
-def compute(run:Run, ledger:Ledger, many:int, threads:int, bar):
-    "All that a ledger does not have yet, `many` blocks at a time, with steps on a bar"
-    def one(lo):
-        if ledger.stop.is_set(): return
+def compute(run:Run, run_state:RunState, many:int, threads:int, bar):
+    "All that a RunState does not have yet, `many` blocks at a time, with steps on a bar"
+    def compute_block(lo):
+        if run_state.stop.is_set(): return
         block = run.block(lo)
-        if lo in ledger.blocks: block.restore(*ledger.blocks[lo])
+        if lo in run_state.blocks: block.restore(*run_state.blocks[lo])
         bar.update(block.step * len(block.x))
         def tick(block):
             bar.update(len(block.x))
-            if ledger.note(lo, block): save(ledger)
+            if run_state.note(lo, block): save(run_state)
         advance(run, block, tick)
-        ledger.add(lo, Partial.of(block, len(run.grid[1]), run.keep))
-        save(ledger)
+        run_state.add(lo, PathStatistics.of(block, len(run.grid[1]), run.keep))
+        save(run_state)
     def work(job):
-        for lo in job: one(lo)
-    done = {b for lo, p in ledger.parts.items() for b in range(lo, lo + len(p), run.size)}
-    bar.update(sum(map(len, ledger.parts.values())) * run.grid[1][-1])
+        for lo in job: compute_block(lo)
+    done = {b for lo, p in run_state.parts.items() for b in range(lo, lo + len(p), run.size)}
+    bar.update(sum(map(len, run_state.parts.values())) * run.grid[1][-1])
     todo = [lo for lo in range(0, len(run.x), run.size) if lo not in done]
-    on_threads(work, [todo[i:i + many] for i in range(0, len(todo), many)], threads, ledger.stop)
+    on_threads(work, [todo[i:i + many] for i in range(0, len(todo), many)], threads, run_state.stop)
 
 # %% ../nbs/02_ensemble.ipynb #d9e4d71a
 class DivergenceError(ArithmeticError):
@@ -173,7 +173,7 @@ def divergence(times:Tensor, # (T,)
     return at
 
 # %% ../nbs/02_ensemble.ipynb #ef8008a7
-def summary(total:Partial, eta:float, run:Run) -> Ensemble:
+def summary(total:PathStatistics, eta:float, run:Run) -> Ensemble:
     "The statistics of an ensemble. Raises DivergenceError if no path stayed finite; warns if some did not."
     t, times = total.state(), torch.tensor(run.grid[1], dtype=torch.float64) * eta
     at = divergence(times, t["until"])
@@ -187,23 +187,23 @@ def summary(total:Partial, eta:float, run:Run) -> Ensemble:
     return result
 
 # %% ../nbs/02_ensemble.ipynb #904eec0c
-def interrupted(stop:KeyboardInterrupt, run:Run, ledger:Ledger, eta:float):
+def interrupted(stop:KeyboardInterrupt, run:Run, run_state:RunState, eta:float):
     "Say in an interrupt what was done until then, and give it the Ensemble of these paths, or None, as `partial`"
-    total, stop.partial = ledger.parts.get(0), None
+    total, stop.partial = run_state.parts.get(0), None
     try: stop.partial = total and summary(total, eta, run)
     except DivergenceError: pass
-    stop.args = f"{len(total or ())} of {len(run.x)} paths were done" + (": the same call goes on from there" if ledger.path else ""),
+    stop.args = f"{len(total or ())} of {len(run.x)} paths were done" + (": the same call goes on from there" if run_state.path else ""),
 
 # %% ../nbs/02_ensemble.ipynb #cd59bc42
-def compute_or_again(run:Run, ledger:Ledger, many:int, threads:int, bar):
+def compute_or_again(run:Run, run_state:RunState, many:int, threads:int, bar):
     "All blocks; all of them anew, with a warning and without records, if a record was wrong"
-    try: compute(run, ledger, many, threads, bar)
+    try: compute(run, run_state, many, threads, bar)
     except RecordError as error:
         warnings.warn(f"{error}: the simulation starts again without records (record=False)", stacklevel=3)
         run.recorder = None
-        ledger.restart()
+        run_state.restart()
         bar.reset()
-        compute(run, ledger, many, threads, bar)
+        compute(run, run_state, many, threads, bar)
 
 # %% ../nbs/02_ensemble.ipynb #deb29b60
 def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and advance
@@ -231,11 +231,11 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
     threads = check_int("threads", threads) if threads is not None else torch.get_num_threads() if x.device.type == "cpu" else 1
     steps = grid[1][-1] * len(grid[0]) * math.ceil(n_paths / size)
     run = Run(process, x, grid, observe, size, shape, seed, bool(keep), Recorder() if record and steps >= Recorder.worth else None)
-    ledger = opened(checkpoint, run)
+    run_state = opened(checkpoint, run)
     with tqdm(total=n_paths * grid[1][-1], unit="step", unit_scale=True, disable=not progress) as bar:
-        try: compute_or_again(run, ledger, many, threads, bar)
+        try: compute_or_again(run, run_state, many, threads, bar)
         except KeyboardInterrupt as stop:
-            interrupted(stop, run, ledger, eta)
+            interrupted(stop, run, run_state, eta)
             raise
-        finally: save(ledger, last=True)
-    return summary(ledger.parts[0], eta, run)
+        finally: save(run_state, last=True)
+    return summary(run_state.parts[0], eta, run)

@@ -9,12 +9,12 @@ __all__ = ['sgd_covariance', 'cross_covariance', 'noise_covariance', 'noise_dim'
 import torch
 from torch import Tensor
 
-from .algorithm import Algorithm, an_objective, check_model, pair, spread
-from .implicit_regularizer import (all_samples, closed_form, expectation, first_axis, hessian_perturbation, over,
+from .algorithm import Algorithm, an_objective, check_model, pair, expand_sweep
+from .implicit_regularizer import (all_samples, closed_form, expectation, first_axis, hessian_perturbation, gamma_support,
                                          perturbation_sum, potential_of, potential_sum, response, weighted_sum)
 from .machinery.checks import broadcast_paths, check_points, per_path, psd_root
 from .objective import Additive, FiniteSum, Objective, Quadratic, Support
-from .sample_sums import gradient_of_sum, pull, way_of
+from .sample_sums import gradient_of_sum, gradient_of_norms, way_of
 
 # %% ../nbs/04_hessian_noise.ipynb #5289c90f
 def centred(v:Tensor, # a value for each γ, (K, ...)
@@ -49,7 +49,7 @@ def columns(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int=1024, 
         G, push = objective.law(eye), response(algorithm, objective, x, objective.grad(x), draws, seed).push
         return G, objective.hvp(x, push(0.0, 1.0, eye, G))
     if not (isinstance(objective, FiniteSum) and algorithm.scale is not None):
-        s = over(objective, x, draws, seed)
+        s = gamma_support(objective, x, draws, seed)
         return centred(objective.sample_grad(x, s.gammas), s), centred(hessian_perturbation(algorithm, objective, x, s.gammas), s)
     singles, law, grad = Support(all_samples(objective, x), True), objective.law, objective.grad(x)
     ratio = law.kappa / law.tau if law.tau else 0.0
@@ -68,7 +68,7 @@ def sgd_covariance(objective:Objective,
     if isinstance(an_objective(objective), Additive):
         return objective.law.matrix(x.dtype, x.device).expand(*objective.check(x).shape[:-1], -1, -1)
     single = isinstance(objective, FiniteSum)
-    s = Support(all_samples(objective, x), True) if single else over(objective, x, draws, seed)
+    s = Support(all_samples(objective, x), True) if single else gamma_support(objective, x, draws, seed)
     g = centred(objective.sample_grad(x, s.gammas), s)
     return (objective.law.tau if single else 1) * product(g, g)
 
@@ -85,7 +85,7 @@ def cross_covariance(algorithm:Algorithm, objective:Objective,
     linear = isinstance(objective, FiniteSum) and algorithm.scale is not None
     if linear or (isinstance(objective, Additive) and closed_form(algorithm, objective)): S, sem = product(*columns(algorithm, objective, x)), 0
     else:
-        s, grad = over(objective, x, draws, seed), objective.grad(x)
+        s, grad = gamma_support(objective, x, draws, seed), objective.grad(x)
         def outer(c):
             Hu = hessian_perturbation(algorithm, objective, x, c)
             return (objective.sample_grad(x, c) - grad)[..., :, None] * Hu[..., None, :]
@@ -101,7 +101,7 @@ def resolve(algorithm:Algorithm, objective:Objective, form:str) -> str:
     own = type(algorithm).direction is not Algorithm.direction
     if form in ("factor", "truncated") or (form == "exact" and not own): check_model(algorithm, f"{form} form", "form='exact'")
     if objective.law.silent: return "none"
-    if algorithm.still and not own and form != "none": return "sgd"
+    if algorithm.unperturbed and not own and form != "none": return "sgd"
     if form == "exact" and isinstance(objective, Quadratic) and algorithm.scale is not None and not own: return "factor"
     return form
 
@@ -114,12 +114,12 @@ def noise_covariance(algorithm:Algorithm, objective:Objective,
                     ) -> Tensor: # (..., d, d)
     "a(x), the covariance of the noise without η. Raises ValueError on an unknown form, or a truncated one that is no covariance."
     pair(algorithm, objective)
-    x, rho = spread(objective.check(x), rho=algorithm.rho), per_path(per_path(algorithm.rho, x), x)
+    x, rho = expand_sweep(objective.check(x), rho=algorithm.rho), per_path(per_path(algorithm.rho, x), x)
     form = resolve(algorithm, objective, form)
     if form == "none": return torch.zeros(*x.shape, objective.dim, dtype=x.dtype, device=x.device)
     if form == "sgd": return sgd_covariance(objective, x, draws=draws, seed=seed)
     if form == "exact":
-        s = over(objective, x, draws, seed)
+        s = gamma_support(objective, x, draws, seed)
         G = centred(algorithm.direction(objective, x, s.gammas), s)
         return product(G, G)
     G, Q = columns(algorithm, objective, x, draws, seed)
@@ -145,13 +145,13 @@ def by_sample(algorithm:Algorithm|None, objective:Objective, form:str) -> bool:
 def weighing(algorithm:Algorithm, objective:Objective, x:Tensor, form:str, draws:int, seed:int) -> tuple[Support, float]:
     "The γ that ξ weighs, and a factor of the weights"
     if by_sample(algorithm, objective, form): return Support(all_samples(objective, x), True), objective.law.tau**.5
-    return over(objective, x, draws, seed), 1.0
+    return gamma_support(objective, x, draws, seed), 1.0
 
 # %% ../nbs/04_hessian_noise.ipynb #1db6f2f8
 def combination(algorithm:Algorithm, objective:Objective, x:Tensor,
                 w:Tensor, # (..., K)
                 form:str, # "sgd", "factor" or "exact"
-                gammas:Tensor, # K values, from over or all_samples
+                gammas:Tensor, # K values, from gamma_support or all_samples
                 v:Tensor|None=None # other weights for the H_k u_k, if any
                ) -> Tensor: # (..., d)
     "Σ_k w_k c_k, where c_k is g_k, g_k + ρ H_k u_k, or G_ρ, for the k-th γ"
@@ -162,7 +162,7 @@ def combination(algorithm:Algorithm, objective:Objective, x:Tensor,
     if form == "sgd": return objective.weighted_grad(x, w) if single else total(lambda c: objective.sample_grad(x, c), w)
     factor = per_path(algorithm.rho, x) * (1 if algorithm.scale is None else algorithm.scale_at(objective, x))
     way = way_of(algorithm, objective) if single else "samples"
-    if way == "norms" and v is w: return pull(objective, x, w, algorithm.radial, factor)
+    if way == "norms" and v is w: return gradient_of_norms(objective, x, w, algorithm.radial, factor)
     if way == "samples" and finite and potential_of(algorithm, objective): return potential_sum(algorithm, objective, x, gammas, w, factor * v)
     if single: return objective.weighted_grad(x, w) + factor * perturbation_sum(algorithm, objective, x, v)
     return total(lambda c: objective.sample_grad(x, c), w) + per_path(algorithm.rho, x) * total(lambda c: hessian_perturbation(algorithm, objective, x, c), v)
@@ -194,7 +194,7 @@ def noise_sample(algorithm:Algorithm, objective:Objective,
                 ) -> Tensor: # (..., d)
     "R(x) ξ with R Rᵀ = a(x), matrix-free but for the truncated form. Raises ValueError on an unknown form or a ξ of the wrong length."
     form, m = resolve(*pair(algorithm, objective), form), noise_dim(objective, algorithm, form, draws)
-    x = spread(objective.check(x), rho=algorithm.rho)
+    x = expand_sweep(objective.check(x), rho=algorithm.rho)
     x = broadcast_paths(x, xi=check_points("xi", xi, m, x.dtype))
     xi = xi.expand(*x.shape[:-1], -1)
     if form == "none": return torch.zeros_like(x)

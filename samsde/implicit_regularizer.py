@@ -11,10 +11,10 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
-from .algorithm import DNSAM, SAM, Algorithm, Linear, check_model, pair, spread
+from .algorithm import DNSAM, SAM, Algorithm, Linear, check_model, pair, expand_sweep
 from .machinery.checks import broadcast_paths, check_int, per_path
 from .objective import Additive, FiniteSum, Objective, Quadratic, Support, gradient
-from .sample_sums import pull, signed_products, way_of
+from .sample_sums import gradient_of_norms, signed_products, way_of
 from .random_direction import gaussian_direction, gaussian_factors
 
 # %% ../nbs/03_implicit_regularizer.ipynb #regula0a
@@ -24,7 +24,7 @@ _all_ = ["gaussian_direction"]
 def generator_of(seed, device) -> torch.Generator:
     return seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(check_int("seed", seed, least=0))
 
-def over(objective:Objective, x:Tensor, draws:int,
+def gamma_support(objective:Objective, x:Tensor, draws:int,
          seed # of the draws: a number, then all points share them; or a generator, then each path has minibatches of its own
         ) -> Support:
     "The γ over which an expectation at `x` is taken, along a first axis in front of those of `x`. Raises ValueError on fewer than 4 draws."
@@ -42,7 +42,7 @@ def all_samples(objective:FiniteSum, x:Tensor) -> Tensor:
     "Every sample as a minibatch of one, (n, 1, ..., 1, 1)"
     return first_axis(torch.arange(objective.n, device=x.device)[:, None], x)
 
-def pieces(gammas:Tensor, x:Tensor, numbers:int=2**22, # that a piece times x may hold
+def chunks(gammas:Tensor, x:Tensor, numbers:int=2**22, # that a piece times x may hold
            chunk:int|None=None # samples times paths in a piece, if bounded
           ) -> list:
     "Slices of the first axis such that pieces fit in memory, at least one value each"
@@ -53,11 +53,11 @@ def pieces(gammas:Tensor, x:Tensor, numbers:int=2**22, # that a piece times x ma
 def weighted_sum(objective:Objective, fn:Callable, gammas:Tensor, w:Tensor, x:Tensor) -> Tensor:
     "Σ_k w_k fn(γ_k) for weights (..., K), a piece of the γ at a time"
     w = w.expand(*x.shape[:-1], -1).movedim(-1, 0)[..., None]
-    return sum((w[s] * fn(gammas[s])).sum(0) for s in pieces(gammas, x, chunk=objective.chunk))
+    return sum((w[s] * fn(gammas[s])).sum(0) for s in chunks(gammas, x, chunk=objective.chunk))
 
 # %% ../nbs/03_implicit_regularizer.ipynb #9ec5b4d7
 def expectation(fn:Callable, # values of γ (k, 1, ..., 1, b) -> (k, ..., m)
-                support:Support, # from over(...)
+                support:Support, # from gamma_support(...)
                 x:Tensor, # decides how many values are taken at once
                 chunk:int|None=None # samples times paths at once, if bounded
                ) -> tuple[Tensor, Tensor]: # mean and standard error
@@ -66,7 +66,7 @@ def expectation(fn:Callable, # values of γ (k, 1, ..., 1, b) -> (k, ..., m)
     both = (lambda s: (fn(gammas[:half][s]) + fn(gammas[half:][s])) / 2) if support.antithetic else lambda s: fn(gammas[s])
     n = half if support.antithetic else len(gammas)
     total = shift = square = 0
-    for i, s in enumerate(pieces(gammas[:n], x, chunk=chunk)):
+    for i, s in enumerate(chunks(gammas[:n], x, chunk=chunk)):
         values = both(s)
         if i == 0: shift = values.mean(0).detach()
         total, square = total + (values - shift).sum(0), square + (values - shift).detach().square().sum(0)
@@ -108,14 +108,14 @@ def potential_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor, gammas:Ten
         g, f = torch.func.vmap(torch.func.grad_and_value(loss), (None, 0))(z, c)
         return (w * f + v * psi(g)).sum()
     def part(s): return gradient(lambda z: objective.lift(total, z, w[..., s], v[..., s], gammas[..., s, :], kind="potential"), x)
-    return sum(part(s) for s in pieces(gammas.movedim(-2, 0), x, chunk=objective.chunk))
+    return sum(part(s) for s in chunks(gammas.movedim(-2, 0), x, chunk=objective.chunk))
 
 def perturbation_sum(algorithm:Algorithm, objective:FiniteSum, x:Tensor,
                      w:Tensor # (..., n)
                     ) -> Tensor: # (..., d)
     "Σ_i w_i H_i u_i over all samples; for u = c g, without the factor c"
     way = way_of(algorithm, objective)
-    if way == "norms": return pull(objective, x, w, algorithm.radial)
+    if way == "norms": return gradient_of_norms(objective, x, w, algorithm.radial)
     if way == "signs": return signed_products(objective, x, w)[0]
     gammas = all_samples(objective, x)
     if potential_of(algorithm, objective): return potential_sum(algorithm, objective, x, gammas, torch.zeros_like(w), w)
@@ -169,7 +169,7 @@ def response(algorithm:Algorithm, objective:Additive, x:Tensor, grad:Tensor, # �
     half = torch.randn(law.size(draws) // 2, objective.dim, generator=generator, dtype=x.dtype, device=x.device)
     zeta = torch.cat([half, -half])
     u = lambda z: algorithm.perturbation(objective, x, law(z))
-    to = lambda xi: sum(((xi @ zeta[s].T)[..., None, :] @ u(first_axis(zeta[s], x)).movedim(0, -2))[..., 0, :] for s in pieces(zeta, xi)) / len(zeta)
+    to = lambda xi: sum(((xi @ zeta[s].T)[..., None, :] @ u(first_axis(zeta[s], x)).movedim(0, -2))[..., 0, :] for s in chunks(zeta, xi)) / len(zeta)
     mean, sem = expectation(u, Support(first_axis(zeta, x), False, True), x)
     return Response(lambda h, s, xi, w: h * mean + s * to(xi), sem)
 
@@ -181,7 +181,7 @@ def mean_hessian_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor
         return objective.hvp(x, response(algorithm, objective, x, grad).push(1.0, 0.0, torch.zeros_like(x), grad)), torch.zeros_like(x)
     if isinstance(objective, FiniteSum) and algorithm.scale is not None:
         return linear_mean(algorithm, objective, x, grad), torch.zeros_like(x)
-    return expectation(lambda c: hessian_perturbation(algorithm, objective, x, c), over(objective, x, draws, seed), x, objective.chunk)
+    return expectation(lambda c: hessian_perturbation(algorithm, objective, x, c), gamma_support(objective, x, draws, seed), x, objective.chunk)
 
 # %% ../nbs/03_implicit_regularizer.ipynb #a960ff3c
 def drift(algorithm:Algorithm, objective:Objective,
@@ -194,11 +194,11 @@ def drift(algorithm:Algorithm, objective:Objective,
     "The SDE's drift (Theorem 1, Eq. (1)). Raises ValueError on an unknown `expansion`."
     pair(algorithm, objective)
     if expansion not in ("first", "exact"): raise ValueError(f"expansion must be 'first' or 'exact', got {expansion!r}")
-    x, own = spread(objective.check(x), rho=algorithm.rho), type(algorithm).direction is not Algorithm.direction
+    x, own = expand_sweep(objective.check(x), rho=algorithm.rho), type(algorithm).direction is not Algorithm.direction
     if expansion == "first" or not own: check_model(algorithm, "first-order expansion", "expansion='exact'")
-    if algorithm.still and not own: b, sem = objective.grad(x), torch.zeros_like(x)
+    if algorithm.unperturbed and not own: b, sem = objective.grad(x), torch.zeros_like(x)
     elif expansion == "exact" and (own or not isinstance(objective, Quadratic)):
-        b, sem = expectation(lambda c: algorithm.direction(objective, x, c), over(objective, x, draws, seed), x, objective.chunk)
+        b, sem = expectation(lambda c: algorithm.direction(objective, x, c), gamma_support(objective, x, draws, seed), x, objective.chunk)
     else:
         grad, rho = objective.grad(x), per_path(algorithm.rho, x)
         Hu, sem = mean_hessian_perturbation(algorithm, objective, x, grad, draws, seed)
@@ -222,7 +222,7 @@ def regularized_loss(algorithm:Algorithm, objective:Objective,
     "f̃(x) = f + ρ E ψ(∇f_γ) (Theorem 1, Eq. (1)). Raises ValueError where there is none: DNSAM with noise that depends on x, an algorithm with a direction of its own."
     pair(algorithm, objective)
     check_model(algorithm, "regularised loss")
-    law, rho, x = objective.law, algorithm.rho, spread(objective.check(x), rho=algorithm.rho)
+    law, rho, x = objective.law, algorithm.rho, expand_sweep(objective.check(x), rho=algorithm.rho)
     grad = objective.grad(x)
     sem = torch.zeros_like(grad[..., 0])
     if type(algorithm).scale is DNSAM.scale:
@@ -234,6 +234,6 @@ def regularized_loss(algorithm:Algorithm, objective:Objective,
     elif plain_sam(algorithm) and isinstance(objective, Additive) and law.cov is None: value = gaussian_direction(grad, law.sigma).norm
     else:
         psi = lambda c: algorithm.potential(objective.sample_grad(x, c))
-        value, sem = expectation(psi, over(objective, x, draws, seed), x, objective.chunk)
+        value, sem = expectation(psi, gamma_support(objective, x, draws, seed), x, objective.chunk)
     value, sem = objective.loss(x) + rho * value, rho * sem
     return (value, sem) if return_sem else value

@@ -295,14 +295,15 @@ class FiniteSum(Objective):
     def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor:
         "Σ_i w_i ∇f_i(x), (..., d) and (..., n) -> (..., d)"
         x = broadcast_paths(self.check(x), w=check_points("w", w, self.n, x.dtype))
-        part = lambda s: lambda x, w: gradient(lambda z: (self.some(z, s) * w[..., s]).sum(-1), x)
-        return sum(self.run(("grad", s.start, s.stop), part(s), x, w) for s in self.slices(x))
+        def of_slice(s): return lambda x, w: gradient(lambda z: (self.some(z, s) * w[..., s]).sum(-1), x)
+        return sum(self.run(("grad", s.start, s.stop), of_slice(s), x, w) for s in self.slices(x))
     def weighted_hvp(self, x:Tensor, w:Tensor, v:Tensor) -> Tensor:
         "Σ_i w_i ∇²f_i(x) v"
         x = broadcast_paths(self.check(x), w=check_points("w", w, self.n, x.dtype), v=self.check(v, "v"))
-        pull = lambda z, w, s: gradient(lambda y: (self.some(y, s) * w[..., s]).sum(-1), z)
-        part = lambda s: lambda x, w, v: gradient(lambda z: (pull(z, w, s) * v).sum(-1), x)
-        return sum(self.run(("hvp", s.start, s.stop), part(s), x, w, v) for s in self.slices(x))
+        def of_slice(s):
+            def weighted(z, w): return gradient(lambda y: (self.some(y, s) * w[..., s]).sum(-1), z)
+            return lambda x, w, v: gradient(lambda z: (weighted(z, w) * v).sum(-1), x)
+        return sum(self.run(("hvp", s.start, s.stop), of_slice(s), x, w, v) for s in self.slices(x))
     def lift(self, fn:Callable, x:Tensor, *rest:Tensor, kind:str="all") -> Tensor:
         if self.network is not None: return self.network.lift(fn, x, *rest)
         first = kind == "chosen" and kind not in vars(self).get("loops", {})

@@ -47,7 +47,7 @@ def gradient_of_sum(name, # of the function, for a record
     layers_of(objective.network) # found here, not under vmap
     return sum(objective.run((name, s.start, s.stop), part(s), x, *rest) for s in objective.slices(x))
 
-def pull(objective:FiniteSum, x:Tensor, # (..., d)
+def gradient_of_norms(objective:FiniteSum, x:Tensor, # (..., d)
          w:Tensor, # (..., n)
          radial:Callable, # of ‖g_i‖², (..., b) -> (..., b)
          factor=None # a number, or (..., 1)

@@ -11,9 +11,9 @@ import copy, math
 import torch
 from torch import Tensor
 
-from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, axes_of, pair, recorded, spread
+from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, axes_of, pair, recorded, expand_sweep
 from .hessian_noise import batch_formula, batch_sum, by_sample, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
-from .implicit_regularizer import closed_form, drift, over, pieces, response
+from .implicit_regularizer import closed_form, drift, gamma_support, chunks, response
 from .machinery.record import replay, version
 from .machinery.checks import broadcast_axes, broadcast_paths, check_int, check_points, check_positive, per_path
 from .objective import Additive, FiniteSum, Objective, Quadratic
@@ -41,7 +41,7 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
     if additive and first and form in ("factor", "sgd", "none"):
         w, rho = torch.zeros_like(x) if form == "none" else objective.law(xi, s), per_path(algorithm.rho, x)
         if w.shape != x.shape: w = w.expand_as(x).clone()
-        if algorithm.still: return x - objective.add_grad_(w, x, dt)
+        if algorithm.unperturbed: return x - objective.add_grad_(w, x, dt)
         if form == "factor" and algorithm.scale is not None and algorithm.constant is not None: # v = c w, where ∇f is needed in w alone
             v, rho = objective.add_grad_(w, x, dt), rho * algorithm.constant
         else:
@@ -49,9 +49,9 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
             w, push = w.add_(grad, alpha=dt), response(algorithm, objective, x, grad, sde.draws, seed).push
             v = push(dt, s, xi, w) if form == "factor" else push(dt, 0.0, torch.zeros_like(xi), dt * grad)
         return objective.add_hvp_(x - w, x, v, -rho)
-    if sde.order == 1 and not additive and form == ("sgd" if algorithm.still else "factor" if first else "exact"):
+    if sde.order == 1 and not additive and form == ("sgd" if algorithm.unperturbed else "factor" if first else "exact"):
         draws = not by_sample(algorithm, objective, form) and (objective.law.batch_size > 1 or form == "exact")
-        drawn = over(objective, x, sde.draws, seed) if draws else None
+        drawn = gamma_support(objective, x, sde.draws, seed) if draws else None
         def step(algorithm, x, xi, s, dt, *gammas):
             support, factor = (drawn._replace(gammas=gammas[0]), 1.0) if drawn else weighing(algorithm, objective, x, form, sde.draws, seed)
             w = s * factor * weights(xi, support)
@@ -60,7 +60,7 @@ def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
             if support.exact or not first: return x - combination(algorithm, objective, x, v, form, support.gammas)
             return x - dt * objective.grad(x) - combination(algorithm, objective, x, w, form, support.gammas, v)
         gammas = [drawn.gammas] if drawn else []
-        if drawn and len(pieces(drawn.gammas, x, chunk=objective.chunk)) > 1: return step(algorithm, x, xi, s, dt, *gammas) # its record would be as long as it has pieces
+        if drawn and len(chunks(drawn.gammas, x, chunk=objective.chunk)) > 1: return step(algorithm, x, xi, s, dt, *gammas) # its record would be as long as it has pieces
         return recorded(("sde", form, drawn and drawn.exact), algorithm, objective, step, x, xi, s, dt, *gammas)
     return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
 
@@ -116,28 +116,29 @@ class SDE:
     def way(self) -> str:
         "How a step finds the products of Hessians and perturbations, in words"
         algorithm, objective, first = self.algorithm, self.objective, self.expansion == "first" and self.noise != "exact"
-        if algorithm.still: return "no products"
+        if algorithm.unperturbed: return "no products"
         if isinstance(objective, Additive): return "one product" if first and closed_form(algorithm, objective) else f"{self.draws} draws"
         if first and (algorithm.scale is not None or objective.law.batch_size == 1): return f"all samples, by {way_of(algorithm, objective)}"
         return f"{objective.law.size(self.draws)} minibatches"
     def __repr__(self) -> str: return f"SDE({self.algorithm}, {type(self.objective).__name__} in {self.objective.dim} dimensions, eta={self.eta}; {self.way})"
     def settings(self, seed=None) -> dict: return dict(draws=self.draws, seed=self.seed or 0 if seed is None else seed)
-    def spread(self, x:Tensor) -> Tensor: return spread(self.objective.check(x), rho=self.algorithm.rho, eta=self.eta)
+    def over_sweep(self, x:Tensor) -> Tensor:
+        return expand_sweep(self.objective.check(x), rho=self.algorithm.rho, eta=self.eta)
     def drift(self, x:Tensor, seed=None # of the draws: a number or a generator; the SDE's own if None
              ) -> Tensor:
         "b(x), (..., d) -> (..., d)"
-        x = self.spread(x)
+        x = self.over_sweep(x)
         field = lambda z: drift(self.algorithm, self.objective, z, self.expansion, **self.settings(seed))
         if self.order == 1: return field(x)
         b, derivative = along_itself(field, x)
         return b - per_path(self.eta, x) / 2 * derivative
     def diffusion(self, x:Tensor, xi:Tensor, seed=None) -> Tensor:
         "−√η R(x) ξ, (..., d) and (..., noise_dim) -> (..., d)"
-        x = self.spread(x)
+        x = self.over_sweep(x)
         return -per_path(self.eta, x)**.5 * noise_sample(self.algorithm, self.objective, x, xi, self.noise, **self.settings(seed))
     def covariance(self, x:Tensor) -> Tensor:
         "η a(x), (..., d) -> (..., d, d): the covariance of the noise in one unit of time"
-        x = self.spread(x)
+        x = self.over_sweep(x)
         return per_path(per_path(self.eta, x), x) * noise_covariance(self.algorithm, self.objective, x, self.noise, **self.settings())
     def draw(self, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
         return torch.randn(*shape, self.noise_dim, generator=generator, dtype=dtype, device=device)
@@ -145,11 +146,11 @@ class SDE:
         "Euler–Maruyama, x + dt b(x) + √dt · diffusion(x, ξ)"
         if not dt > 0: raise ValueError(f"dt must be positive, got {dt}")
         if (self.eta.min() if isinstance(self.eta, Tensor) else self.eta) < dt * (1 - 1e-9): raise ValueError(f"dt must be at most eta={self.eta}, got {dt}")
-        x = self.spread(x)
+        x = self.over_sweep(x)
         x = broadcast_paths(x, xi=check_points("xi", xi, self.noise_dim, x.dtype))
         return one_step(self, x, xi, dt, self.seed or 0)
     def advance(self, x:Tensor, draw, steps:list) -> Tensor:
-        x = self.spread(x)
+        x = self.over_sweep(x)
         for h in steps:
             xi = draw()
             seed = torch.Generator(x.device).manual_seed(seed_of(xi)) if self.seed is None else self.seed

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
 from .ensemble import simulate, time_grid
-from .implicit_regularizer import over
+from .implicit_regularizer import gamma_support
 from .machinery.checks import broadcast_paths, check_finite, check_int, check_points, check_positive
 from .objective import Additive, FiniteSum, Objective, Quadratic
 from .sde import SDE, one_process
@@ -136,7 +136,7 @@ def chain_operator(chain:Chain, # on a circle_problem or torus_problem
     "The matrix of v ↦ E v(x − η G_ρ(x)) on the nodes. Raises TypeError or ValueError if γ cannot be enumerated."
     dim = periodic(chain).dim
     axis, x = torus_nodes(nodes, dim)
-    support = over(chain.objective, x, 1024, 0)
+    support = gamma_support(chain.objective, x, 1024, 0)
     if not support.exact: raise ValueError(f"minibatches must be few enough to enumerate, got {chain.objective.law.count}")
     y = chain.step(x, support.gammas).numpy()
     rows = [dirichlet(y[..., j, None] - axis, nodes) for j in range(dim)]

@@ -25,7 +25,7 @@ import torch
 
 import samsde.blocks
 from samsde.algorithm import DNSAM, SAM, SGD, USAM, Chain
-from samsde.blocks import FORMAT, Ledger
+from samsde.blocks import FORMAT, RunState
 from samsde.ensemble import simulate
 from samsde.machinery.record import Recorder
 from samsde.objective import FiniteSum, NoisyLoss, Quadratic
@@ -60,7 +60,7 @@ def stored(path) -> dict:
 def child(name, out, begun, how, pause=.01):
     "What runs in a process of its own: writes its numbers, and those of the partial ensemble if it is interrupted"
     warnings.simplefilter("ignore")
-    Ledger.pause = pause
+    RunState.pause = pause
     begun.set()
     try: result, status = RUNS[name](how), "done"
     except KeyboardInterrupt as stop: result, status = stop.partial, "interrupted"
@@ -150,7 +150,7 @@ def watch(x):
 @pytest.fixture
 def small(monkeypatch):
     "A run of three blocks; states are kept after every step"
-    monkeypatch.setattr(Ledger, "pause", 0)
+    monkeypatch.setattr(RunState, "pause", 0)
     monkeypatch.setattr("samsde.ensemble.block_size", lambda n, size: 4)
     def go(process=None, x0=None, t_end=2., n_paths=12, stop=0, **how):
         calls[0], stop_at[0] = 0, stop

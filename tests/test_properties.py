@@ -73,7 +73,7 @@ def moves(algorithm, objective, x):
     """Is DNSAM defined here, and are there digits enough? E[ζ u] from drawn noise loses a factor of ‖∇f‖/σ of them."""
     drawn = not isinstance(objective, FiniteSum) and algorithm.scale is None and not (isinstance(algorithm, SAM) and objective.law.cov is None)
     if drawn and not objective.law.silent and x.dtype == torch.float32 and size_of(objective) > 1e3: return False
-    return not isinstance(algorithm, DNSAM) or algorithm.still or not x.numel() or (torch.linalg.vector_norm(objective.grad(x), dim=-1) > 0).all()
+    return not isinstance(algorithm, DNSAM) or algorithm.unperturbed or not x.numel() or (torch.linalg.vector_norm(objective.grad(x), dim=-1) > 0).all()
 
 def close(a, b, x, k=300.):
     """Equal up to k d roundings of the largest number in the results or the points"""
