@@ -38,7 +38,7 @@ class MeanField(SDE):
     def __init__(self, algorithm, objective, eta): super().__init__(algorithm, objective, eta, expansion="exact")
     def advance(self, x:Tensor, draw, steps:list) -> Tensor:
         if isinstance(self.objective, Quadratic): return super().advance(x, draw, steps)
-        x = self.spread(x)
+        x = self.over_sweep(x)
         for h in steps:
             xi = draw()
             z = self.objective.law(xi.roll(1, 0))
