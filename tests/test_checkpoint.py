@@ -24,6 +24,7 @@ import pytest
 import torch
 
 import samsde.blocks
+from samsde import ensemble
 from samsde.algorithm import DNSAM, SAM, SGD, USAM, Chain
 from samsde.blocks import FORMAT, RunState
 from samsde.ensemble import simulate
@@ -426,12 +427,18 @@ def test_interrupted_while_it_writes(small, file, monkeypatch):
         small(checkpoint=file)
     assert file.read_bytes() == before and len(list(file.parent.iterdir())) == 1
 
-def test_two_runs_write_to_one_file(small, tmp_path):
-    """Each returns its own numbers, and the file is whole: of one of them."""
+def test_two_runs_write_to_one_file(small, tmp_path, monkeypatch):
+    """Both have begun before either writes: each returns its own numbers, and the file is whole: of one of them."""
+    both_there, opened = threading.Barrier(2), ensemble.opened
+    def opened_together(*args):
+        run_state = opened(*args)
+        both_there.wait(60)
+        return run_state
     file, seeds = tmp_path/"run.npz", [0, 1]
     alone = [numbers(small(observe=square, seed=seed, t_end=6.)) for seed in seeds]
-    with warnings.catch_warnings(), ThreadPoolExecutor(2) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(2) as pool, monkeypatch.context() as patched:
         warnings.simplefilter("error")
+        patched.setattr(ensemble, "opened", opened_together)
         both = list(pool.map(lambda seed: numbers(small(observe=square, seed=seed, t_end=6., checkpoint=file)), seeds))
     assert all(same(a, b) for a, b in zip(both, alone)) and len(list(tmp_path.iterdir())) == 1
     again = []
