@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -239,8 +239,11 @@ PATHS = {
 }
 
 
-def differences(single, pair, s, known, rtol=1e-6, atol=1e-9):
-    """Sentences, one for each number that differs from the loop's, or cannot be had"""
+def differences(single, pair, s, known, rtol=1e-6, atol=1e-9, rounding=None):
+    """Sentences, one for each number that differs from the loop's, or cannot be had
+
+    rounding: name -> how far the loop itself may be off, at each point
+    """
     wrong = []
     for paths, rows in PATHS.items():
         for name, value in quantities(single, pair, s, rows):
@@ -256,7 +259,11 @@ def differences(single, pair, s, known, rtol=1e-6, atol=1e-9):
                 wrong.append(
                     f"{name}, {paths}: shape {tuple(got.shape)}, the loop {tuple(want.shape)}"
                 )
-            elif not torch.allclose(got, want, rtol=rtol, atol=atol * max(1, want.abs().max())):
+                continue
+            allowed = atol * max(1, want.abs().max()) + rtol * want.abs()
+            if rounding is not None:
+                allowed = allowed + rounding[name][rows]
+            if not ((got - want).abs() <= allowed).all():
                 gap = (got - want).norm() / want.norm()
                 at = (got - want).abs().nan_to_num(torch.inf).argmax()
                 wrong.append(
@@ -287,7 +294,24 @@ def judged(make, loss, X, y, rtol=1e-6, atol=1e-9, **settings):
         known = truth(make, loss, X, y, s)
     except RuntimeError as error:
         return "", [f"accepted, though the loop has no second derivative: {str(error)[:100]}"]
-    return "", differences(single, pair, s, known, rtol, atol)
+    wrong = differences(single, pair, s, known, rtol, atol)
+    if wrong:
+        off = rounding_of_the_loop(make, loss, X, y, s, known)
+        wrong = differences(single, pair, s, known, rtol, atol, off)
+    return "", wrong
+
+
+def rounding_of_the_loop(make, loss, X, y, s, known, moves=3):
+    """name -> ten times the largest change of the loop where its points move by a rounding"""
+    change = {name: torch.zeros_like(value) for name, value in known.items()}
+    for seed in range(moves):
+        moved = copy.copy(s)
+        moved.points = s.points * (1 + torch.finfo(F64).eps * normal(90 + seed, *s.points.shape))
+        for name, value in truth(make, loss, X, y, moved).items():
+            gap = (value - known[name]).abs()
+            largest = gap.amax(-1, keepdim=True) if gap.ndim > 1 else gap
+            change[name] = change[name].maximum(10 * largest)
+    return change
 
 
 def loop_does_it(make, loss, X, y):
@@ -375,6 +399,19 @@ def test_the_judge_sees_a_wrong_number():
         assert seen >= {f"{name}, {paths}" for name, _ in quantities(single, pair, s, rows)}
 
 
+def test_rounding_excuses_a_number_that_the_loop_does_not_know_itself():
+    """Four layers that multiply: far off, the loop's exact drift changes with the last bit of x"""
+    net = seeded(random_network, False, BENT, seed=19)
+    X, y, loss = inputs("real"), torch.arange(5) % 3, RANDOM_LOSSES["smoothed"][0]
+    s = Setting(5, flat(trainable(net())))
+    known = truth(net, loss, X, y, s)
+    off = rounding_of_the_loop(net, loss, X, y, s, known)
+    relative = {name: off[name] / known[name].norm(dim=-1, keepdim=True) for name in off}
+    near, far = relative["exact drift, B=1, USAM"][[0, 1]]
+    assert near.max() < 1e-12 and far.max() > 0.1
+    assert relative["sample product"].max() < 1e-11  # nothing else is excused
+
+
 # --- every class of torch.nn ---
 
 
@@ -457,12 +494,12 @@ def few(labels, loss, X=None, make=None):
     return judged(make or classifier, loss, X, torch.tensor(labels))
 
 
-def seeded(build, *args, dtype=F64, train=False):
+def seeded(build, *args, dtype=F64, train=False, seed=0):
     """A function that makes the same network each time"""
 
     def make():
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             return build(*args).to(dtype).train(train)
 
     return make
@@ -1642,11 +1679,23 @@ RANDOM_LOSSES = {
 }
 
 
+BENT = [("spectral norm", 1), ("bilinear", 1), ("bilinear", 1), ("bilinear", 1)]
+
+
+def random_network(words, layers):
+    first = (
+        nn.Sequential(nn.Embedding(7, 1, padding_idx=0), nn.Flatten())
+        if words
+        else nn.Linear(3, 4)
+    )
+    return nn.Sequential(first, *(DEEP[name](a) for name, a in layers), nn.Linear(4, 3))
+
+
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
     derandomize=True,
-    phases=[Phase.generate],
+    phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )  # no search for a smaller example, which takes minutes
 @given(
@@ -1655,20 +1704,9 @@ RANDOM_LOSSES = {
     loss=st.sampled_from([*RANDOM_LOSSES]),
     seed=st.integers(0, 99),
 )
+@example(words=False, layers=BENT, loss="smoothed", seed=19)  # beyond what doubles can tell
 def test_random_networks(words, layers, loss, seed):
-    def build():
-        first = (
-            nn.Sequential(nn.Embedding(7, 1, padding_idx=0), nn.Flatten())
-            if words
-            else nn.Linear(3, 4)
-        )
-        return nn.Sequential(first, *(DEEP[name](a) for name, a in layers), nn.Linear(4, 3))
-
-    def make():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return build().double().eval()
-
+    make = seeded(random_network, words, layers, seed=seed)
     criterion, classes = RANDOM_LOSSES[loss]
     X = inputs("padded" if words else "real")
     assert_right(make, criterion, X, torch.arange(5) % 3 if classes else normal(seed, 5, 3))
