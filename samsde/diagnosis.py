@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .algorithm import Algorithm, an_objective, pair
 from .style import colours
-from .implicit_regularizer import drift, hessian_perturbation, chunks
+from .implicit_regularizer import drift
+from .moments import chunks, hessian_perturbation
 from .machinery.checks import check_finite, check_floating, check_int, check_positive, check_scalar
 from .objective import Objective
 

@@ -16,7 +16,7 @@ from .machinery.checks import broadcast_axes, broadcast_paths, check_grad_possib
 from .machinery.comparison import check_network
 from .machinery.network import Network, check_data, check_layers
 from .machinery.paths import can_be_tried, lift, needs_loop
-from .machinery.record import replay, version
+from .machinery.record import version
 
 # %% ../nbs/00_objective.ipynb #1c15d243
 def add_(y:Tensor, # (..., d), changed
@@ -56,6 +56,9 @@ class Objective:
     dtype = None # of the data that define the loss, where there are any
     chunk = None # samples, times paths, in one pass over data, where that is bounded
 
+    def one_pass(self, x:Tensor) -> bool:
+        "Are all data taken in one pass at `x`?"
+        return True
     def check(self, x, name:str="x") -> Tensor: return check_points(name, x, self.dim, self.dtype)
     def grad(self, x:Tensor) -> Tensor:
         "∇f(x), (..., d) -> (..., d)"
@@ -262,6 +265,7 @@ class FiniteSum(Objective):
         "The samples of each pass over the data, such that samples times paths are at most `chunk`; at least one sample"
         size = self.n if self.chunk is None else max(1, self.chunk // max(1, math.prod(x.shape[:-1])))
         return [slice(i, min(i + size, self.n)) for i in range(0, self.n, size)]
+    def one_pass(self, x:Tensor) -> bool: return len(self.slices(x)) == 1
     def some(self, x:Tensor, s:slice) -> Tensor:
         "f_i(x) of a slice of the samples, (..., d) -> (..., b)"
         if len(range(self.n)[s]) < self.n: return self.lift(lambda z: self.select(z, torch.arange(s.start, s.stop, device=z.device)), x, kind="some")
@@ -282,7 +286,7 @@ class FiniteSum(Objective):
         return self.in_parts(lambda i: self.lift(mean, x, i, kind="chosen"), x, gamma.expand(*x.shape[:-1], -1))
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor:
         x = broadcast_paths(self.check(x), gamma=self.numbers(gamma))
-        return self.in_parts(lambda i: self.run("sample", super(FiniteSum, self).sample_grad, x, i), x, gamma)
+        return self.in_parts(lambda i: super(FiniteSum, self).sample_grad(x, i), x, gamma)
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
         x = broadcast_paths(self.check(x), gamma=self.numbers(gamma), v=self.check(v, "v"))
         return self.in_parts(lambda i: super(FiniteSum, self).sample_hvp(x, i, v), x, gamma)
@@ -292,18 +296,20 @@ class FiniteSum(Objective):
         if self.chunk is None or b * x[..., 0].numel() <= self.chunk: return mean(gamma)
         parts = gamma.split(max(1, self.chunk // max(1, x[..., 0].numel())), -1)
         return sum(part.shape[-1] / b * mean(part) for part in parts)
+    def weighted_loss(self, x:Tensor, w:Tensor, s:slice) -> Tensor:
+        "Σ_i w_i f_i(x) over a slice of the samples, (..., d) and (..., n) -> (...)"
+        return (self.some(x, s) * w[..., s]).sum(-1)
     def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor:
         "Σ_i w_i ∇f_i(x), (..., d) and (..., n) -> (..., d)"
         x = broadcast_paths(self.check(x), w=check_points("w", w, self.n, x.dtype))
-        def of_slice(s): return lambda x, w: gradient(lambda z: (self.some(z, s) * w[..., s]).sum(-1), x)
-        return sum(self.run(("grad", s.start, s.stop), of_slice(s), x, w) for s in self.slices(x))
+        def of_slice(s): return gradient(lambda z: self.weighted_loss(z, w, s), x)
+        return sum(of_slice(s) for s in self.slices(x))
     def weighted_hvp(self, x:Tensor, w:Tensor, v:Tensor) -> Tensor:
         "Σ_i w_i ∇²f_i(x) v"
         x = broadcast_paths(self.check(x), w=check_points("w", w, self.n, x.dtype), v=self.check(v, "v"))
-        def of_slice(s):
-            def weighted(z, w): return gradient(lambda y: (self.some(y, s) * w[..., s]).sum(-1), z)
-            return lambda x, w, v: gradient(lambda z: (weighted(z, w) * v).sum(-1), x)
-        return sum(self.run(("hvp", s.start, s.stop), of_slice(s), x, w, v) for s in self.slices(x))
+        def slope(z, s): return (gradient(lambda y: self.weighted_loss(y, w, s), z) * v).sum(-1)
+        def of_slice(s): return gradient(lambda z: slope(z, s), x)
+        return sum(of_slice(s) for s in self.slices(x))
     def lift(self, fn:Callable, x:Tensor, *rest:Tensor, kind:str="all") -> Tensor:
         if self.network is not None: return self.network.lift(fn, x, *rest)
         first = kind == "chosen" and kind not in vars(self).get("loops", {})
@@ -315,11 +321,6 @@ class FiniteSum(Objective):
         with torch.no_grad(): chosen, known = self.select(z, i), self.sample_losses(z)[i]
         if not torch.allclose(chosen, known, rtol=1e-3, atol=1e-6, equal_nan=True):
             raise ValueError(f"select must return the losses of the samples {i.tolist()}, {known.tolist()}, got {chosen.tolist()}")
-    def run(self, name, # of the function, for a record
-            fn:Callable, *tensors:Tensor) -> Tensor:
-        "fn(*tensors); in a simulation from a record, if it is called often and there is a network"
-        if self.network is None or self.network.loop: return fn(*tensors)
-        return replay(self, name, fn, *tensors, reads=self.network.holds)
 
 # %% ../nbs/00_objective.ipynb #33d4ca28
 def from_module(cls, module:torch.nn.Module, # any network without training-mode batch normalisation or dropout

@@ -6,18 +6,16 @@
 __all__ = ['SDE']
 
 # %% ../nbs/05_sde.ipynb #1a9f9b9b
-import copy, math
-
 import torch
 from torch import Tensor
 
-from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, axes_of, pair, recorded, expand_sweep
-from .hessian_noise import batch_formula, batch_sum, by_sample, combination, noise_covariance, noise_dim, noise_sample, resolve, weighing, weights
-from .implicit_regularizer import closed_form, drift, gamma_support, chunks, response
-from .machinery.record import replay, version
-from .machinery.checks import broadcast_axes, broadcast_paths, check_int, check_points, check_positive, per_path
-from .objective import Additive, FiniteSum, Objective, Quadratic
-from .sample_sums import seed_of, way_of
+from .algorithm import Algorithm, Chain, Process
+from .hessian_noise import NoNoise, noise_covariance, noise_dim, noise_moments, noise_sample, nowhere
+from .implicit_regularizer import drift, mean_moments
+from .machinery.checks import broadcast_paths, check_int, check_points, per_path
+from .moments import StepMoments
+from .objective import Objective
+from .sample_sums import seed_of
 
 # %% ../nbs/05_sde.ipynb #50a07ed7
 def along_itself(b, # a vector field, (..., d) -> (..., d)
@@ -32,61 +30,8 @@ def along_itself(b, # a vector field, (..., d) -> (..., d)
         back, = torch.autograd.grad(value, z, w, create_graph=True)
         return value.detach(), torch.autograd.grad(back, w, value.detach())[0]
 
-# %% ../nbs/05_sde.ipynb #6851e97f
-def euler_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
-    "One Euler–Maruyama step, in one pass for drift and noise where they share their terms"
-    algorithm, objective, form, first = sde.algorithm, sde.objective, sde.form, sde.expansion == "first"
-    s = (per_path(sde.eta, x) * dt)**.5
-    additive = isinstance(objective, Additive)
-    if additive and first and form in ("factor", "sgd", "none"):
-        w, rho = torch.zeros_like(x) if form == "none" else objective.law(xi, s), per_path(algorithm.rho, x)
-        if w.shape != x.shape: w = w.expand_as(x).clone()
-        if algorithm.unperturbed: return x - objective.add_grad_(w, x, dt)
-        if form == "factor" and algorithm.scale is not None and algorithm.constant is not None: # v = c w, where ∇f is needed in w alone
-            v, rho = objective.add_grad_(w, x, dt), rho * algorithm.constant
-        else:
-            grad = objective.grad(x)
-            w, push = w.add_(grad, alpha=dt), response(algorithm, objective, x, grad, sde.draws, seed).push
-            v = push(dt, s, xi, w) if form == "factor" else push(dt, 0.0, torch.zeros_like(xi), dt * grad)
-        return objective.add_hvp_(x - w, x, v, -rho)
-    if sde.order == 1 and not additive and form == ("sgd" if algorithm.unperturbed else "factor" if first else "exact"):
-        draws = not by_sample(algorithm, objective, form) and (objective.law.batch_size > 1 or form == "exact")
-        drawn = gamma_support(objective, x, sde.draws, seed) if draws else None
-        def step(algorithm, x, xi, s, dt, *gammas):
-            support, factor = (drawn._replace(gammas=gammas[0]), 1.0) if drawn else weighing(algorithm, objective, x, form, sde.draws, seed)
-            w = s * factor * weights(xi, support)
-            if batch_formula(algorithm, objective, form): return x - batch_sum(algorithm, objective, x, w, dt)
-            v = w + dt / len(support.gammas)
-            if support.exact or not first: return x - combination(algorithm, objective, x, v, form, support.gammas)
-            return x - dt * objective.grad(x) - combination(algorithm, objective, x, w, form, support.gammas, v)
-        gammas = [drawn.gammas] if drawn else []
-        if drawn and len(chunks(drawn.gammas, x, chunk=objective.chunk)) > 1: return step(algorithm, x, xi, s, dt, *gammas) # its record would be as long as it has pieces
-        return recorded(("sde", form, drawn and drawn.exact), algorithm, objective, step, x, xi, s, dt, *gammas)
-    return x + dt * sde.drift(x, seed) + dt**.5 * sde.diffusion(x, xi, seed)
-
-# %% ../nbs/05_sde.ipynb #7235290c
-def recordable(sde) -> bool:
-    "Is a step of it a function of x and ξ alone, on a quadratic and made of the library's own parts?"
-    plain = type(sde.objective) is Quadratic and type(sde.algorithm) in (SGD, USAM, DNSAM, SAM) and sde.expansion == "first"
-    numbers = not isinstance(sde.eta, Tensor) and not isinstance(sde.algorithm.rho, Tensor)
-    return plain and numbers and sde.form in ("factor", "sgd", "none") and closed_form(sde.algorithm, sde.objective)
-
-def one_step(sde, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
-    "`euler_step`, on a quadratic from a record if it is taken often"
-    if not recordable(sde): return euler_step(sde, x, xi, dt, seed)
-    def step(x, xi):
-        free = copy.copy(sde)
-        free.algorithm = copy.copy(sde.algorithm)
-        free.algorithm.checked = False
-        return euler_step(free, x, xi, dt, seed)
-    H, law = sde.objective.H, sde.objective.law
-    tensors = tuple((id(t), version(t)) for t in (H, law.root) if t is not None) # which a record keeps
-    name = ("step", type(sde.algorithm), sde.form, dt, float(sde.eta), float(sde.algorithm.rho), law.sigma, tensors)
-    out = replay(sde, name, step, x, xi)
-    return out if type(sde.algorithm) is not DNSAM or math.isfinite(out.sum()) else euler_step(sde, x, xi, dt, seed)
-
 # %% ../nbs/05_sde.ipynb #6209e9de
-class SDE:
+class SDE(Process):
     "dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 1). Raises ValueError or TypeError on arguments that make no SDE."
     def __init__(self, algorithm:Algorithm, # what it is a model of
                  objective:Objective, # on which loss
@@ -97,33 +42,30 @@ class SDE:
                  *, draws:int=1024, # γ drawn where an expectation has no closed form
                  seed:int|None=0 # of those draws; None: new ones in every step of a simulation
                 ):
-        self.algorithm, self.objective, self.eta = *pair(algorithm, objective), check_positive("eta", eta)
+        super().__init__(algorithm, objective, eta)
         if expansion not in ("first", "exact"): raise ValueError(f"expansion must be 'first' or 'exact', got {expansion!r}")
         if order not in (1, 2): raise ValueError(f"order must be 1 or 2, got {order!r}")
         if order == 2 and expansion != "exact": raise ValueError(f"order=2 needs expansion='exact', got {expansion!r}")
         self.expansion, self.order, self.draws = expansion, order, check_int("draws", draws, least=4)
         self.seed = seed if seed is None else check_int("seed", seed, least=0)
         self.noise = noise
-        self.form, self.shape # raise where there is no such noise, and where ρ and η do not broadcast
+        self.noise_dim # raises where there is no such noise
 
     @property
-    def form(self) -> str: return resolve(self.algorithm, self.objective, self.noise)
-    @property
     def noise_dim(self) -> int: return noise_dim(self.objective, self.algorithm, self.noise, self.draws)
-    @property
-    def shape(self) -> tuple: return tuple(broadcast_axes(**axes_of(rho=self.algorithm.rho, eta=self.eta)))
+    def moments(self, x:Tensor, seed=None) -> tuple[StepMoments, StepMoments]:
+        "The moments whose mean is the drift, and those whose columns are the noise: one object where they are the same"
+        draws = self.settings(seed)
+        mean = mean_moments(self.algorithm, self.objective, x, self.expansion, **draws)
+        noise = noise_moments(self.algorithm, self.objective, x, self.noise, **draws)
+        return mean, mean if type(mean) is type(noise) else noise
     @property
     def way(self) -> str:
         "How a step finds the products of Hessians and perturbations, in words"
-        algorithm, objective, first = self.algorithm, self.objective, self.expansion == "first" and self.noise != "exact"
-        if algorithm.unperturbed: return "no products"
-        if isinstance(objective, Additive): return "one product" if first and closed_form(algorithm, objective) else f"{self.draws} draws"
-        if first and (algorithm.scale is not None or objective.law.batch_size == 1): return f"all samples, by {way_of(algorithm, objective)}"
-        return f"{objective.law.size(self.draws)} minibatches"
+        mean, noise = self.moments(nowhere(self.objective))
+        return mean.way if isinstance(noise, NoNoise) or noise.way == "no products" else noise.way
     def __repr__(self) -> str: return f"SDE({self.algorithm}, {type(self.objective).__name__} in {self.objective.dim} dimensions, eta={self.eta}; {self.way})"
     def settings(self, seed=None) -> dict: return dict(draws=self.draws, seed=self.seed or 0 if seed is None else seed)
-    def over_sweep(self, x:Tensor) -> Tensor:
-        return expand_sweep(self.objective.check(x), rho=self.algorithm.rho, eta=self.eta)
     def drift(self, x:Tensor, seed=None # of the draws: a number or a generator; the SDE's own if None
              ) -> Tensor:
         "b(x), (..., d) -> (..., d)"
@@ -142,19 +84,36 @@ class SDE:
         return per_path(per_path(self.eta, x), x) * noise_covariance(self.algorithm, self.objective, x, self.noise, **self.settings())
     def draw(self, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
         return torch.randn(*shape, self.noise_dim, generator=generator, dtype=dtype, device=device)
+    def euler(self, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
+        "x − combine(h, √(ηh) ξ, ρ), where drift and noise have the same moments"
+        mean, noise = self.moments(x, seed)
+        if self.order == 2 or mean is not noise:
+            return x + dt * self.drift(x, seed) + dt**.5 * self.diffusion(x, xi, seed)
+        return mean.euler(x, dt, (per_path(self.eta, x) * dt)**.5, xi, per_path(self.algorithm.rho, x))
+    def one_step(self, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
+        "`euler` with γ drawn before, from a record if there is one"
+        mean, noise = self.moments(x, seed)
+        drawn = noise.drawn if mean is noise else None
+        def step(x, xi, *gammas):
+            return self.euler(x, xi, dt, drawn._replace(gammas=gammas[0]) if gammas else seed)
+        gammas = [drawn.gammas] if drawn else []
+        if max(mean.passes, noise.passes) > 1: return step(x, xi, *gammas) # a record would be as long
+        return self.taken(("sde", dt), step, x, xi, *gammas)
     def step(self, x:Tensor, xi:Tensor, dt:float) -> Tensor:
         "Euler–Maruyama, x + dt b(x) + √dt · diffusion(x, ξ)"
         if not dt > 0: raise ValueError(f"dt must be positive, got {dt}")
-        if (self.eta.min() if isinstance(self.eta, Tensor) else self.eta) < dt * (1 - 1e-9): raise ValueError(f"dt must be at most eta={self.eta}, got {dt}")
+        eta = self.eta.min() if isinstance(self.eta, Tensor) else self.eta
+        if eta < dt * (1 - 1e-9): raise ValueError(f"dt must be at most eta={self.eta}, got {dt}")
         x = self.over_sweep(x)
         x = broadcast_paths(x, xi=check_points("xi", xi, self.noise_dim, x.dtype))
-        return one_step(self, x, xi, dt, self.seed or 0)
+        return self.one_step(x, xi, dt, self.seed or 0)
     def advance(self, x:Tensor, draw, steps:list) -> Tensor:
+        "One η, in steps of these lengths; `draw` gives fresh noise"
         x = self.over_sweep(x)
-        for h in steps:
+        for dt in steps:
             xi = draw()
-            seed = torch.Generator(x.device).manual_seed(seed_of(xi)) if self.seed is None else self.seed
-            x = one_step(self, x, xi, h, seed)
+            fresh = torch.Generator(x.device).manual_seed(seed_of(xi)) if self.seed is None else self.seed
+            x = self.one_step(x, xi, dt, fresh)
         return x
     def to_torchsde(self): return ForTorchsde(self)
 

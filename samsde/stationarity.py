@@ -66,7 +66,7 @@ def answer(kind:type, H:np.ndarray, Sigma:np.ndarray, C:np.ndarray) -> tuple: # 
 
 def step_noise(process, H:np.ndarray, Sigma:np.ndarray, K, rest, inverse, inverse_square) -> np.ndarray:
     "The noise a of a process, averaged over x"
-    kind, rho, form = type(process.algorithm), float(process.algorithm.rho), getattr(process, "form", "exact")
+    kind, rho, form = type(process.algorithm), float(process.algorithm.rho), getattr(process, "noise", "exact")
     both, eye = lambda M: M + turn(M), np.eye(H.shape[-1])
     cross = inverse * both(H @ Sigma) if kind is DNSAM else both(H @ K @ Sigma)
     if form in ("sgd", "none"): return (form == "sgd") * Sigma

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
 from .ensemble import simulate, time_grid
-from .implicit_regularizer import gamma_support
+from .moments import gamma_support
 from .machinery.checks import broadcast_paths, check_finite, check_int, check_points, check_positive
 from .objective import Additive, FiniteSum, Objective, Quadratic
 from .sde import SDE, one_process

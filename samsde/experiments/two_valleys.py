@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..algorithm import Algorithm
 from ..hessian_noise import noise_covariance
-from ..implicit_regularizer import drift, hessian_perturbation
+from ..implicit_regularizer import drift
+from ..moments import hessian_perturbation
 from ..objective import FiniteSum, NoisyLoss
 
 # %% ../../nbs/experiments/two_valleys.ipynb #5b364a29

@@ -7,12 +7,14 @@ __all__ = ['PLAIN', 'FIXED', 'here', 'version', 'Unreadable', 'Reading', 'readin
            'Recorder', 'outside', 'recording', 'replay']
 
 # %% ../../nbs/machinery/record.ipynb #73a838d6
-import functools, threading, types, warnings
+import functools, math, threading, types, warnings
 from contextlib import contextmanager
 from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .checks import without_values
 
 # %% ../../nbs/machinery/record.ipynb #d1e10bd2
 def version(t:Tensor) -> int|None:
@@ -43,7 +45,7 @@ class Reading(NamedTuple):
 def trusted(thing) -> bool:
     "Is this from a library whose functions read nothing that changes?"
     name = getattr(thing, "__module__", None) or ""
-    return name.split(".")[0] in ("torch", "numpy", "math", "builtins", "operator")
+    return name.split(".")[0] in ("torch", "numpy", "math", "builtins", "operator", "samsde")
 
 def codes(code:types.CodeType) -> list:
     "A function's code, and that of the functions inside of it"
@@ -63,6 +65,7 @@ def held_by(thing) -> list: # of functions that fetch
     if isinstance(thing, functools.partial):
         return [lambda: thing.func, lambda: thing.args, lambda: thing.keywords]
     if isinstance(thing, types.MethodType): return [lambda: thing.__func__, lambda: thing.__self__]
+    if owns(thing): return [functools.partial(held, thing, i) for i in range(len(thing.holds()))]
     if isinstance(thing, (set, frozenset)) and all(isinstance(v, PLAIN) for v in thing):
         return [lambda: str(sorted(map(repr, thing)))]
     if isinstance(thing, (tuple, list)): keys = range(len(thing))
@@ -70,6 +73,12 @@ def held_by(thing) -> list: # of functions that fetch
     elif hasattr(thing, "__dict__"): return attributes(thing)
     else: raise Unreadable(f"a {type(thing).__name__}")
     return [lambda: len(thing)] + [functools.partial(element, thing, key) for key in keys]
+
+def owns(thing) -> bool:
+    "Does it say what it holds?"
+    return callable(getattr(thing, "holds", None))
+
+def held(thing, i:int): return thing.holds()[i]
 
 def element(thing, key): # None where it is gone
     try: return thing[key]
@@ -82,10 +91,12 @@ def attributes(thing) -> list:
     return own + [functools.partial(lambda m: m, m) for m in methods if isinstance(m, types.FunctionType)]
 
 # %% ../../nbs/machinery/record.ipynb #adea5d3f
-def readings(*things, limit:int=2000 # of objects
+def readings(*things, limit:int=2000, # of objects
+             outside:bool=False # may others change the things themselves?
             ) -> list: # of Reading
     "What functions or objects read, all the way down. Raises Unreadable on what cannot be watched."
-    found, seen, todo = [], [], [(functools.partial(lambda v: v, thing), False) for thing in things]
+    found, seen = [], []
+    todo = [(functools.partial(lambda v: v, thing), outside) for thing in things]
     while todo:
         fetch, outside = todo.pop()
         value = fetch()
@@ -97,7 +108,8 @@ def readings(*things, limit:int=2000 # of objects
         if any(value is thing for thing in seen): continue
         seen.append(value)
         if len(seen) > limit: raise Unreadable(f"more than {limit} objects")
-        todo += [(f, outside or function) for f in (read_by(value) if function else held_by(value))]
+        outside = function or (outside and not owns(value))
+        todo += [(f, outside) for f in (read_by(value) if function else held_by(value))]
     return found
 
 def unchanged(found:list) -> bool: return all(reading.same() for reading in found)
@@ -166,7 +178,8 @@ def compiled(fn:Callable, tensors:tuple) -> Callable|None:
     from torch.fx.experimental.proxy_tensor import make_fx
     out = fn(*tensors)
     try:
-        graph = simplified(make_fx(lambda *t: fn(*t))(*tensors), *tensors)
+        with without_values(): graph = make_fx(lambda *t: fn(*t))(*tensors)
+        graph = simplified(graph, *tensors)
         record = traced(graph, tensors)
         plays = [record(*tensors) for _ in range(3)] # it optimises itself in the first calls
         if all(same_bits(play, out) for play in plays): return record
@@ -206,7 +219,8 @@ class Recorder:
                  reads:Callable=tuple # () -> objects that the function may read
                 ) -> Tensor:
         "fn(*tensors), where `owner` and `name` say which function it is"
-        if outside(tensors): return fn(*tensors)
+        half = tensors[0].dtype.itemsize < 4
+        if half or outside(tensors): return fn(*tensors)
         shapes = ((t.shape, t.dtype, t.device) for t in tensors)
         key = (id(owner), name, modes(tensors[0].device.type), *shapes)
         entry = self.entries.get(key)
@@ -214,7 +228,10 @@ class Recorder:
         entry.calls += 1
         tensors = [t.detach().contiguous() for t in tensors]
         compared = entry.calls & (entry.calls - 1) == 0 # at powers of two
-        if entry.record and not compared and unchanged(entry.found): return entry.record(*tensors)
+        if entry.record and not compared and unchanged(entry.found):
+            out = entry.record(*tensors)
+            if math.isfinite(out.sum()) or not math.isfinite(tensors[0].sum()): return out
+            return fn(*tensors) # which may say what is wrong
         failed = entry.record is None and entry.calls > self.patience
         if failed: return fn(*tensors) # whose parts may have records
         with recording(None): return self.inside(entry, name, fn, tensors, reads())
@@ -228,7 +245,7 @@ class Recorder:
     def record(self, entry:Entry, fn, tensors:list, reads) -> Tensor:
         "Make a record, if there is room, unless the function changes what it reads"
         if len(self.records) >= self.room: return fn(*tensors)
-        try: found = readings(*reads)
+        try: found = readings(*reads, outside=True)
         except Unreadable: return fn(*tensors)
         out = fn(*tensors)
         with self.lock, torch.no_grad():
