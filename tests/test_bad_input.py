@@ -20,7 +20,7 @@ from samsde.implicit_regularizer import drift, gaussian_direction, regularized_l
 from samsde.objective import FiniteSum, Gaussian, Minibatches, NoisyLoss, Quadratic
 from samsde.random_direction import kappa
 from samsde.saddle_attraction import arrival_time, basin_radius, escape_time, exit_time, flow, hover_radius, is_attracting, latest_arrival
-from samsde.sample_sums import signed_products, square_norms, way_of
+from samsde.sample_sums import HALF_SQUARE, signed_products, square_norms, way_of
 from samsde.sde import SDE
 from samsde.stationarity import closed_covariance, suboptimality
 from samsde.weak_approximation import plot_validity, validity_map, weak_order
@@ -51,6 +51,10 @@ def total(x): return x.sum(-1)
 class NoWay(Algorithm): pass
 class OwnWay(SAM):
     def direction(self, objective, x, gamma): return x
+class Turns(Algorithm):
+    def direction(self, objective, x, gamma): return objective.sample_grad(x, gamma)
+class Jumps(Algorithm):
+    def step(self, objective, x, eta, gamma): return -x
 chain, sde, lines = Chain(SAM(.1), bowl, .1), SDE(SAM(.1), bowl, .1), Chain(USAM(.1), bowl, .1)
 circle = circle_problem([.3, -.2, -.1], [.9, .6, .5], [1, 2, 1], [.2, 1.1, 2.3])
 on_circle = Chain(USAM(.1), circle, .1), SDE(USAM(.1), circle, .1)
@@ -209,14 +213,16 @@ TABLE |= { # objective, and the arguments that all share
 
 TABLE |= { # sums over samples, drift, noise, SDE
     "unknown way": (lambda: drift(USAM(.1), network(way="magic"), torch.ones(3, **f64)), ValueError, "objective.way must be one of norms, samples, signs, got 'magic'"),
-    "norms without a module": (lambda: way_of(USAM(.1), by_way(data(), "norms")), ValueError, "USAM cannot go by norms: the objective was not made from a module"),
-    "signs for SAM": (lambda: way_of(SAM(.1), by_way(data(), "signs")), ValueError, "random signs need a perturbation u = c g, got SAM"),
+    "norms without a module": (lambda: way_of(HALF_SQUARE, by_way(data(), "norms")), ValueError, "the algorithm cannot go by norms: the objective was not made from a module"),
+    "signs for SAM": (lambda: drift(SAM(.1), by_way(data(), "signs"), x), ValueError, "random signs need a perturbation u = c g, which this algorithm has not"),
     "norms of a sum without a module": (lambda: square_norms(data(), x), ValueError, "square_norms needs an objective from a module, got FiniteSum"),
     "norms of a quadratic": (lambda: square_norms(bowl, x), ValueError, "needs an objective from a module, got Quadratic"),
     "norms at a point of the wrong length": (lambda: square_norms(network(), torch.ones(5, **f64)), ValueError, r"x must have shape \(..., 3\), got \(5,\)"),
     "one draw of signs": (lambda: signed_products(data(), x, three, 1), ValueError, "draws must be at least 2, got 1"),
     "signs with too many weights": (lambda: signed_products(data(), x, torch.ones(4, **f64)), ValueError, r"w must have shape \(..., 3\), got \(4,\)"),
     "expansion is None": (lambda: drift(SAM(.1), bowl, x, None), ValueError, "expansion must be 'first' or 'exact', got None"),
+    "moments of a step of one's own": (lambda: Jumps(.1).moments(bowl, x), ValueError, "Jumps overrides `step` and so has no first-order moments"),
+    "moments of a direction of one's own": (lambda: Turns(.1).moments(bowl, x), ValueError, "Turns overrides `direction` and so has no first-order moments: use exact=True"),
     "no draws": (lambda: drift(SAM(.1), noisy, x, "exact", draws=0), ValueError, "draws must be at least 4, got 0"),
     "draws 10.5": (lambda: drift(SAM(.1), noisy, x, "exact", draws=10.5), TypeError, "draws must be a whole number, got float"),
     "seed of draws is text": (lambda: drift(SAM(.1), noisy, x, "exact", seed="a"), TypeError, "seed must be a whole number, got str"),
@@ -549,7 +555,7 @@ def test_every_public_name_has_a_bad_input():
     import importlib
     import inspect
     text, missing = "".join(p.read_text(encoding="utf-8") for p in Path(__file__).parent.glob("test_*.py")), []
-    results = "Support GaussianDirection Ensemble Attraction WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
+    results = "Potential StepMoments GammaMoments ExactMoments MinibatchMoments SampleMoments LinearSampleMoments AdditiveMoments LinearAdditiveMoments UnitAdditiveMoments Unperturbed Process Support GaussianDirection Ensemble Attraction WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
     fine = "theme use_theme Perturbed from_module expectation plot_validity parser own_options reproduce main".split() # tested through others, or with nothing to refuse
     for name in sorted(p.stem for p in Path(samsde.__file__).parent.glob("[a-z]*.py")):
         module = importlib.import_module(f"samsde.{name}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from samsde import optim
-from samsde.algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
+from samsde.algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Linear
 from samsde.diagnosis import largest_eigenvalue, top_eigenvectors
 from samsde.ensemble import simulate
 from samsde.hessian_noise import cross_covariance, noise_covariance, noise_sample, sgd_covariance
@@ -53,15 +53,15 @@ def objective(name, t):
 def formulas(name, algorithm, t):
     """Every formula of drift and noise at the points, as far as no drawn numbers are in it (they differ between precisions)"""
     o, x = objective(name, t), t["x"] if name != "module" else torch.cat([t["x"], t["xi"][:, :1]], -1)
-    drawn = name == "covariance" and algorithm.scale is None or name == "noisy" and algorithm.scale is None and type(algorithm) is not SAM
+    drawn = name == "covariance" and not isinstance(algorithm, Linear) or name == "noisy" and not isinstance(algorithm, Linear) and type(algorithm) is not SAM
     additive = name in ("quadratic", "silent", "covariance", "noisy")
     gamma = t["gamma"] if additive else torch.tensor([[0, 1], [2, 3], [1, 4], [3, 0]])
     out = {"loss": o.loss(x), "gradient": o.grad(x), "Hessian": o.hessian(x), "Hv": o.hvp(x, x.flip(0)), "step": algorithm.step(o, x, .1, gamma),
            "sample gradient": o.sample_grad(x, gamma), "Σ": sgd_covariance(o, x)}
     if drawn or name == "quadratic" and isinstance(algorithm, Cube): return out
     out |= {"drift": drift(algorithm, o, x), "a": noise_covariance(algorithm, o, x)}
-    if name != "silent" or algorithm.scale is not None: out["S"] = cross_covariance(algorithm, o, x)
-    if name in ("quadratic", "covariance") or not additive: out["exact drift"] = drift(algorithm, o, x, "exact") if algorithm.scale is not None or not additive else out["drift"]
+    if name != "silent" or isinstance(algorithm, Linear): out["S"] = cross_covariance(algorithm, o, x)
+    if name in ("quadratic", "covariance") or not additive: out["exact drift"] = drift(algorithm, o, x, "exact") if isinstance(algorithm, Linear) or not additive else out["drift"]
     if not isinstance(algorithm, DNSAM) or additive: out["f̃"] = regularized_loss(algorithm, o, x)
     if not additive: out["exact a"] = noise_covariance(algorithm, o, x, "exact")
     sde = SDE(algorithm, o, .1)
