@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .blocks import replacing
+from .machinery.store import replacing
 from .experiments import error_vs_rho, flat_minima, networks, saddles, scaling, suboptimality
 from .experiments.experiment import Experiment
 from .experiments.problems import PROBLEMS

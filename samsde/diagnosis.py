@@ -16,7 +16,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from .algorithm import Algorithm, an_objective, pair
-from .style import colours
+from .machinery.style import colours
 from .implicit_regularizer import drift
 from .moments import chunks, hessian_perturbation
 from .machinery.checks import check_finite, check_floating, check_int, check_positive, check_scalar

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .blocks import RunState, PathStatistics, Run, advance, block_size, opened, save
+from .machinery.store import RunState, opened, save
+from .machinery.streams import PathStatistics, Run, advance, block_size
 from .machinery.record import RecordError, Recorder
 from .machinery.checks import check_int, check_positive
 
@@ -88,7 +89,7 @@ def starts(process, # has .shape, the axes of a sweep over rho or eta
            n_paths:int # number of paths
           ) -> Tensor: # (n_paths, *batch, d)
     "The start of every path. Raises ValueError on a shape that does not fit, or numbers that are not finite."
-    process.objective.check(x0, "x0")
+    process.check(x0)
     if not torch.isfinite(x0).all(): raise ValueError("x0 must be finite, got infinite or NaN entries")
     if n_paths > 2**53: raise ValueError(f"n_paths must be at most 2^53, got {n_paths}")
     lead = x0.shape[:-1] or (n_paths,)
@@ -101,8 +102,8 @@ def starts(process, # has .shape, the axes of a sweep over rho or eta
 # %% ../nbs/02_ensemble.ipynb #cea108fd
 def checked(process, observe) -> dict:
     "The observables by name. Raises TypeError if one is no function, or the process is none, ValueError if there are none."
-    for what in ("eta", "shape", "objective", "draw", "noise_dim", "advance"):
-        if not hasattr(process, what): raise TypeError(f"process must be a Chain, an SDE, or alike, got {type(process).__name__} without {what!r}")
+    for what in ("eta", "shape", "draw", "noise_dim", "start", "advance", "position"):
+        if not hasattr(process, what): raise TypeError(f"process must be a Chain, an SDE, or another Process, got {type(process).__name__} without {what!r}")
     if observe is None: return {"x": lambda x: x}
     observe = observe if isinstance(observe, dict) else {getattr(observe, "__name__", "observable"): observe}
     if not observe: raise ValueError("observe must hold at least one observable, got none")
@@ -143,7 +144,7 @@ def compute(run:Run, run_state:RunState, many:int, threads:int, bar):
             bar.update(len(block.x))
             if run_state.note(lo, block): save(run_state)
         advance(run, block, tick)
-        run_state.add(lo, PathStatistics.of(block, len(run.grid[1]), run.keep))
+        run_state.add(lo, PathStatistics.of(run, block))
         save(run_state)
     def work(job):
         for lo in job: compute_block(lo)
@@ -230,7 +231,7 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
     many = math.ceil(check_int("chunk", size if chunk is None else chunk) / size)
     threads = check_int("threads", threads) if threads is not None else torch.get_num_threads() if x.device.type == "cpu" else 1
     steps = grid[1][-1] * len(grid[0]) * math.ceil(n_paths / size)
-    run = Run(process, x, grid, observe, size, shape, seed, bool(keep), Recorder() if record and steps >= Recorder.worth else None)
+    run = Run(process, process.start(x), grid, observe, size, shape, seed, bool(keep), Recorder() if record and steps >= Recorder.worth else None)
     run_state = opened(checkpoint, run)
     with tqdm(total=n_paths * grid[1][-1], unit="step", unit_scale=True, disable=not progress) as bar:
         try: compute_or_again(run, run_state, many, threads, bar)

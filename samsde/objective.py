@@ -12,35 +12,11 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
-from .machinery.checks import broadcast_axes, broadcast_paths, check_grad_possible, check_int, check_points, check_scalar, check_symmetric, psd_root
+from .machinery.checks import broadcast_axes, broadcast_paths, check_int, check_points, check_scalar, check_symmetric, psd_root
 from .machinery.comparison import check_network
 from .machinery.network import Network, check_data, check_layers
-from .machinery.paths import can_be_tried, lift, needs_loop
+from .machinery.paths import add_, can_be_tried, gradient, lift, needs_loop
 from .machinery.record import version
-
-# %% ../nbs/00_objective.ipynb #1c15d243
-def add_(y:Tensor, # (..., d), changed
-         a, # a number, or a tensor (..., 1)
-         v:Tensor, # (..., d)
-         M:Tensor|None=None # (d, d)
-        ) -> Tensor: # y
-    "y + a v, or y + a v M, into `y`"
-    if isinstance(a, Tensor): return y.addcmul_(a, v if M is None else v @ M)
-    if M is not None and y.ndim == v.ndim == 2: return y.addmm_(v, M, alpha=a)
-    return y.add_(v if M is None else v @ M, alpha=a)
-
-# %% ../nbs/00_objective.ipynb #033bb5a3
-def gradient(f:Callable, # (..., d) -> (...)
-             x:Tensor # (..., d)
-            ) -> Tensor: # (..., d)
-    "The gradient of `f` at every path of `x`, by one backward pass. Raises ValueError in torch's inference mode, which has no gradients."
-    check_grad_possible()
-    track = x.requires_grad and torch.is_grad_enabled()
-    with torch.enable_grad():
-        z = x.view_as(x) if track else x.detach().clone().requires_grad_() if x.is_inference() else x.detach().requires_grad_()
-        total = f(z).sum()
-        if not total.requires_grad: return torch.zeros_like(x)
-        return torch.autograd.grad(total, z, create_graph=track, allow_unused=True, materialize_grads=True)[0]
 
 # %% ../nbs/00_objective.ipynb #f18a48a7
 class Support(NamedTuple):
@@ -95,6 +71,11 @@ class Objective:
         "∇²f_γ(x) v, likewise"
         x = broadcast_paths(self.check(x), gamma=gamma, v=self.check(v, "v"))
         return gradient(lambda z: (self.sample_grad(z, gamma) * v).sum(-1), x)
+    def looks(self, x:Tensor, # (points, d)
+              generator:torch.Generator) -> list: # of tensors
+        "Tensors that tell it from another objective: gradients at a few points, and those of 16 γ"
+        gamma = self.draw((16,), generator, dtype=x.dtype, device=x.device)
+        return [self.grad(z) for z in x] + [self.sample_grad(z.expand(16, -1), gamma) for z in x]
 
 # %% ../nbs/00_objective.ipynb #439c3187
 class Gaussian:
@@ -315,6 +296,7 @@ class FiniteSum(Objective):
         first = kind == "chosen" and kind not in vars(self).get("loops", {})
         if first and self.chunk is None and can_be_tried(x): self.check_select(x.detach().reshape(-1, self.dim)[0])
         return super().lift(fn, x, *rest, kind=kind)
+    def looks(self, x, generator): return [self.grad(z) for z in x] + [self.losses(z) for z in x]
     def check_select(self, z:Tensor):
         "Raises ValueError if `select` has other losses than `sample_losses` at a point (d,)"
         i = torch.tensor([0, self.n // 2, self.n - 1], device=z.device)

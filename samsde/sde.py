@@ -9,7 +9,7 @@ __all__ = ['SDE']
 import torch
 from torch import Tensor
 
-from .algorithm import Algorithm, Chain, Process
+from .algorithm import Algorithm, Chain, Model
 from .hessian_noise import NoNoise, noise_covariance, noise_dim, noise_moments, noise_sample, nowhere
 from .implicit_regularizer import drift, mean_moments
 from .machinery.checks import broadcast_paths, check_int, check_points, per_path
@@ -31,7 +31,7 @@ def along_itself(b, # a vector field, (..., d) -> (..., d)
         return value.detach(), torch.autograd.grad(back, w, value.detach())[0]
 
 # %% ../nbs/05_sde.ipynb #6209e9de
-class SDE(Process):
+class SDE(Model):
     "dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 1). Raises ValueError or TypeError on arguments that make no SDE."
     def __init__(self, algorithm:Algorithm, # what it is a model of
                  objective:Objective, # on which loss

@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .algorithm import Algorithm, Chain
-from .blocks import Run, alike, fingerprint, remove_parts, replacing, sha256
+from .machinery.store import alike, fingerprint, remove_parts, replacing, sha256
+from .machinery.streams import Run
 from .ensemble import DivergenceError, Ensemble, simulate, starts, time_grid
 from .machinery.checks import check_int, check_positive
 from .objective import Objective
@@ -195,7 +196,7 @@ def meaning(job:Job) -> Meaning:
     two, eta = job.x0[:2] if job.x0.ndim == 2 else job.x0, job.setting["eta"]
     with naming(job.setting):
         x, grid = starts(job.process, two, 2), time_grid(eta, eta, job.dt)
-        sketches, seen = fingerprint(Run(job.process, x, grid, job.observe, 2, (), 0, False))
+        sketches, seen = fingerprint(Run(job.process, job.process.start(x), grid, job.observe, 2, (), 0, False))
     return Meaning(sha256(job.x0), sketches, sum(v[0].numel() for v in seen))
 
 # %% ../nbs/08c_sweep.ipynb #sweep02a

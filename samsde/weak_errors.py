@@ -19,11 +19,11 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
+from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Process
 from .ensemble import simulate, time_grid
 from .moments import gamma_support
 from .machinery.checks import broadcast_paths, check_finite, check_int, check_points, check_positive
-from .objective import Additive, FiniteSum, Objective, Quadratic
+from .objective import Additive, FiniteSum, Quadratic
 from .sde import SDE, one_process
 
 # %% ../nbs/05b_weak_errors.ipynb #73fb23be
@@ -292,24 +292,25 @@ def stationary_covariance(process:Chain|SDE # of SGD or USAM, on a Quadratic
     return torch.from_numpy(V).to(process.objective.H)
 
 # %% ../nbs/05b_weak_errors.ipynb #35e4479d
-class Coupled:
-    "A chain (or none) and its SDE at steps h and 2h, on the same noise: one process whose state is the three points in a row"
-    shape = ()
+class Coupled(Process):
+    "A chain (or none) and its SDE at steps h and 2h, on the same noise: a state is the three points in a row"
     def __init__(self, chain:Chain|None, sde:SDE):
-        self.chain, self.sde, self.eta, self.noise_dim, self.parts = chain, sde, float(sde.eta), sde.noise_dim, 3 if chain else 2
-        self.objective = Objective() # tells simulate what a state looks like
-        self.objective.dim, self.objective.dtype = self.parts * sde.objective.dim, sde.objective.dtype
-
-    def draw(self, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
+        self.chain, self.sde, self.parts = chain, sde, 3 if chain else 2
+        self.eta, self.noise_dim = float(sde.eta), sde.noise_dim
+    def check(self, x0, name="x0"): return self.sde.check(x0, name)
+    def start(self, x): return torch.cat([x] * self.parts, -1)
+    def split(self, state:Tensor) -> tuple: return state.unflatten(-1, (self.parts, -1)).unbind(-2)
+    def draw(self, shape, generator=None, *, dtype=None, device=None):
         return self.sde.draw(shape, generator, dtype=dtype, device=device)
-    def split(self, z:Tensor) -> tuple: return z.unflatten(-1, (self.parts, -1)).unbind(-2)
-    def advance(self, z:Tensor, draw, steps:list # equal and even in number
+    def advance(self, state:Tensor, draw, steps:list # equal and even in number
                ) -> Tensor:
-        xi, (*x, fine, coarse) = [draw() for _ in steps], self.split(z)
+        "All of them, where the coarse integration takes two draws as one"
+        xi, (*x, fine, coarse) = [draw() for _ in steps], self.split(state)
         pairs = [(a + b) / 2**.5 for a, b in zip(xi[::2], xi[1::2])]
-        run = lambda process, x, xi, steps: process.advance(x, iter(xi).__next__, steps)
-        new = [run(self.chain, x[0], xi, steps)] if self.chain else []
-        return torch.cat([*new, run(self.sde, fine, xi, steps), run(self.sde, coarse, pairs, [2 * steps[0]] * len(pairs))], -1)
+        def advanced(process, x, xi, steps): return process.advance(x, iter(xi).__next__, steps)
+        ends = [advanced(self.chain, x[0], xi, steps)] if self.chain else []
+        ends += [advanced(self.sde, fine, xi, steps), advanced(self.sde, coarse, pairs, [2 * steps[0]] * len(pairs))]
+        return torch.cat(ends, -1)
 
 # %% ../nbs/05b_weak_errors.ipynb #e2b4d339
 def one_number(test:Callable) -> Callable:
@@ -324,7 +325,7 @@ def paired_run(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable) -> 
     "Times, difference, its standard error, Euler's part, and diverged paths, on common noise"
     both = Coupled(chain, sde)
     def values(z): return (lambda x, fine, coarse: (test(x) - 2 * test(fine) + test(coarse), test(coarse) - test(fine)))(*both.split(z))
-    e = run(both, x0.repeat(3), {"difference": lambda z: values(z)[0], "euler": lambda z: values(z)[1]})
+    e = run(both, x0, {"difference": lambda z: values(z)[0], "euler": lambda z: values(z)[1]})
     return e.times, e.mean["difference"], e.sem["difference"], e.mean["euler"], e.n_diverged
 
 def independent_run(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable, seed:int) -> tuple:
@@ -332,7 +333,7 @@ def independent_run(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable
     both, fresh = Coupled(None, sde), int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
     def values(z): return (lambda fine, coarse: (2 * test(fine) - test(coarse), test(coarse) - test(fine)))(*both.split(z))
     a = run(chain, x0, {"test": test}, dt=None)
-    b = run(both, x0.repeat(2), {"test": lambda z: values(z)[0], "euler": lambda z: values(z)[1]}, seed=fresh)
+    b = run(both, x0, {"test": lambda z: values(z)[0], "euler": lambda z: values(z)[1]}, seed=fresh)
     sem = (a.sem["test"]**2 + b.sem["test"]**2).sqrt()
     return a.times, a.mean["test"] - b.mean["test"], sem, b.mean["euler"], a.n_diverged + b.n_diverged
 

@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 import torch
 
-import samsde.blocks
+import samsde.machinery.store
 from samsde import ensemble
 from samsde.algorithm import DNSAM, SAM, SGD, USAM, Chain
-from samsde.blocks import FORMAT, RunState
+from samsde.machinery.store import FORMAT, RunState
 from samsde.ensemble import simulate
 from samsde.machinery.record import Recorder
 from samsde.objective import FiniteSum, NoisyLoss, Quadratic
@@ -526,12 +526,12 @@ def test_another_run(small, tmp_path, case):
     assert small(checkpoint=file, **base).n_paths == 12
 
 def test_another_version(small, file, monkeypatch):
-    for target, name in (("samsde.blocks.__version__", "samsde"), ("torch.__version__", "torch")):
+    for target, name in (("samsde.machinery.store.__version__", "samsde"), ("torch.__version__", "torch")):
         with monkeypatch.context() as change:
             change.setattr(target, "0.0")
             refused(small, file, rf"other settings \({name}\)")
     with monkeypatch.context() as change:
-        change.setattr(samsde.blocks, "FORMAT", FORMAT + 1)
+        change.setattr(samsde.machinery.store, "FORMAT", FORMAT + 1)
         refused(small, file, f"has format {FORMAT}, but this version of samsde has {FORMAT + 1}")
     assert small(checkpoint=file).n_paths == 12
 

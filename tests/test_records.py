@@ -113,7 +113,7 @@ def test_a_record_that_is_wrong(monkeypatch):
 def test_a_record_that_is_wrong_spoils_no_checkpoint(monkeypatch, tmp_path):
     objective, right = network(), run(network(), record=False)
     monkeypatch.setattr(record, "compiled", lambda fn, tensors: lambda *t: fn(*t) + 1e-6)
-    monkeypatch.setattr("samsde.blocks.RunState.pause", 0.)
+    monkeypatch.setattr("samsde.machinery.store.RunState.pause", 0.)
     path = tmp_path/"run.npz"
     with pytest.warns(UserWarning, match="starts again"): assert same(run(objective, checkpoint=path), right)
     monkeypatch.undo()

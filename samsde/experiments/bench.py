@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 import samsde
 from ..algorithm import DNSAM, SAM, USAM, Chain
-from ..style import colours
+from ..machinery.style import colours
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts
 from .networks import conv_net, digits

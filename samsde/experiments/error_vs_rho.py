@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
-from ..style import colours
+from ..machinery.style import colours
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, jackknife
 from .problems import PROBLEMS, Problem, one_of

@@ -14,8 +14,8 @@ from typing import Callable
 import pandas as pd
 from torch import Tensor
 
-from ..blocks import replacing
-from ..style import theme
+from ..machinery.store import replacing
+from ..machinery.style import theme
 
 # %% ../../nbs/experiments/experiment.ipynb #06149ba0
 VERDICTS = ("holds", "holds with a condition", "does not hold", "undecided")

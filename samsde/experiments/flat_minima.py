@@ -18,7 +18,7 @@ from torch.nn.functional import softplus
 from tqdm.auto import tqdm
 
 from ..algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
-from ..style import colours
+from ..machinery.style import colours
 from ..diagnosis import largest_eigenvalue
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
-from ..style import colours
+from ..machinery.style import colours
 from ..diagnosis import largest_eigenvalue
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, legend, picture, plus_minus

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..algorithm import DNSAM, SAM, SGD, USAM, Algorithm
-from ..style import colours
+from ..machinery.style import colours
 from ..ensemble import simulate
 from .escape import (SPECTRA, Autoencoder, Stopped, autoencoder, first_exits, floor, held, leaving_time, mildest,
                                        noise_threshold, saddle, sphere, starts)

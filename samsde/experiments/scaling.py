@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
-from ..style import colours
+from ..machinery.style import colours
 from ..ensemble import Ensemble, simulate
 from .error_vs_rho import ALGORITHMS, relative_error
 from .experiment import Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus
@@ -94,7 +94,7 @@ def follow(problem:Problem, kind, eta:float, rhos:list, runs:int, t_end:float, s
     observe = {"norms": each(problem.statistic), "loss": each(objective.loss)}
     with warnings.catch_warnings(): # divergence is in the table
         warnings.simplefilter("ignore", UserWarning)
-        return simulate(both, problem.x0.repeat(3).expand(runs, len(rhos), -1), t_end, runs, dt=eta / substeps, seed=seed,
+        return simulate(both, problem.x0.expand(runs, len(rhos), -1), t_end, runs, dt=eta / substeps, seed=seed,
                         share=True, keep=True, observe=observe, every=max(1, round(1 / 8 / eta)))
 
 # %% ../../nbs/experiments/scaling.ipynb #7426f0c4

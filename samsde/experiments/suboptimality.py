@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
-from ..style import colours
+from ..machinery.style import colours
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus
 from .problems import Problem, deep_nonlinear
@@ -107,7 +107,7 @@ def integrated(case:Case, quadratic:Quadratic, start:Tensor, rho:Tensor, time:fl
     for name in ("DNSAM", "SAM"):
         both = Coupled(None, SDE(ALGORITHMS[name](rho), quadratic, eta))
         def f(z): return 2 * quadratic.loss(both.split(z)[0]) - quadratic.loss(both.split(z)[1])
-        y = averaged(both, start.expand(-1, len(rho), -1).repeat(1, 1, 2), time, f, seed, eta / 4)
+        y = averaged(both, start.expand(-1, len(rho), -1), time, f, seed, eta / 4)
         rows += [case.row(r, name, "SDE", **controlled(y[:, j], sgd, known)) for j, r in enumerate(case.rhos)]
     return rows
 

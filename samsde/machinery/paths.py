@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WRITTEN_OUT', 'scaled', 'layer_norm', 'instance_norm', 'prelu', 'embedding', 'raw_embedding', 'attention', 'masked',
-           'heads', 'Rewritten', 'written_out', 'linear_layer', 'lift', 'can_be_tried', 'needs_loop']
+           'heads', 'Rewritten', 'written_out', 'linear_layer', 'lift', 'can_be_tried', 'needs_loop', 'gradient',
+           'add_']
 
 # %% ../../nbs/machinery/paths.ipynb #3989e7f0
 import math
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
+
+from .checks import check_grad_possible
 
 # %% ../../nbs/machinery/paths.ipynb #77099fd1
 def scaled(x:Tensor, weight:Tensor|None, bias:Tensor|None) -> Tensor:
@@ -191,3 +194,30 @@ def needs_loop(fn:Callable, x:Tensor, *rest:Tensor) -> bool:
     slack = 4 * torch.finfo(x.dtype).eps**.5
     try: return not agree(derivatives(fn, tensors, loop=False), known, slack)
     except Exception: return True # of a kind that vmap has for what it cannot do
+
+# %% ../../nbs/machinery/paths.ipynb #033bb5a3
+def gradient(f:Callable, # (..., d) -> (...)
+             x:Tensor # (..., d)
+            ) -> Tensor: # (..., d)
+    """The gradient of `f` at every path of `x`, by one backward pass.
+    Raises ValueError in torch's inference mode, which has no gradients."""
+    check_grad_possible()
+    track = x.requires_grad and torch.is_grad_enabled()
+    with torch.enable_grad():
+        if track: z = x.view_as(x)
+        else: z = (x.detach().clone() if x.is_inference() else x.detach()).requires_grad_()
+        total = f(z).sum()
+        if not total.requires_grad: return torch.zeros_like(x)
+        how = dict(create_graph=track, allow_unused=True, materialize_grads=True)
+        return torch.autograd.grad(total, z, **how)[0]
+
+# %% ../../nbs/machinery/paths.ipynb #1c15d243
+def add_(y:Tensor, # (..., d), changed
+         a, # a number, or a tensor (..., 1)
+         v:Tensor, # (..., d)
+         M:Tensor|None=None # (d, d)
+        ) -> Tensor: # y
+    "y + a v, or y + a v M, into `y`"
+    if isinstance(a, Tensor): return y.addcmul_(a, v if M is None else v @ M)
+    if M is not None and y.ndim == v.ndim == 2: return y.addmm_(v, M, alpha=a)
+    return y.add_(v if M is None else v @ M, alpha=a)
