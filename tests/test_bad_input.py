@@ -132,7 +132,7 @@ TABLE = {
     "chunk of 0": (lambda: run(chunk=0), ValueError, "chunk must be at least 1, got 0"),
     "several eta in one run": (lambda: run(Chain(SGD(), bowl, torch.tensor([.1, .2]))), ValueError, "different eta share no time grid"),
     "negative seed": (lambda: run(seed=-1), ValueError, "seed must be at least 0, got -1"),
-    "algorithm for a process": (lambda: run(SAM(.1)), TypeError, "process must be a Chain, an SDE, or alike, got SAM without 'eta'"),
+    "algorithm for a process": (lambda: run(SAM(.1)), TypeError, "process must be a Chain, an SDE, or another Process, got SAM without 'eta'"),
     "observable that is a number": (lambda: run(observe={"m": 3.}), TypeError, "observable 'm' must be a function of points, got float"),
     "observable that mixes paths": (lambda: run(observe={"m": lambda x: x.mean()}), ValueError, r"observable 'm' must keep the leading axes \([41],\), got shape \(\)"),
 }
@@ -555,7 +555,7 @@ def test_every_public_name_has_a_bad_input():
     import importlib
     import inspect
     text, missing = "".join(p.read_text(encoding="utf-8") for p in Path(__file__).parent.glob("test_*.py")), []
-    results = "Potential StepMoments GammaMoments ExactMoments MinibatchMoments SampleMoments LinearSampleMoments AdditiveMoments LinearAdditiveMoments UnitAdditiveMoments Unperturbed Process Support GaussianDirection Ensemble Attraction WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
+    results = "Model Potential StepMoments GammaMoments ExactMoments MinibatchMoments SampleMoments LinearSampleMoments AdditiveMoments LinearAdditiveMoments UnitAdditiveMoments Unperturbed Process Support GaussianDirection Ensemble Attraction WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
     fine = "theme use_theme Perturbed from_module expectation plot_validity parser own_options reproduce main".split() # tested through others, or with nothing to refuse
     for name in sorted(p.stem for p in Path(samsde.__file__).parent.glob("[a-z]*.py")):
         module = importlib.import_module(f"samsde.{name}")
