@@ -70,11 +70,12 @@ def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, # (d,)
           V:Tensor, # (m, d)
           draws:int, seed:int) -> tuple[dict, dict, Tensor]: # projections of g, c and G, (draws, m); total variances of g, c and G − c; mean of G − c, (d,)
     "What one step is made of, for drawn γ"
-    gammas = objective.draw((draws,), torch.Generator(x.device).manual_seed(seed), dtype=x.dtype, device=x.device)
+    gammas = algorithm.draw(objective, (draws,), torch.Generator(x.device).manual_seed(seed), dtype=x.dtype, device=x.device)
     projections, first = {n: [] for n in ("g", "c", "G")}, {}
     sums, squares = (dict.fromkeys(["g", "c", "gap"], 0) for _ in range(2)) # of differences to the first, so that equal values have no variance
     for s in chunks(gammas, x, chunk=getattr(objective, "chunk", None)):
-        g, G = objective.sample_grad(x, gammas[s]), algorithm.direction(objective, x, gammas[s])
+        g = objective.sample_grad(x, algorithm.of_gradient(gammas[s]))
+        G = algorithm.direction(objective, x, gammas[s])
         c = g + algorithm.rho * hessian_perturbation(algorithm, objective, x, gammas[s])
         for name, value in {"g": g, "c": c, "G": G}.items(): projections[name].append(value @ V.T)
         for name, value in {"g": g, "c": c, "gap": G - c}.items():
