@@ -337,6 +337,8 @@ FiniteSum.from_module = classmethod(from_module)
 class Noiseless(Additive):
     "The mean loss of an objective, seen without noise"
     def __init__(self, objective:Objective):
+        if not isinstance(objective, Objective):
+            raise TypeError(f"objective must be an Objective, got {type(objective).__name__}")
         super().__init__(objective.dim)
         self.objective, self.dtype = objective, objective.dtype
     def loss(self, x): return self.objective.loss(x)
