@@ -48,10 +48,11 @@ class Algorithm:
     def of_gradient(self, gamma:Tensor) -> Tensor:
         "The γ of the gradient; an independent batch for the perturbation stands behind it"
         return gamma.chunk(2, -1)[0] if self.source == "independent" else gamma
-    def cuts(self, gamma:Tensor) -> list:
-        "The γ of each micro-batch"
-        halves = [half.split(self.micro_batch, -1) for half in gamma.split(self.of_gradient(gamma).shape[-1], -1)]
-        return [joined(list(cut)) for cut in zip(*halves)]
+    def cuts(self, gamma:Tensor) -> Tensor:
+        "The γ of each micro-batch, along a first axis"
+        size = self.of_gradient(gamma).shape[-1]
+        halves = [torch.stack(half.split(self.micro_batch, -1)) for half in gamma.split(size, -1)]
+        return joined(halves)
     def ascent(self, objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
         "Where the perturbation points, u of the `source`. Raises ValueError for the previous batch, which only a Chain knows."
         if self.source == "own": return self.perturbation(objective, x, gamma)
@@ -63,8 +64,7 @@ class Algorithm:
         if self.unperturbed: return objective.sample_grad(x, self.of_gradient(gamma))
         B = self.of_gradient(gamma).shape[-1]
         if self.micro_batch in (None, B): return self.one_direction(objective, x, gamma)
-        parts = [self.one_direction(objective, x, cut) for cut in self.cuts(gamma)]
-        return sum(parts) / len(parts)
+        return self.one_direction(objective, x, self.cuts(gamma)).mean(0)
     def one_direction(self, objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
         up = x + per_path(self.rho, x) * self.ascent(objective, x, gamma)
         return objective.sample_grad(up, self.of_gradient(gamma))

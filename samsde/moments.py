@@ -148,7 +148,7 @@ def expectation(fn:Callable, # values of γ (k, 1, ..., 1, b) -> (k, ..., m)
     variance = (square / n - mean.detach()**2).clamp(min=0)
     return shift + mean, (variance / (n - 1)).sqrt()
 
-# %% ../nbs/02d_moments.ipynb #2c31b850
+# %% ../nbs/02d_moments.ipynb #ad7db66c
 def hessian_perturbation(algorithm:Algorithm, objective:Objective,
                          x:Tensor, # (..., d)
                          gamma:Tensor # broadcasts with the paths of x
@@ -156,8 +156,7 @@ def hessian_perturbation(algorithm:Algorithm, objective:Objective,
     """H_γ u, Theorem 1's Hessian-vector product, with the u of the algorithm's source; the mean over micro-batches"""
     x, own = broadcast_paths(x, gamma=gamma), algorithm.of_gradient(gamma)
     if algorithm.micro_batch not in (None, own.shape[-1]):
-        parts = [hessian_perturbation(algorithm, objective, x, cut) for cut in algorithm.cuts(gamma)]
-        return sum(parts) / len(parts)
+        return hessian_perturbation(algorithm, objective, x, algorithm.cuts(gamma)).mean(0)
     if algorithm.has_potential and algorithm.source == "own":
         return gradient(lambda z: algorithm.potential(objective.sample_grad(z, gamma)), x)
     return objective.sample_hvp(x, own, algorithm.ascent(objective, x, gamma))
