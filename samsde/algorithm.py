@@ -25,22 +25,32 @@ SOURCES = ("own", "full", "independent", "previous")
 class Algorithm:
     """x⁺ = x − η ∇f_γ(x + ρ u_γ(x)). A subclass defines `potential` or `perturbation`.
     Raises ValueError if `rho` is negative or not finite."""
-    micro_batch, source = None, "own" # see "Which samples perturb"
+    micro_batch, source, adaptive = None, "own", False
     def __init__(self, rho=0.0, # ρ; a number, or a tensor that broadcasts over the paths
                  *, micro_batch:int|None=None, # samples that share a perturbation, a divisor of the batch size; the whole batch if None
-                 source:str="own" # of the perturbation: "own" batch, "full" gradient, "independent" batch, or the "previous" one
+                 source:str="own", # of the perturbation: "own" batch, "full" gradient, "independent" batch, or the "previous" one
+                 adaptive:bool=False # is the perturbation scaled by |x|, as in ASAM?
                 ):
         self.rho = check_positive("rho", rho, zero=True)
         self.micro_batch = micro_batch if micro_batch is None else check_int("micro_batch", micro_batch)
         if source not in SOURCES: raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
-        self.source = source
+        if not isinstance(adaptive, bool): raise TypeError(f"adaptive must be True or False, got {adaptive!r}")
+        self.source, self.adaptive = source, adaptive
 
     def potential(self, g:Tensor) -> Tensor:
         "ψ(g), (..., d) -> (...)"
         raise TypeError(f"{type(self).__name__} has no potential: define `potential` or `perturbation`")
+    def metric(self, x:Tensor) -> Tensor|None:
+        "T(x), (..., d), such that u = T ∇ψ(Tg); None for T = 1"
+        return x.abs() if self.adaptive else None
+    def scaled(self, x:Tensor, v:Tensor) -> Tensor:
+        "T(x) v"
+        T = self.metric(x)
+        return v if T is None else T * v
     def perturbation(self, objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
-        "u_γ(x) = ∇ψ(∇f_γ(x))"
-        return gradient(self.potential, objective.sample_grad(x, gamma))
+        "u_γ(x) = T ∇ψ(T ∇f_γ(x))"
+        g = self.scaled(x, objective.sample_grad(x, gamma))
+        return self.scaled(x, gradient(self.potential, g))
     def draw(self, objective:Objective, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
         "γ of one step for every path of shape `shape`: one, or two behind each other"
         batches = 2 if self.source == "independent" else 1
@@ -80,11 +90,14 @@ class Algorithm:
         words = {"potential", "perturbation", "scale"}
         return next(kind for kind in type(self).__mro__ if words & vars(kind).keys())
     @property
+    def has_metric(self) -> bool: return self.adaptive or type(self).metric is not Algorithm.metric
+    @property
     def has_potential(self) -> bool:
-        "Is u = ∇ψ(g)?"
-        return self.definer is not Algorithm and "potential" in vars(self.definer)
+        "Is u = ∇ψ(g), with a ψ free of x?"
+        known = self.definer is not Algorithm and "potential" in vars(self.definer)
+        return known and not self.has_metric
     def __repr__(self):
-        more = {"micro_batch": self.micro_batch, "source": self.source}
+        more = {name: getattr(self, name) for name in ("micro_batch", "source", "adaptive")}
         told = [f"{k}={v!r}" for k, v in more.items() if v != getattr(Algorithm, k)]
         return f"{type(self).__name__}({', '.join([f'rho={self.rho}', *told])})"
 
@@ -97,12 +110,13 @@ class Linear(Algorithm):
         raise TypeError(f"{type(self).__name__} must define `scale`")
     @property
     def is_linear(self) -> bool:
-        "Has `scale` the last word?"
-        return "scale" in vars(self.definer)
+        "Is u = c g? That is where `scale` has the last word, and there is no metric."
+        return "scale" in vars(self.definer) and not self.has_metric
     def perturbation(self, objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
-        if not self.is_linear: return super().perturbation(objective, x, gamma)
+        if "scale" not in vars(self.definer): return super().perturbation(objective, x, gamma)
         g, grad = objective.grads(x, gamma)
-        return self.scale(grad) * g
+        u = self.scale(self.scaled(x, grad)) * self.scaled(x, g)
+        return self.scaled(x, u)
 
 class SGD(Linear):
     "Stochastic gradient descent: no perturbation"
@@ -116,7 +130,8 @@ class USAM(Linear):
     def potential(self, g): return (g * g).sum(-1) / 2
     def perturbation(self, objective, x, gamma):
         if self.definer is not USAM: return super().perturbation(objective, x, gamma)
-        return objective.sample_grad(x, gamma)
+        g = objective.sample_grad(x, gamma)
+        return self.scaled(x, self.scaled(x, g))
 
 # %% ../nbs/01_algorithm.ipynb #a38bcebc
 class DNSAM(Linear):
@@ -130,9 +145,9 @@ class SAM(Algorithm):
     def potential(self, g): return torch.linalg.vector_norm(g, dim=-1)
     def perturbation(self, objective, x, gamma):
         if self.definer is not SAM: return super().perturbation(objective, x, gamma)
-        g = objective.sample_grad(x, gamma)
+        g = self.scaled(x, objective.sample_grad(x, gamma))
         norm = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
-        return g / torch.where(norm == 0, 1, norm)
+        return self.scaled(x, g / torch.where(norm == 0, 1, norm))
 
 # %% ../nbs/01_algorithm.ipynb #e207e4ca
 _all_ = ["colours"] # also here, beside the algorithms
@@ -181,6 +196,7 @@ def contradictions_of(algorithm:Algorithm, objective:Objective): # of words, two
     x = torch.randn(2, objective.dim, generator=generator, dtype=torch.float64).to(dtype) / 4
     gamma = objective.draw((2,), generator, dtype=dtype)
     u, (g, grad) = algorithm.perturbation(objective, x, gamma), objective.grads(x, gamma)
+    if algorithm.has_metric: return
     if getattr(algorithm, "is_linear", False): yield "scale", u, algorithm.scale(grad) * g
     if algorithm.has_potential: yield "potential", u, gradient(algorithm.potential, g)
 
@@ -214,14 +230,15 @@ def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
 
 def check_plain(algorithm:Algorithm, what:str): # that is asked for, in words
     "Raises ValueError where a formula is for whole batches that perturb themselves"
-    if (algorithm.micro_batch, algorithm.source) == (None, "own"): return
-    raise ValueError(f"{what} is for micro_batch=None and source='own', got {algorithm!r}")
+    if (algorithm.micro_batch, algorithm.source) == (None, "own") and not algorithm.has_metric: return
+    raise ValueError(f"{what} is for micro_batch=None, source='own' and no metric, got {algorithm!r}")
 
 def check_micro_batch(algorithm:Algorithm, objective:Objective):
     "Raises ValueError where micro-batches or a source of the perturbation make no sense"
     m, law, name = algorithm.micro_batch, objective.law, type(algorithm).__name__
-    if (m, algorithm.source) != (None, "own") and overrides(algorithm, "direction"):
-        raise ValueError(f"{name} overrides `direction` and so has no micro_batch and no source")
+    special = (m, algorithm.source) != (None, "own") or algorithm.has_metric
+    if special and overrides(algorithm, "direction"):
+        raise ValueError(f"{name} overrides `direction` and so has no micro_batch, no source and no metric")
     if m is None: return
     if not isinstance(objective, FiniteSum):
         raise ValueError(f"micro_batch needs a FiniteSum, whose batches can be cut, got {type(objective).__name__}")
