@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Perturbed', 'SAM', 'USAM', 'DNSAM', 'LambdaRho', 'LinearRho', 'full_gradient_norm', 'frozen_statistics']
 
-# %% ../nbs/08_optim.ipynb #f321ee05
+# %% ../nbs/08_optim.ipynb #3e1373ad
 import copy
 import inspect
 import math
 import sys
 import types
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial, reduce, wraps
 from numbers import Real
@@ -49,13 +49,13 @@ def norm_in(tensors:list, dtype) -> float:
     for t in tensors: meshes.setdefault(t.device_mesh if is_sharded(t) else None, []).append(t)
     return math.hypot(*(norm_on_mesh(part, dtype) for part in meshes.values()))
 
-# %% ../nbs/08_optim.ipynb #b7867d38
+# %% ../nbs/08_optim.ipynb #af5a6b1d
 TRUSTED = {torch.float32: (1e-12, 1e18), torch.float64: (1e-140, 1e150)}  # norms whose squares were in range
 
 def norm(tensors:list) -> float:
     "The norm of all tensors together, in the widest of their dtypes"
     if not tensors: return 0.0
-    tensors = [t.abs() if t.is_complex() else t for t in tensors]
+    tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
     dtype = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
     n = norm_in(tensors, dtype)
     low, high = TRUSTED[dtype]
@@ -138,14 +138,15 @@ def refuse_fsdp1(params:list):
         raise RuntimeError("parameters of FullyShardedDataParallel (FSDP1) are not supported: the norm would be that of one "
                            "process's part. Shard with torch.distributed.fsdp.fully_shard (FSDP2)")
 
-# %% ../nbs/08_optim.ipynb #520ccdfd
+# %% ../nbs/08_optim.ipynb #76d3da4b
+LOW_PRECISION = {torch.float16, torch.bfloat16}
+
 def add_scaled(params:list, directions:list, alpha:float):
     "Add alpha times the directions to the parameters"
     params, directions = shards(params), shards(directions)
-    if not 1e-30 < abs(alpha) < 1e30:
-        directions = [d.to(torch.promote_types(d.dtype, torch.float64)) * alpha for d in directions]
-        alpha = 1
-    torch._foreach_add_(params, directions, alpha=alpha)
+    if 1e-30 < abs(alpha) < 1e30 and not LOW_PRECISION & {p.dtype for p in params}:
+        return torch._foreach_add_(params, directions, alpha=alpha)
+    for p, d in zip(params, directions): p.add_(d.to(torch.promote_types(d.dtype, torch.float64)) * alpha)
 
 def scaled_by(params:list, tensors:list) -> list:
     "|w| times each tensor"
@@ -619,7 +620,7 @@ class LinearRho(LambdaRho):
         start, end = self.ends
         return start + (end - start) * min(steps, self.total_iters) / self.total_iters
 
-# %% ../nbs/08_optim.ipynb #d755ea64
+# %% ../nbs/08_optim.ipynb #6355f496
 def checked_module(module) -> torch.nn.Module:
     "`module` if it is one; else a TypeError"
     if isinstance(module, torch.nn.Module): return module
@@ -628,7 +629,7 @@ def checked_module(module) -> torch.nn.Module:
 def checked_data(X, y, chunk) -> Iterable:
     "What gives the pairs (inputs, targets), part by part, as often as it is asked"
     checked_count("chunk", chunk)
-    if y is None and not isinstance(X, Tensor) and isinstance(X, Iterable) and iter(X) is not X: return X
+    if y is None and not isinstance(X, Tensor) and isinstance(X, Iterable) and not isinstance(X, Iterator): return X
     for name, t in (("X", X), ("y", y)):
         if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}; or give a DataLoader alone")
     if not len(X) or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
