@@ -69,11 +69,12 @@ def norm_in_other_units(tensors:list) -> float:
         if low < n < high: break
     return n * unit
 
-# %% ../nbs/08_optim.ipynb #3fe45e16
+# %% ../nbs/08_optim.ipynb #f724062e
 class Displacement:
     "What one step has moved, and how to bring it back"
     def __init__(self):
         self.active = False      # between the two phases?
+        self.ready = False       # are the gradients at x + ρ u there, and the parameters back at x?
         self.copies = {}         # parameter -> what it was
         self.versions = []       # of the parameters, after they moved
         self.random = []         # states of the generators at the start and end of each part of the first phase
@@ -90,6 +91,7 @@ class Displacement:
         if new: torch._foreach_copy_(shards(list(new.values())), shards(params))
         self.copies = new
         self.versions = []
+        self.ready = False
         self.active = True
 
     def undo(self, unless_written:bool=False):
@@ -309,7 +311,7 @@ def uncompiled(method):
         return method(self, *args, **kwargs)
     return run
 
-# %% ../nbs/08_optim.ipynb #57c94d82
+# %% ../nbs/08_optim.ipynb #4f20c313
 class TwoPhases(SharedGroups):
     "The two phases of a step, in an optimizer that defines `scale` and `step`"
     @property
@@ -342,9 +344,15 @@ class TwoPhases(SharedGroups):
         if zero_grad: self.zero_grad()
 
     @uncompiled
-    def restore(self):
-        "Move back to x without a step; nothing if the parameters are there"
-        self.displacement.undo()
+    def restore(self, ready:bool=False):
+        """Move back to x without a step; nothing if the parameters are there. With `ready`, the gradients that they hold are those at
+        x + ρ u, and the next step() without a closure takes them: for what clips, unscales, checks and steps on its own.
+        Raises ValueError if `ready` and they have not moved."""
+        if ready and not self.is_perturbed: raise ValueError("restore(ready=True) needs first_step before it")
+        try:
+            if ready: self.displacement.refuse_first_gradient(self._with_gradient())
+        finally: self.displacement.undo()
+        self.displacement.ready = ready
 
     def same_randomness(self):
         "A context for the forward passes of each phase: the second one sees the random numbers of the first"
@@ -378,7 +386,7 @@ class TwoPhases(SharedGroups):
         record.versions = [p._version for p in moved]
         torch.clear_autocast_cache()
 
-# %% ../nbs/08_optim.ipynb #b93cdfb6
+# %% ../nbs/08_optim.ipynb #73b6dd0f
 def call_beside(closure:Callable, held:list # the parameters that hold a gradient
                ): # what the closure returns
     """Call a closure without the gradients that the parameters hold. Raises ValueError if it adds to them, instead of clearing
@@ -397,6 +405,9 @@ def call_beside(closure:Callable, held:list # the parameters that hold a gradien
     finally:
         for hook in hooks: hook.remove()
     kept = [p.grad is zeros[p] for p in held]
+    if all(same and not zeros[p]._version for p, same in zip(held, kept)):
+        raise ValueError("the parameters hold gradients, and the closure computes none: it has to call backward. To step with "
+                         "gradients that are there, use first_step and second_step")
     for p, same in zip(held, kept):
         if same and not zeros[p]._version: p.grad = None  # no gradient came
     pairs = [(b, p.grad) for p, b, same in zip(held, before, kept) if same and p not in cleared and p.grad is not None]
@@ -450,7 +461,7 @@ def checked_micro_batches(closures, perturbation, weights) -> tuple[list, list]:
         raise ValueError(f"weights must be positive, one for each of {len(closures)} micro-batches, got {weights}")
     return closures, [w / sum(weights) for w in weights]
 
-# %% ../nbs/08_optim.ipynb #aa3a351a
+# %% ../nbs/08_optim.ipynb #f8c7e61d
 class Perturbed(TwoPhases):
     "An optimizer that steps with the gradient at x + ρ u. A subclass gives `scale`. Raises ValueError or TypeError on bad input."
     def __init__(self, params, # parameters, or groups of them; a group may have its own rho, adaptive and perturb
@@ -496,8 +507,10 @@ class Perturbed(TwoPhases):
         if closures is not None:
             if closure is not None or self.displacement.active: raise ValueError("step takes a closure, or closures, or the second phase: got two of them")
             return self._micro_batches(closures, perturbation, weights, first, second)
-        held = self._with_gradient()
+        held, ready = self._with_gradient(), self.displacement.ready
+        self.displacement.ready = False
         if closure is None:
+            if ready: return None
             if held and norm([p.grad for p in held]) == 0: return None  # both gradients are zero: the step is the base's
             raise ValueError("step needs a closure, or first_step before it; for frameworks that call step() themselves "
                              "see the page 'SAM in your framework'")

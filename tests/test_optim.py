@@ -452,7 +452,6 @@ from samsde.optim import SAM, USAM
 rank, folder = int(sys.argv[1]), sys.argv[2]
 X, y, net = torch.load(f"{folder}/data.pt", weights_only=False)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-mesh = dist.init_device_mesh("cpu", (2,))
 def closure_of(net, optimizer):
     def closure():
         optimizer.zero_grad()
@@ -478,6 +477,10 @@ def two_processes(tmp_path, body):
     return torch.load(tmp_path/"out.pt", weights_only=False)
 
 
+fsdp2 = pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="torch.distributed.fsdp.fully_shard came with torch 2.6")
+
+
+@fsdp2
 @pytest.mark.parametrize("kind", ["SAM", "USAM"])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_fsdp2_is_one_process(tmp_path, kind, adaptive):
@@ -499,6 +502,7 @@ def test_fsdp2_is_one_process(tmp_path, kind, adaptive):
     near(end, ours(SAM if kind == "SAM" else USAM, SGD, rho=.2, steps=4, adaptive=adaptive, lr=.3, momentum=.9))
 
 
+@fsdp2
 def test_fsdp2_with_a_parameter_that_is_not_sharded(tmp_path):
     "A plain parameter is the same in every process, and counts once."
     length = two_processes(tmp_path, """
