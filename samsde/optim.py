@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Perturbed', 'SAM', 'USAM', 'DNSAM', 'LambdaRho', 'LinearRho', 'full_gradient_norm', 'frozen_statistics']
 
-# %% ../nbs/08_optim.ipynb #3e1373ad
+# %% ../nbs/08_optim.ipynb #de25d5f5
 import copy
 import inspect
 import math
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial, reduce, wraps
 from numbers import Real
+from operator import is_
 from typing import Callable
 
 import torch
@@ -34,12 +35,13 @@ def shards(tensors:list) -> list:
     if PLAIN.issuperset(map(type, tensors)): return tensors
     return [t.to_local() if is_sharded(t) else t for t in tensors]
 
-# %% ../nbs/08_optim.ipynb #579a47cb
+# %% ../nbs/08_optim.ipynb #52f7ffc2
 def norm_on_mesh(tensors:list, dtype) -> float:
     "The norm of tensors that are all plain, or all on one mesh of processes"
     norms = torch._foreach_norm(tensors, 2, dtype=dtype)
-    if len({n.device for n in norms}) > 1: norms = [n.to(norms[0].device) for n in norms]
-    n = torch.linalg.vector_norm(torch.stack(norms))
+    try: n = torch.linalg.vector_norm(torch.stack(norms))
+    except RuntimeError:  # on several devices
+        n = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
     return (n.full_tensor() if is_sharded(n) else n).item()
 
 def norm_in(tensors:list, dtype) -> float:
@@ -49,14 +51,17 @@ def norm_in(tensors:list, dtype) -> float:
     for t in tensors: meshes.setdefault(t.device_mesh if is_sharded(t) else None, []).append(t)
     return math.hypot(*(norm_on_mesh(part, dtype) for part in meshes.values()))
 
-# %% ../nbs/08_optim.ipynb #af5a6b1d
+# %% ../nbs/08_optim.ipynb #51f6965c
 TRUSTED = {torch.float32: (1e-12, 1e18), torch.float64: (1e-140, 1e150)}  # norms whose squares were in range
 
 def norm(tensors:list) -> float:
     "The norm of all tensors together, in the widest of their dtypes"
     if not tensors: return 0.0
-    tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
-    dtype = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
+    dtypes = {t.dtype for t in tensors}
+    if not dtypes <= TRUSTED.keys():
+        tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+        dtypes = {t.dtype for t in tensors}
+    dtype = reduce(torch.promote_types, dtypes, torch.float32)
     n = norm_in(tensors, dtype)
     low, high = TRUSTED[dtype]
     return n if low < n < high else norm_in_other_units(tensors)
@@ -69,13 +74,14 @@ def norm_in_other_units(tensors:list) -> float:
         if low < n < high: break
     return n * unit
 
-# %% ../nbs/08_optim.ipynb #f724062e
+# %% ../nbs/08_optim.ipynb #bbeb0f8e
 class Displacement:
     "What one step has moved, and how to bring it back"
     def __init__(self):
         self.active = False      # between the two phases?
         self.ready = False       # are the gradients at x + ρ u there, and the parameters back at x?
-        self.copies = {}         # parameter -> what it was
+        self.params = []         # what has moved, or is about to
+        self.copies = []         # what they were
         self.versions = []       # of the parameters, after they moved
         self.random = []         # states of the generators at the start and end of each part of the first phase
         self.replayed = 0        # parts of the second phase that have begun from those states
@@ -83,21 +89,26 @@ class Displacement:
 
     def record(self, params:list):
         "Copy the parameters. From here on `undo` brings them back."
-        old, new = self.copies, {}
-        for p in params:
-            kept = old.get(p)
-            new[p] = kept if kept is not None and alike(kept, p) else torch.empty_like(p.detach())
-        if len(new) > len(old) or any(new[p] is not old.get(p) for p in params): refuse_fsdp1(params)
-        if new: torch._foreach_copy_(shards(list(new.values())), shards(params))
-        self.copies = new
+        copies = self.copies
+        if not self.fits(params):
+            refuse_fsdp1(params)
+            held = {id(p): copy for p, copy in zip(self.params, copies)}
+            copies = [held[id(p)] if id(p) in held and alike(held[id(p)], p) else torch.empty_like(p.detach()) for p in params]
+        if copies: torch._foreach_copy_(shards(copies), shards(params))
         self.versions = []
         self.ready = False
+        self.params = params
+        self.copies = copies
         self.active = True
+
+    def fits(self, params:list) -> bool:
+        "Are the copies of the last step those that this one needs?"
+        return len(params) == len(self.params) == len(self.copies) and all(map(is_, params, self.params)) and all(map(alike, self.copies, params))
 
     def undo(self, unless_written:bool=False):
         "Bring the parameters back; with `unless_written`, those alone that nobody has written to since they moved"
         if not self.active: return
-        params, copies = list(self.copies), list(self.copies.values())
+        params, copies = self.params, self.copies
         if unless_written and self.versions:
             still = [p._version == v for p, v in zip(params, self.versions)]
             params, copies = ([t for t, s in zip(ts, still) if s] for ts in (params, copies))
@@ -107,6 +118,10 @@ class Displacement:
         self.active = False
         self.random = []
         self.replayed = 0
+
+    def release(self):
+        "Let go of the copies"
+        self.params, self.copies = [], []
 
     def use(self, gradient:Tensor|None):
         "Remember a gradient, so that a new one can be told from it"
@@ -122,13 +137,13 @@ class Displacement:
         if self.replayed != len(self.random):
             raise ValueError(f"same_randomness() was entered {len(self.random)} times in the first phase and "
                              f"{self.replayed} times in the second; enter it as often in both")
-        for p in held if self.copies else []:
+        for p in held if self.params else []:
             if self.writes(p.grad) in (0, 1) and norm([p.grad]):
                 raise RuntimeError("the gradients at x were not cleared before those at x + rho u were computed: "
                                    "write first_step(zero_grad=True)")
 
     def __getstate__(self) -> dict:
-        kept = dict(active=True, copies=self.copies) if self.active else {}
+        kept = dict(active=True, params=self.params, copies=self.copies) if self.active else {}
         return vars(Displacement()) | kept
 
 # %% ../nbs/08_optim.ipynb #1c6a241c
@@ -140,7 +155,7 @@ def refuse_fsdp1(params:list):
         raise RuntimeError("parameters of FullyShardedDataParallel (FSDP1) are not supported: the norm would be that of one "
                            "process's part. Shard with torch.distributed.fsdp.fully_shard (FSDP2)")
 
-# %% ../nbs/08_optim.ipynb #76d3da4b
+# %% ../nbs/08_optim.ipynb #6ca68d87
 LOW_PRECISION = {torch.float16, torch.bfloat16}
 
 def add_scaled(params:list, directions:list, alpha:float):
@@ -158,14 +173,15 @@ def scaled_by(params:list, tensors:list) -> list:
 def gradient_of(p) -> Tensor:
     "The gradient, sharded as its parameter is. Raises TypeError if it is sparse."
     g = p.grad
+    if type(g) is Tensor and g.layout is torch.strided: return g
     if g.layout != torch.strided: raise TypeError("gradients must be dense, got a sparse one")
     return g.redistribute(p.device_mesh, p.placements) if is_sharded(g) and g.placements != p.placements else g
 
-# %% ../nbs/08_optim.ipynb #2c791237
+# %% ../nbs/08_optim.ipynb #d0030da6
 def states(devices:set) -> list:
-    "The states of the generators of the CPU and of other devices, each with the module that sets it"
+    "The states of the generators of the CPU and of these devices, each with the module that sets it"
     found = [(torch, (), torch.get_rng_state())]
-    for device in devices - {torch.device("cpu")}:
+    for device in devices:
         module = getattr(torch, device.type, None)
         if not hasattr(module, "get_rng_state"): continue
         args = () if device.type == "mps" else (device,)
@@ -196,13 +212,14 @@ class SameRandomness:
             return
         put_back(self.end)
 
-# %% ../nbs/08_optim.ipynb #9be27c37
+# %% ../nbs/08_optim.ipynb #7fe96b6c
 OPTIONS = "rho", "adaptive", "perturb"
 KEPT = "initial_rho", "sam_steps"  # what LambdaRho and `interval` add to a group
 
 def checked_radius(rho) -> float:
     "`rho` if it is a non-negative finite number; else a ValueError or TypeError"
-    if isinstance(rho, bool) or not isinstance(rho, Real): raise TypeError(f"rho must be a number, got {type(rho).__name__}")
+    if type(rho) is not float and (isinstance(rho, bool) or not isinstance(rho, Real)):
+        raise TypeError(f"rho must be a number, got {type(rho).__name__}")
     if 0 <= rho < math.inf: return float(rho)
     raise ValueError(f"rho must be non-negative and finite, got {rho}")
 
@@ -221,12 +238,12 @@ def checked_options(rho, adaptive, perturb) -> dict:
     "The options of a group that are ours"
     return dict(rho=checked_radius(rho), adaptive=checked_flag("adaptive", adaptive), perturb=checked_flag("perturb", perturb))
 
-# %% ../nbs/08_optim.ipynb #4f92954f
+# %% ../nbs/08_optim.ipynb #36d71441
 def of_base(name:str) -> property:
     "An attribute that is the base optimizer's, from the time that there is one"
     def get(self):
-        base = getattr(self, "base_optimizer", None)
-        return vars(self)[name] if base is None else getattr(base, name)
+        try: return getattr(self.base_optimizer, name)
+        except AttributeError: return vars(self)[name]  # there is no base yet
     def put(self, value):
         base = getattr(self, "base_optimizer", None)
         if base is None: vars(self)[name] = value
@@ -243,7 +260,7 @@ def made_base(base_optimizer:Callable, groups:list, kwargs:dict) -> Optimizer:
         raise TypeError(f"base_optimizer must step without a closure, got {type(base).__name__}")
     return base
 
-# %% ../nbs/08_optim.ipynb #9d345310
+# %% ../nbs/08_optim.ipynb #480c296e
 class SharedGroups(Optimizer):
     "An optimizer whose groups and state are those of its `base_optimizer`, with options of its own in them"
     param_groups, state = of_base("param_groups"), of_base("state")
@@ -266,8 +283,11 @@ class SharedGroups(Optimizer):
     @property
     def displacement(self) -> Displacement:
         "What has moved: shared by all that share the base optimizer"
-        held = vars(self.base_optimizer)
-        return held["displacement"] if "displacement" in held else held.setdefault("displacement", Displacement())
+        base = self.base_optimizer
+        try: return base.displacement
+        except AttributeError:
+            base.displacement = Displacement()
+            return base.displacement
 
     def add_param_group(self, param_group:dict):
         "Add a group, with its options and those of the base optimizer. Raises ValueError or TypeError on bad ones."
@@ -291,7 +311,7 @@ class SharedGroups(Optimizer):
     def release(self):
         "Free the memory of the copies. Raises ValueError between the two phases, where they are needed."
         if self.displacement.active: raise ValueError("the copies are needed until second_step or restore")
-        self.displacement.copies = {}
+        self.displacement.release()
 
     def __getstate__(self) -> dict:
         own = {name: value for name, value in vars(self).items() if name[0] != "_" and name not in ("step", "state")}
@@ -311,7 +331,7 @@ def uncompiled(method):
         return method(self, *args, **kwargs)
     return run
 
-# %% ../nbs/08_optim.ipynb #4f20c313
+# %% ../nbs/08_optim.ipynb #10c6bc20
 class TwoPhases(SharedGroups):
     "The two phases of a step, in an optimizer that defines `scale` and `step`"
     @property
@@ -356,8 +376,9 @@ class TwoPhases(SharedGroups):
 
     def same_randomness(self):
         "A context for the forward passes of each phase: the second one sees the random numbers of the first"
-        return SameRandomness(self.displacement, {p.device for group in self.param_groups for p in group["params"]})
+        return SameRandomness(self.displacement, self._devices())
 
+    def _devices(self) -> set: return {p.device for group in self.param_groups for p in group["params"] if not p.is_cpu}
     def _with_gradient(self) -> list: return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
     def _first_gradient(self): return next((p.grad for group in self.param_groups for p in group["params"] if p.grad is not None), None)
     def _clear(self):
@@ -368,21 +389,22 @@ class TwoPhases(SharedGroups):
 
     @torch.no_grad()
     def _perturb(self):
-        moves, terms = [], []
+        moves, moved, terms = [], [], []
+        rho, adaptive, perturb = self.keys.values()
         for group in self.param_groups:
-            rho, adaptive, perturb = (group[self.keys[name]] for name in OPTIONS)
-            params = [p for p in group["params"] if p.grad is not None] if perturb else []
+            params = [p for p in group["params"] if p.grad is not None] if group[perturb] else []
             if not params: continue
-            radius = -checked_radius(rho) if group.get("maximize") else checked_radius(rho)
+            radius = -checked_radius(group[rho]) if group.get("maximize") else checked_radius(group[rho])
             grads = [gradient_of(p) for p in params]
-            if adaptive: grads = scaled_by(params, grads)
-            moves.append((radius, adaptive, params, grads))
+            if group[adaptive]: grads = scaled_by(params, grads)
+            moves.append((radius, group[adaptive], params, grads))
+            moved += params
             terms += grads
         c = self.scale(terms)
-        record, moved = self.displacement, [p for _, _, params, _ in moves for p in params]
+        record = self.displacement
         record.record(moved)
-        for radius, adaptive, params, grads in moves:
-            if radius * c: add_scaled(params, scaled_by(params, grads) if adaptive else grads, radius * c)
+        for radius, adapts, params, grads in moves:
+            if radius * c: add_scaled(params, scaled_by(params, grads) if adapts else grads, radius * c)
         record.versions = [p._version for p in moved]
         torch.clear_autocast_cache()
 
@@ -461,7 +483,7 @@ def checked_micro_batches(closures, perturbation, weights) -> tuple[list, list]:
         raise ValueError(f"weights must be positive, one for each of {len(closures)} micro-batches, got {weights}")
     return closures, [w / sum(weights) for w in weights]
 
-# %% ../nbs/08_optim.ipynb #f8c7e61d
+# %% ../nbs/08_optim.ipynb #e1320c0d
 class Perturbed(TwoPhases):
     "An optimizer that steps with the gradient at x + ρ u. A subclass gives `scale`. Raises ValueError or TypeError on bad input."
     def __init__(self, params, # parameters, or groups of them; a group may have its own rho, adaptive and perturb
@@ -490,35 +512,37 @@ class Perturbed(TwoPhases):
             ): # the loss at x
         """One step. With a closure both phases; without one, after `first_step`, the second phase.
         Raises ValueError if there is neither, RuntimeError in a framework that hands over a part of the batch."""
-        call = (self, closure), dict(closures=closures, perturbation=perturbation, weights=weights, first=first, second=second)
-        for hook in self._optimizer_step_pre_hooks.values(): call = hook(self, *call) or call
-        loss = self._gradient(*call[0][1:], **call[1])
-        self.base_optimizer.step()
+        args, kwargs = (self, closure), dict(closures=closures, perturbation=perturbation, weights=weights, first=first, second=second)
+        for hook in self._optimizer_step_pre_hooks.values(): args, kwargs = hook(self, args, kwargs) or (args, kwargs)
+        loss = self._gradient(*args[1:], **kwargs)
+        base = self.base_optimizer
+        base.step()
         self.displacement.use(self._first_gradient())
         if self.interval > 1:
-            for group in self.param_groups: group["sam_steps"] = group.get("sam_steps", 0) + 1
-        for hook in self._optimizer_step_post_hooks.values(): hook(self, *call)
+            for group in base.param_groups: group["sam_steps"] = group.get("sam_steps", 0) + 1
+        for hook in self._optimizer_step_post_hooks.values(): hook(self, args, kwargs)
         return loss
     step.hooked = True
 
     def _gradient(self, closure, closures, perturbation, weights, first, second):
         "The loss at x. Leaves the parameters at x, with the gradient at x + ρ u."
-        if self.displacement.active and closures is None: return self._then_restore(self._second_pass, closure, second)
+        record = self.displacement
         if closures is not None:
-            if closure is not None or self.displacement.active: raise ValueError("step takes a closure, or closures, or the second phase: got two of them")
+            if closure is not None or record.active: raise ValueError("step takes a closure, or closures, or the second phase: got two of them")
             return self._micro_batches(closures, perturbation, weights, first, second)
-        held, ready = self._with_gradient(), self.displacement.ready
-        self.displacement.ready = False
+        if record.active: return self._then_restore(self._second_pass, closure, second)
+        held, ready = self._with_gradient(), record.ready
+        record.ready = False
         if closure is None:
             if ready: return None
             if held and norm([p.grad for p in held]) == 0: return None  # both gradients are zero: the step is the base's
             raise ValueError("step needs a closure, or first_step before it; for frameworks that call step() themselves "
                              "see the page 'SAM in your framework'")
         refuse_shortened_closure()
-        at_x = closure
-        if held and self.displacement.writes(held[0].grad) != 0: at_x = partial(call_beside, closure, held)
-        else: self._clear()
-        return self._then_restore(self._both_passes, at_x, closure, first, second)
+        if held and record.writes(held[0].grad) != 0:
+            return self._then_restore(self._both_passes, partial(call_beside, closure, held), closure, first, second)
+        for p in held: p.grad = None
+        return self._then_restore(self._both_passes, closure, closure, first, second)
 
     def _then_restore(self, run, *args):
         "What `run` returns; the parameters are back at x then, wherever it was interrupted"
@@ -530,16 +554,17 @@ class Perturbed(TwoPhases):
             raise
 
     def _both_passes(self, at_x, at_u, first, second):
-        self.displacement.random = []
-        self.displacement.replayed = 0
-        with torch.enable_grad(), self._same(), first: loss = at_x()
-        if self.perturbs:
-            self._perturb()
-            self._clear()
-            with torch.enable_grad(), self._same(), second: at_u()
+        random = self.preserve_rng_state and self.perturbs
+        if random: start = states(devices := self._devices())
+        with torch.enable_grad(), first: loss = at_x()
+        if not self.perturbs: return loss
+        if random: end = states(devices)
+        self._perturb()
+        self._clear()
+        if random: put_back(start)
+        with torch.enable_grad(), second: at_u()
+        if random: put_back(end)
         return loss
-
-    def _same(self): return self.same_randomness() if self.preserve_rng_state else nullcontext()
 
     def _second_pass(self, closure, second):
         loss = None
@@ -648,14 +673,13 @@ def checked_data(X, y, chunk) -> Iterable:
     if not len(X) or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
     return list(zip(X.split(chunk), y.split(chunk)))
 
-# %% ../nbs/08_optim.ipynb #b8e39f5a
+# %% ../nbs/08_optim.ipynb #fb9f5693
 class FullGradientNorm:
     "What `full_gradient_norm` returns. A copy of it belongs to the copied network."
     def __init__(self, module, loss, parts): self.module, self.loss, self.parts = module, loss, parts
 
     def __call__(self) -> float:
-        devices = {p.device for p in self.module.parameters()}
-        before = states(devices)
+        before = states({p.device for p in self.module.parameters() if not p.is_cpu})
         sampler = getattr(self.parts, "generator", None)  # of a DataLoader that shuffles
         drawn = None if sampler is None else sampler.get_state()
         def again():

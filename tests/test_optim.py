@@ -253,7 +253,7 @@ def test_memory_of_copies_is_released():
     net = make()
     optimizer = SAM(net.parameters(), SGD, lr=.1)
     optimizer.step(closure_of(net, optimizer))
-    held = [weakref.ref(c) for c in optimizer.displacement.copies.values()]
+    held = [weakref.ref(c) for c in optimizer.displacement.copies]
     assert len(held) == 4
     optimizer.param_groups[0]["params"] = list(net[2].parameters())  # the first layer leaves
     optimizer.zero_grad()
