@@ -146,8 +146,10 @@ class Displacement:
         kept = dict(active=True, params=self.params, copies=self.copies) if self.active else {}
         return vars(Displacement()) | kept
 
-# %% ../nbs/08_optim.ipynb #1c6a241c
-def alike(copy, p) -> bool: return copy.dtype is p.dtype and copy.shape == p.shape and copy.device == p.device
+# %% ../nbs/08_optim.ipynb #922bf8be
+def alike(copy, p) -> bool:
+    "Can the copy hold the parameter?"
+    return copy.dtype is p.dtype and copy.is_same_size(p) and copy.device == p.device
 
 def refuse_fsdp1(params:list):
     "A RuntimeError for parameters of FSDP1, whose norm each process would take of its own part"
@@ -155,7 +157,7 @@ def refuse_fsdp1(params:list):
         raise RuntimeError("parameters of FullyShardedDataParallel (FSDP1) are not supported: the norm would be that of one "
                            "process's part. Shard with torch.distributed.fsdp.fully_shard (FSDP2)")
 
-# %% ../nbs/08_optim.ipynb #6ca68d87
+# %% ../nbs/08_optim.ipynb #a19a2101
 LOW_PRECISION = {torch.float16, torch.bfloat16}
 
 def add_scaled(params:list, directions:list, alpha:float):
@@ -170,9 +172,8 @@ def scaled_by(params:list, tensors:list) -> list:
     if PLAIN.issuperset(map(type, params)): return torch._foreach_mul(torch._foreach_abs(params), tensors)
     return [p.abs() * t for p, t in zip(params, tensors)]
 
-def gradient_of(p) -> Tensor:
-    "The gradient, sharded as its parameter is. Raises TypeError if it is sparse."
-    g = p.grad
+def dense(g, p) -> Tensor:
+    "The gradient g, sharded as its parameter p is. Raises TypeError if it is sparse."
     if type(g) is Tensor and g.layout is torch.strided: return g
     if g.layout != torch.strided: raise TypeError("gradients must be dense, got a sparse one")
     return g.redistribute(p.device_mesh, p.placements) if is_sharded(g) and g.placements != p.placements else g
@@ -331,7 +332,7 @@ def uncompiled(method):
         return method(self, *args, **kwargs)
     return run
 
-# %% ../nbs/08_optim.ipynb #10c6bc20
+# %% ../nbs/08_optim.ipynb #f6fd25a9
 class TwoPhases(SharedGroups):
     "The two phases of a step, in an optimizer that defines `scale` and `step`"
     @property
@@ -382,7 +383,8 @@ class TwoPhases(SharedGroups):
     def _with_gradient(self) -> list: return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
     def _first_gradient(self): return next((p.grad for group in self.param_groups for p in group["params"] if p.grad is not None), None)
     def _clear(self):
-        for p in self._with_gradient(): p.grad = None
+        for group in self.param_groups:
+            for p in group["params"]: p.grad = None
     @torch.no_grad()
     def _divide(self, scale):
         for p in self._with_gradient(): p.grad.div_(scale)
@@ -392,10 +394,11 @@ class TwoPhases(SharedGroups):
         moves, moved, terms = [], [], []
         rho, adaptive, perturb = self.keys.values()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None] if group[perturb] else []
-            if not params: continue
+            pairs = [(p, g) for p in group["params"] if (g := p.grad) is not None] if group[perturb] else []
+            if not pairs: continue
+            params = [p for p, _ in pairs]
             radius = -checked_radius(group[rho]) if group.get("maximize") else checked_radius(group[rho])
-            grads = [gradient_of(p) for p in params]
+            grads = [dense(g, p) for p, g in pairs]
             if group[adaptive]: grads = scaled_by(params, grads)
             moves.append((radius, group[adaptive], params, grads))
             moved += params
@@ -483,7 +486,7 @@ def checked_micro_batches(closures, perturbation, weights) -> tuple[list, list]:
         raise ValueError(f"weights must be positive, one for each of {len(closures)} micro-batches, got {weights}")
     return closures, [w / sum(weights) for w in weights]
 
-# %% ../nbs/08_optim.ipynb #e1320c0d
+# %% ../nbs/08_optim.ipynb #1557b70b
 class Perturbed(TwoPhases):
     "An optimizer that steps with the gradient at x + ρ u. A subclass gives `scale`. Raises ValueError or TypeError on bad input."
     def __init__(self, params, # parameters, or groups of them; a group may have its own rho, adaptive and perturb
@@ -512,7 +515,8 @@ class Perturbed(TwoPhases):
             ): # the loss at x
         """One step. With a closure both phases; without one, after `first_step`, the second phase.
         Raises ValueError if there is neither, RuntimeError in a framework that hands over a part of the batch."""
-        args, kwargs = (self, closure), dict(closures=closures, perturbation=perturbation, weights=weights, first=first, second=second)
+        args = self, closure
+        kwargs = dict(closures=closures, perturbation=perturbation, weights=weights, first=first, second=second)
         for hook in self._optimizer_step_pre_hooks.values(): args, kwargs = hook(self, args, kwargs) or (args, kwargs)
         loss = self._gradient(*args[1:], **kwargs)
         base = self.base_optimizer
