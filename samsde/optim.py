@@ -51,8 +51,9 @@ def norm_in(tensors:list, dtype) -> float:
     for t in tensors: meshes.setdefault(t.device_mesh if is_sharded(t) else None, []).append(t)
     return math.hypot(*(norm_on_mesh(part, dtype) for part in meshes.values()))
 
-# %% ../nbs/08_optim.ipynb #51f6965c
-TRUSTED = {torch.float32: (1e-12, 1e18), torch.float64: (1e-140, 1e150)}  # norms whose squares were in range
+# %% ../nbs/08_optim.ipynb #76e7c0eb
+# norms whose squares were in range
+TRUSTED = {torch.float32: (1e-12, 1e18), torch.float64: (1e-140, 1e150)}
 
 def norm(tensors:list) -> float:
     "The norm of all tensors together, in the widest of their dtypes"
@@ -67,14 +68,14 @@ def norm(tensors:list) -> float:
     return n if low < n < high else norm_in_other_units(tensors)
 
 def norm_in_other_units(tensors:list) -> float:
-    "The same, of entries whose squares are out of range: in double precision, in units of 1, 1e200 and 1e-200"
+    "The same, of entries whose squares are out of range: in double precision, and in other units"
     low, high = TRUSTED[torch.float64]
     for unit in (1.0, 1e200, 1e-200):
         n = norm_in([t.double() / unit for t in tensors], torch.float64)
         if low < n < high: break
     return n * unit
 
-# %% ../nbs/08_optim.ipynb #bbeb0f8e
+# %% ../nbs/08_optim.ipynb #e80c52ab
 class Displacement:
     "What one step has moved, and how to bring it back"
     def __init__(self):
@@ -83,7 +84,7 @@ class Displacement:
         self.params = []         # what has moved, or is about to
         self.copies = []         # what they were
         self.versions = []       # of the parameters, after they moved
-        self.random = []         # states of the generators at the start and end of each part of the first phase
+        self.random = []         # generators' states, before and after each part of the first phase
         self.replayed = 0        # parts of the second phase that have begun from those states
         self.gradient = None     # a gradient that the step has used, and its version
 
@@ -93,7 +94,9 @@ class Displacement:
         if not self.fits(params):
             refuse_fsdp1(params)
             held = {id(p): copy for p, copy in zip(self.params, copies)}
-            copies = [held[id(p)] if id(p) in held and alike(held[id(p)], p) else torch.empty_like(p.detach()) for p in params]
+            kept = [held.get(id(p)) for p in params]
+            copies = [torch.empty_like(p.detach()) if copy is None or not alike(copy, p) else copy
+                      for copy, p in zip(kept, params)]
         if copies: torch._foreach_copy_(shards(copies), shards(params))
         self.versions = []
         self.ready = False
@@ -103,10 +106,11 @@ class Displacement:
 
     def fits(self, params:list) -> bool:
         "Are the copies of the last step those that this one needs?"
-        return len(params) == len(self.params) == len(self.copies) and all(map(is_, params, self.params)) and all(map(alike, self.copies, params))
+        if not len(params) == len(self.params) == len(self.copies): return False
+        return all(map(is_, params, self.params)) and all(map(alike, self.copies, params))
 
     def undo(self, unless_written:bool=False):
-        "Bring the parameters back; with `unless_written`, those alone that nobody has written to since they moved"
+        "Bring the parameters back; with `unless_written`, only those that were not written to since"
         if not self.active: return
         params, copies = self.params, self.copies
         if unless_written and self.versions:
@@ -133,20 +137,20 @@ class Displacement:
         return gradient._version - self.gradient[1]
 
     def refuse_first_gradient(self, held:list):
-        "An error if the second phase used other random numbers, or gradients that contain the first ones"
+        "An error if the second phase drew other numbers, or its gradients contain the first ones"
         if self.replayed != len(self.random):
-            raise ValueError(f"same_randomness() was entered {len(self.random)} times in the first phase and "
-                             f"{self.replayed} times in the second; enter it as often in both")
+            raise ValueError(f"same_randomness() was entered {len(self.random)} times in the first phase,"
+                             f" {self.replayed} times in the second; enter it as often in both")
         for p in held if self.params else []:
             if self.writes(p.grad) in (0, 1) and norm([p.grad]):
-                raise RuntimeError("the gradients at x were not cleared before those at x + rho u were computed: "
-                                   "write first_step(zero_grad=True)")
+                raise RuntimeError("the gradients at x were not cleared before those at x + rho u "
+                                   "were computed: write first_step(zero_grad=True)")
 
     def __getstate__(self) -> dict:
         kept = dict(active=True, params=self.params, copies=self.copies) if self.active else {}
         return vars(Displacement()) | kept
 
-# %% ../nbs/08_optim.ipynb #922bf8be
+# %% ../nbs/08_optim.ipynb #f6b50a3a
 def alike(copy, p) -> bool:
     "Can the copy hold the parameter?"
     return copy.dtype is p.dtype and copy.is_same_size(p) and copy.device == p.device
@@ -154,10 +158,11 @@ def alike(copy, p) -> bool:
 def refuse_fsdp1(params:list):
     "A RuntimeError for parameters of FSDP1, whose norm each process would take of its own part"
     if any(getattr(p, "_fsdp_flattened", False) for p in params):
-        raise RuntimeError("parameters of FullyShardedDataParallel (FSDP1) are not supported: the norm would be that of one "
-                           "process's part. Shard with torch.distributed.fsdp.fully_shard (FSDP2)")
+        raise RuntimeError(
+            "parameters of FullyShardedDataParallel (FSDP1) are not supported: the norm would be "
+            "that of one process's part. Shard with torch.distributed.fsdp.fully_shard (FSDP2)")
 
-# %% ../nbs/08_optim.ipynb #a19a2101
+# %% ../nbs/08_optim.ipynb #5761af4a
 LOW_PRECISION = {torch.float16, torch.bfloat16}
 
 def add_scaled(params:list, directions:list, alpha:float):
@@ -165,22 +170,25 @@ def add_scaled(params:list, directions:list, alpha:float):
     params, directions = shards(params), shards(directions)
     if 1e-30 < abs(alpha) < 1e30 and not LOW_PRECISION & {p.dtype for p in params}:
         return torch._foreach_add_(params, directions, alpha=alpha)
-    for p, d in zip(params, directions): p.add_(d.to(torch.promote_types(d.dtype, torch.float64)) * alpha)
+    for p, d in zip(params, directions):
+        p.add_(d.to(torch.promote_types(d.dtype, torch.float64)) * alpha)
 
 def scaled_by(params:list, tensors:list) -> list:
     "|w| times each tensor"
-    if PLAIN.issuperset(map(type, params)): return torch._foreach_mul(torch._foreach_abs(params), tensors)
+    if PLAIN.issuperset(map(type, params)):
+        return torch._foreach_mul(torch._foreach_abs(params), tensors)
     return [p.abs() * t for p, t in zip(params, tensors)]
 
 def dense(g, p) -> Tensor:
     "The gradient g, sharded as its parameter p is. Raises TypeError if it is sparse."
     if type(g) is Tensor and g.layout is torch.strided: return g
     if g.layout != torch.strided: raise TypeError("gradients must be dense, got a sparse one")
-    return g.redistribute(p.device_mesh, p.placements) if is_sharded(g) and g.placements != p.placements else g
+    if not is_sharded(g) or g.placements == p.placements: return g
+    return g.redistribute(p.device_mesh, p.placements)
 
-# %% ../nbs/08_optim.ipynb #d0030da6
+# %% ../nbs/08_optim.ipynb #ad222e26
 def states(devices:set) -> list:
-    "The states of the generators of the CPU and of these devices, each with the module that sets it"
+    "The states of the generators of the CPU and of these devices, with the modules that set them"
     found = [(torch, (), torch.get_rng_state())]
     for device in devices:
         module = getattr(torch, device.type, None)
@@ -194,16 +202,17 @@ def put_back(found:list):
     for module, args, state in found: module.set_rng_state(state, *args)
 
 class SameRandomness:
-    "A context, entered once in each phase: what is drawn in the first one is drawn again in the second"
-    def __init__(self, record:Displacement, devices:set): self.record, self.devices = record, devices
+    "A context, entered once in each phase: the second one draws what the first one drew"
+    def __init__(self, record:Displacement, devices:set):
+        self.record, self.devices = record, devices
     def __enter__(self):
         self.again = self.record.active
         if not self.again:
             self.start = states(self.devices)
             return
         if self.record.replayed == len(self.record.random):
-            raise ValueError(f"the second phase must draw the same randomness as the first one, but that entered "
-                             f"same_randomness() {len(self.record.random)} times; enter it as often in both")
+            raise ValueError("same_randomness() was entered more often in the second phase than in the "
+                             "first; enter it as often in both")
         start, self.end = self.record.random[self.record.replayed]
         self.record.replayed += 1
         put_back(start)
@@ -213,7 +222,7 @@ class SameRandomness:
             return
         put_back(self.end)
 
-# %% ../nbs/08_optim.ipynb #7fe96b6c
+# %% ../nbs/08_optim.ipynb #9e5fdb2f
 OPTIONS = "rho", "adaptive", "perturb"
 KEPT = "initial_rho", "sam_steps"  # what LambdaRho and `interval` add to a group
 
@@ -231,15 +240,17 @@ def checked_flag(name, value) -> bool:
 
 def checked_count(name, value) -> int:
     "`value` if it is a whole number of at least 1; else a ValueError or TypeError"
-    if isinstance(value, bool) or not isinstance(value, int): raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
     if value >= 1: return value
     raise ValueError(f"{name} must be at least 1, got {value}")
 
 def checked_options(rho, adaptive, perturb) -> dict:
     "The options of a group that are ours"
-    return dict(rho=checked_radius(rho), adaptive=checked_flag("adaptive", adaptive), perturb=checked_flag("perturb", perturb))
+    adaptive, perturb = checked_flag("adaptive", adaptive), checked_flag("perturb", perturb)
+    return dict(rho=checked_radius(rho), adaptive=adaptive, perturb=perturb)
 
-# %% ../nbs/08_optim.ipynb #36d71441
+# %% ../nbs/08_optim.ipynb #acb21716
 def of_base(name:str) -> property:
     "An attribute that is the base optimizer's, from the time that there is one"
     def get(self):
@@ -252,22 +263,25 @@ def of_base(name:str) -> property:
     return property(get, put)
 
 def made_base(base_optimizer:Callable, groups:list, kwargs:dict) -> Optimizer:
-    "The optimizer that takes the step. Raises TypeError if it is none, or one that needs a closure."
+    "The optimizer that takes the step. Raises TypeError if it is none, or needs a closure."
     base = base_optimizer(groups, **kwargs)
     if not isinstance(base, Optimizer) or isinstance(base, SharedGroups):
-        raise TypeError(f"base_optimizer must make an optimizer of torch's, such as SGD, got {type(base).__name__}")
+        raise TypeError("base_optimizer must make an optimizer of torch's, such as SGD, "
+                        f"got {type(base).__name__}")
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(f"base_optimizer must step without a closure, got {type(base).__name__}")
     return base
 
-# %% ../nbs/08_optim.ipynb #480c296e
+# %% ../nbs/08_optim.ipynb #c6f29998
 class SharedGroups(Optimizer):
-    "An optimizer whose groups and state are those of its `base_optimizer`, with options of its own in them"
+    "An optimizer whose groups and state are its `base_optimizer`'s, with options of its own"
     param_groups, state = of_base("param_groups"), of_base("state")
 
     def __init__(self, params, base_optimizer, options:dict, base_kwargs:dict):
-        if not callable(base_optimizer): raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {base_optimizer!r}")
+        if not callable(base_optimizer):
+            raise TypeError("base_optimizer must be a class such as torch.optim.SGD, "
+                            f"got {base_optimizer!r}")
         super().__init__(params, checked_options(**options))
         groups = vars(self).pop("param_groups")
         refuse_fsdp1([p for group in groups for p in group["params"]])
@@ -275,11 +289,13 @@ class SharedGroups(Optimizer):
         base = made_base(base_optimizer, groups, base_kwargs)
         self.keys = {name: f"sam_{name}" if name in base.defaults else name for name in OPTIONS}
         self.own_defaults = self.defaults
-        self.defaults = {**base.defaults, **{self.keys[name]: self.own_defaults[name] for name in OPTIONS}}
+        self.defaults = dict(base.defaults)
+        self._set_options(self.defaults, self.own_defaults)
         for group, options in zip(base.param_groups, own): self._set_options(group, options)
         self.base_optimizer = base
 
-    def _set_options(self, group:dict, options:dict): group.update({self.keys[name]: options[name] for name in OPTIONS})
+    def _set_options(self, group:dict, options:dict):
+        group.update({self.keys[name]: options[name] for name in OPTIONS})
 
     @property
     def displacement(self) -> Displacement:
@@ -291,48 +307,53 @@ class SharedGroups(Optimizer):
             return base.displacement
 
     def add_param_group(self, param_group:dict):
-        "Add a group, with its options and those of the base optimizer. Raises ValueError or TypeError on bad ones."
+        "Add a group, with our options and the base's. Raises ValueError or TypeError on bad ones."
         if not hasattr(self, "base_optimizer"): return super().add_param_group(param_group)
-        options = checked_options(**{name: param_group.pop(name, self.own_defaults[name]) for name in OPTIONS})
+        options = {name: param_group.pop(name, self.own_defaults[name]) for name in OPTIONS}
+        options = checked_options(**options)
         self.base_optimizer.add_param_group(param_group)
         self._set_options(self.param_groups[-1], options)
 
     def load_state_dict(self, state_dict:dict):
-        """Load a state of this optimizer, or of its base alone: the groups then keep the options that are ours.
+        """Load a state of this optimizer, or of its base alone: then the groups keep our options.
         What is still displaced comes back first, and the copies are released."""
         self.displacement.undo(unless_written=True)
         self.release()
         names = [*self.keys.values(), *KEPT]
-        own = [{name: group[name] for name in names if name in group} for group in self.param_groups]
+        own = [{name: g[name] for name in names if name in g} for g in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
         for group, options in zip(self.param_groups, own):
             group.update(options | group)
             checked_options(*(group[self.keys[name]] for name in OPTIONS))
 
     def release(self):
-        "Free the memory of the copies. Raises ValueError between the two phases, where they are needed."
-        if self.displacement.active: raise ValueError("the copies are needed until second_step or restore")
+        "Free the memory of the copies. Raises ValueError between the phases, which need them."
+        if self.displacement.active:
+            raise ValueError("the copies are needed until second_step or restore")
         self.displacement.release()
 
     def __getstate__(self) -> dict:
-        own = {name: value for name, value in vars(self).items() if name[0] != "_" and name not in ("step", "state")}
+        own = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        for patched in ("step", "state"): own.pop(patched, None)
         return own | dict(displacement=self.displacement)
 
     def __setstate__(self, state:dict):
-        record = state["displacement"]
-        super().__setstate__({name: value for name, value in state.items() if name != "displacement"})
+        state = dict(state)
+        record = state.pop("displacement")
+        super().__setstate__(state)
         self.base_optimizer.displacement = record
 
-# %% ../nbs/08_optim.ipynb #4d134319
+# %% ../nbs/08_optim.ipynb #bdc41777
 def uncompiled(method):
     "A method that torch.compile leaves as it is"
     @wraps(method)
     def run(self, *args, **kwargs):
-        if torch.compiler.is_compiling(): return torch._dynamo.disable(method)(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return torch._dynamo.disable(method)(self, *args, **kwargs)
         return method(self, *args, **kwargs)
     return run
 
-# %% ../nbs/08_optim.ipynb #f6fd25a9
+# %% ../nbs/08_optim.ipynb #7e642096
 class TwoPhases(SharedGroups):
     "The two phases of a step, in an optimizer that defines `scale` and `step`"
     @property
@@ -344,11 +365,14 @@ class TwoPhases(SharedGroups):
 
     @uncompiled
     def first_step(self, zero_grad:bool=False, *, grad_scale:float=1.0):
-        """Move to x + ρ u, by the gradients that the parameters hold, divided by `grad_scale` (that of a GradScaler, say).
-        Raises ValueError if they have moved already."""
+        """Move to x + ρ u, by the gradients that the parameters hold, divided by `grad_scale`
+        (that of a GradScaler, say). Raises ValueError if they have moved already."""
         record = self.displacement
-        if record.active: raise ValueError("first_step was called twice: second_step or restore has to come between")
+        if record.active:
+            raise ValueError("first_step was called twice: "
+                             "second_step or restore has to come between")
         if grad_scale != 1: self._divide(grad_scale)
+        grad_mode = torch.is_grad_enabled()
         try:
             if self.perturbs: self._perturb()
             else: record.record([])
@@ -356,6 +380,7 @@ class TwoPhases(SharedGroups):
             record.use(self._first_gradient())
         except BaseException:
             self.restore()
+            torch.set_grad_enabled(grad_mode)
             raise
 
     @uncompiled
@@ -366,22 +391,28 @@ class TwoPhases(SharedGroups):
 
     @uncompiled
     def restore(self, ready:bool=False):
-        """Move back to x without a step; nothing if the parameters are there. With `ready`, the gradients that they hold are those at
-        x + ρ u, and the next step() without a closure takes them: for what clips, unscales, checks and steps on its own.
-        Raises ValueError if `ready` and they have not moved."""
-        if ready and not self.is_perturbed: raise ValueError("restore(ready=True) needs first_step before it")
+        """Move back to x without a step; nothing if the parameters are there. With `ready`, the
+        gradients that they hold are those at x + ρ u, and the next step() without a closure takes
+        them: for what clips, unscales, checks and steps on its own. Raises ValueError if `ready`
+        and they have not moved."""
+        if ready and not self.is_perturbed:
+            raise ValueError("restore(ready=True) needs first_step before it")
         try:
             if ready: self.displacement.refuse_first_gradient(self._with_gradient())
         finally: self.displacement.undo()
         self.displacement.ready = ready
 
     def same_randomness(self):
-        "A context for the forward passes of each phase: the second one sees the random numbers of the first"
+        "A context for the passes of each phase: the second one draws what the first one drew"
         return SameRandomness(self.displacement, self._devices())
 
-    def _devices(self) -> set: return {p.device for group in self.param_groups for p in group["params"] if not p.is_cpu}
-    def _with_gradient(self) -> list: return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-    def _first_gradient(self): return next((p.grad for group in self.param_groups for p in group["params"] if p.grad is not None), None)
+    def _devices(self) -> set:
+        return {p.device for group in self.param_groups for p in group["params"] if not p.is_cpu}
+    def _with_gradient(self) -> list:
+        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+    def _first_gradient(self):
+        params = (p for group in self.param_groups for p in group["params"])
+        return next((p.grad for p in params if p.grad is not None), None)
     def _clear(self):
         for group in self.param_groups:
             for p in group["params"]: p.grad = None
@@ -394,10 +425,12 @@ class TwoPhases(SharedGroups):
         moves, moved, terms = [], [], []
         rho, adaptive, perturb = self.keys.values()
         for group in self.param_groups:
-            pairs = [(p, g) for p in group["params"] if (g := p.grad) is not None] if group[perturb] else []
+            if not group[perturb]: continue
+            pairs = [(p, g) for p in group["params"] if (g := p.grad) is not None]
             if not pairs: continue
             params = [p for p, _ in pairs]
-            radius = -checked_radius(group[rho]) if group.get("maximize") else checked_radius(group[rho])
+            radius = checked_radius(group[rho])
+            if group.get("maximize"): radius = -radius  # SAM on minus the loss
             grads = [dense(g, p) for p, g in pairs]
             if group[adaptive]: grads = scaled_by(params, grads)
             moves.append((radius, group[adaptive], params, grads))
@@ -407,19 +440,21 @@ class TwoPhases(SharedGroups):
         record = self.displacement
         record.record(moved)
         for radius, adapts, params, grads in moves:
-            if radius * c: add_scaled(params, scaled_by(params, grads) if adapts else grads, radius * c)
+            if radius * c:
+                add_scaled(params, scaled_by(params, grads) if adapts else grads, radius * c)
         record.versions = [p._version for p in moved]
         torch.clear_autocast_cache()
 
-# %% ../nbs/08_optim.ipynb #73b6dd0f
+# %% ../nbs/08_optim.ipynb #85a31c80
 def call_beside(closure:Callable, held:list # the parameters that hold a gradient
                ): # what the closure returns
-    """Call a closure without the gradients that the parameters hold. Raises ValueError if it adds to them, instead of clearing
-    them, and what it adds is another gradient."""
+    """Call a closure without the gradients that the parameters hold. Raises ValueError if it adds
+    to them, instead of clearing them, and what it adds is another gradient."""
     before, seen, cleared = [p.grad for p in held], set(), set()
     zeros = {p: torch.zeros_like(p.grad) for p in held}
     def note(p):
-        if p not in seen and zeros[p]._version > 1: cleared.add(p)  # written to before this gradient came: set to zero
+        if p not in seen and zeros[p]._version > 1:
+            cleared.add(p)  # written to before this gradient came: set to zero
         seen.add(p)
     hooks = []
     try:
@@ -431,11 +466,13 @@ def call_beside(closure:Callable, held:list # the parameters that hold a gradien
         for hook in hooks: hook.remove()
     kept = [p.grad is zeros[p] for p in held]
     if all(same and not zeros[p]._version for p, same in zip(held, kept)):
-        raise ValueError("the parameters hold gradients, and the closure computes none: it has to call backward. To step with "
-                         "gradients that are there, use first_step and second_step")
+        raise ValueError(
+            "the parameters hold gradients, and the closure computes none: it has to call backward. "
+            "To step with gradients that are there, use first_step and second_step")
     for p, same in zip(held, kept):
         if same and not zeros[p]._version: p.grad = None  # no gradient came
-    pairs = [(b, p.grad) for p, b, same in zip(held, before, kept) if same and p not in cleared and p.grad is not None]
+    added = [same and p not in cleared and p.grad is not None for p, same in zip(held, kept)]
+    pairs = [(b, p.grad) for p, b, more in zip(held, before, added) if more]
     if pairs: refuse_another(*map(list, zip(*pairs)))
     return loss
 
@@ -443,24 +480,29 @@ def refuse_another(before:list, grads:list):
     "A ValueError if these are not the same gradient twice, to rounding"
     tolerance = max(1e-3, *(2 * torch.finfo(g.dtype).eps for g in grads))
     if norm([b - g for b, g in zip(before, grads)]) <= tolerance * norm(grads): return
-    raise ValueError("the parameters held gradients before the step, and the closure adds another one to them: a part of the batch "
-                     "would perturb, the rest descend. Call optimizer.zero_grad() in the closure, before backward; for several "
-                     "micro-batches use step(closures=[...])")
+    raise ValueError(
+        "the parameters held gradients before the step, and the closure adds another one to them: "
+        "a part of the batch would perturb, the rest descend. Call optimizer.zero_grad() in the "
+        "closure, before backward; for several micro-batches use step(closures=[...])")
 
-# %% ../nbs/08_optim.ipynb #d6969d9d
+# %% ../nbs/08_optim.ipynb #7b0381f0
 ADVICE = {
-    "Lightning": "Lightning's accumulate_grad_batches={} hands the optimizer the closure of the last micro-batch alone. "
-                 "Use manual optimization (self.automatic_optimization = False, and no accumulate_grad_batches), with this in training_step:\n"
-                 "    for part in parts: self.manual_backward(self.loss(part) / len(parts))\n"
-                 "    optimizer.first_step(zero_grad=True)  # then the line above once more, at x + rho u\n"
-                 "    optimizer.second_step(zero_grad=True)",
-    "accelerate": "accelerate's gradient_accumulation_steps={} calls the optimizer with the closure of the last micro-batch alone. "
-                  "Make the Accelerator without it, and write\n"
-                  "    def backward(part): loss = compute_loss(model, part); accelerator.backward(loss); return loss\n"
-                  "    closures = [partial(backward, part) for part in parts]\n"
-                  "    optimizer.optimizer.step(closures=closures)",
+    "Lightning":
+        "Lightning's accumulate_grad_batches={} hands the optimizer the closure of the last "
+        "micro-batch alone. Use manual optimization (self.automatic_optimization = False, and no "
+        "accumulate_grad_batches), with this in training_step:\n"
+        "    for part in parts: self.manual_backward(self.loss(part) / len(parts))\n"
+        "    optimizer.first_step(zero_grad=True)  # then the line above once more, at x + rho u\n"
+        "    optimizer.second_step(zero_grad=True)",
+    "accelerate":
+        "accelerate's gradient_accumulation_steps={} calls the optimizer with the closure of the "
+        "last micro-batch alone. Make the Accelerator without it, and write\n"
+        "    def backward(part): accelerator.backward(loss_of(model, part))\n"
+        "    closures = [partial(backward, part) for part in parts]\n"
+        "    optimizer.optimizer.step(closures=closures)",
 }
-LOOPS = {"lightning.pytorch.loops.optimization.automatic": "Lightning", "pytorch_lightning.loops.optimization.automatic": "Lightning",
+LOOPS = {"lightning.pytorch.loops.optimization.automatic": "Lightning",
+         "pytorch_lightning.loops.optimization.automatic": "Lightning",
          "accelerate.optimizer": "accelerate"}
 
 def refuse_shortened_closure():
@@ -475,31 +517,36 @@ def refuse_shortened_closure():
         if count > 1: raise RuntimeError(ADVICE[name].format(count))
         frame = frame.f_back
 
-# %% ../nbs/08_optim.ipynb #9de25f61
+# %% ../nbs/08_optim.ipynb #2b58da97
 def checked_micro_batches(closures, perturbation, weights) -> tuple[list, list]:
     "The closures, and their weights, which sum to 1. Raises ValueError or TypeError."
     closures = list(closures)
-    if not closures or not all(map(callable, closures)): raise TypeError("closures must be functions, one for each micro-batch")
-    if perturbation not in ("joined", "own"): raise ValueError(f"perturbation must be 'joined' or 'own', got {perturbation!r}")
+    if not closures or not all(map(callable, closures)):
+        raise TypeError("closures must be functions, one for each micro-batch")
+    if perturbation not in ("joined", "own"):
+        raise ValueError(f"perturbation must be 'joined' or 'own', got {perturbation!r}")
     weights = [1.0] * len(closures) if weights is None else list(map(float, weights))
     if len(weights) != len(closures) or not all(0 < w < math.inf for w in weights):
-        raise ValueError(f"weights must be positive, one for each of {len(closures)} micro-batches, got {weights}")
+        raise ValueError("weights must be positive, "
+                         f"one for each of {len(closures)} micro-batches, got {weights}")
     return closures, [w / sum(weights) for w in weights]
 
-# %% ../nbs/08_optim.ipynb #1557b70b
+# %% ../nbs/08_optim.ipynb #3ba41a06
 class Perturbed(TwoPhases):
-    "An optimizer that steps with the gradient at x + ρ u. A subclass gives `scale`. Raises ValueError or TypeError on bad input."
-    def __init__(self, params, # parameters, or groups of them; a group may have its own rho, adaptive and perturb
+    """An optimizer that steps with the gradient at x + ρ u. A subclass gives `scale`.
+    Raises ValueError or TypeError on bad input."""
+    def __init__(self, params, # parameters, or groups, with rho, adaptive, perturb of their own
                  base_optimizer:Callable, # a class such as torch.optim.SGD, which takes the step
                  rho:float=.05, # radius ρ
                  adaptive:bool=False, # measure each coordinate in units of its parameter?
-                 *, interval:int=1, # perturb in every interval-th step, the first one included; the others are the base's
-                 preserve_rng_state:bool=True, # do both passes of `step` see the same random numbers?
+                 *, interval:int=1, # perturb in every interval-th step, from the first on
+                 preserve_rng_state:bool=True, # do both passes of `step` draw the same numbers?
                  **base_kwargs # of the base optimizer: lr, momentum, weight_decay, ...
                 ):
         self.interval = checked_count("interval", interval)
         self.preserve_rng_state = checked_flag("preserve_rng_state", preserve_rng_state)
-        super().__init__(params, base_optimizer, dict(rho=rho, adaptive=adaptive, perturb=True), base_kwargs)
+        options = dict(rho=rho, adaptive=adaptive, perturb=True)
+        super().__init__(params, base_optimizer, options, base_kwargs)
 
     def scale(self, terms:list # gradients of all parameters, in units of the parameters if adaptive
              ) -> float:
@@ -507,44 +554,58 @@ class Perturbed(TwoPhases):
         raise TypeError(f"{type(self).__name__} must define `scale`")
 
     @uncompiled
-    def step(self, closure:Callable|None=None, # clears the gradients, calls backward, and returns the loss
-             *, closures:Iterable|None=None, # one of them for each micro-batch, in place of `closure`
-             perturbation:str="joined", # of micro-batches: one for all ("joined"), or each its "own" (m-SAM)
-             weights:Iterable|None=None, # of the micro-batches, such as their sizes; equal by default
-             first=nullcontext(), second=nullcontext() # contexts in which the passes at x and at x + ρ u run
+    def step(self, closure:Callable|None=None, # clears gradients, calls backward, returns the loss
+             *, closures:Iterable|None=None, # in place of `closure`, one for each micro-batch
+             perturbation:str="joined", # one for all micro-batches; or "own", one for each (m-SAM)
+             weights:Iterable|None=None, # of the micro-batches, their sizes say; equal by default
+             first=nullcontext(), # a context in which the pass at x runs
+             second=nullcontext() # a context in which the pass at x + ρ u runs
             ): # the loss at x
         """One step. With a closure both phases; without one, after `first_step`, the second phase.
-        Raises ValueError if there is neither, RuntimeError in a framework that hands over a part of the batch."""
+        Raises ValueError if there is neither, or a closure adds a part of the batch to gradients
+        that are there; RuntimeError in a framework that hands over the closure of such a part."""
         args = self, closure
-        kwargs = dict(closures=closures, perturbation=perturbation, weights=weights, first=first, second=second)
-        for hook in self._optimizer_step_pre_hooks.values(): args, kwargs = hook(self, args, kwargs) or (args, kwargs)
-        loss = self._gradient(*args[1:], **kwargs)
-        base = self.base_optimizer
-        base.step()
+        kwargs = dict(closures=closures, perturbation=perturbation, weights=weights,
+                      first=first, second=second)
+        for hook in self._optimizer_step_pre_hooks.values():
+            args, kwargs = hook(self, args, kwargs) or (args, kwargs)
+        grad_mode = torch.is_grad_enabled()
+        try:
+            loss = self._gradient(*args[1:], **kwargs)
+            self.base_optimizer.step()
+        except BaseException:  # an interrupt inside of torch's own contexts leaves their mode behind
+            torch.set_grad_enabled(grad_mode)
+            raise
         self.displacement.use(self._first_gradient())
-        if self.interval > 1:
-            for group in base.param_groups: group["sam_steps"] = group.get("sam_steps", 0) + 1
+        if self.interval > 1: self._count_step()
         for hook in self._optimizer_step_post_hooks.values(): hook(self, args, kwargs)
         return loss
     step.hooked = True
+
+    def _count_step(self):
+        for group in self.param_groups: group["sam_steps"] = group.get("sam_steps", 0) + 1
 
     def _gradient(self, closure, closures, perturbation, weights, first, second):
         "The loss at x. Leaves the parameters at x, with the gradient at x + ρ u."
         record = self.displacement
         if closures is not None:
-            if closure is not None or record.active: raise ValueError("step takes a closure, or closures, or the second phase: got two of them")
+            if closure is not None or record.active:
+                raise ValueError("step takes a closure, or closures, or is the second phase: "
+                                 "got two of them")
             return self._micro_batches(closures, perturbation, weights, first, second)
         if record.active: return self._then_restore(self._second_pass, closure, second)
         held, ready = self._with_gradient(), record.ready
         record.ready = False
         if closure is None:
             if ready: return None
-            if held and norm([p.grad for p in held]) == 0: return None  # both gradients are zero: the step is the base's
-            raise ValueError("step needs a closure, or first_step before it; for frameworks that call step() themselves "
-                             "see the page 'SAM in your framework'")
+            if held and norm([p.grad for p in held]) == 0:
+                return None  # both gradients are zero: the step is the base's
+            raise ValueError("step needs a closure, or first_step before it; for frameworks that call "
+                             "step() themselves see the page 'SAM in your framework'")
         refuse_shortened_closure()
         if held and record.writes(held[0].grad) != 0:
-            return self._then_restore(self._both_passes, partial(call_beside, closure, held), closure, first, second)
+            at_x = partial(call_beside, closure, held)
+            return self._then_restore(self._both_passes, at_x, closure, first, second)
         for p in held: p.grad = None
         return self._then_restore(self._both_passes, closure, closure, first, second)
 
@@ -579,27 +640,31 @@ class Perturbed(TwoPhases):
 
     def _micro_batches(self, closures, perturbation, weights, first, second):
         closures, weights = checked_micro_batches(closures, perturbation, weights)
-        def both_passes(closure): return self._then_restore(self._both_passes, closure, closure, first, second)
+        def both_passes(closure):
+            return self._then_restore(self._both_passes, closure, closure, first, second)
         if perturbation == "own": return self._mean(both_passes, closures, weights)
         joined = partial(self._mean, lambda closure: closure(), closures, weights)
         return self._then_restore(self._both_passes, joined, joined, first, second)
 
     def _mean(self, run:Callable, closures:list, weights:list):
-        "The mean of the losses that `run` returns for the closures. Leaves the mean of the gradients that it leaves."
+        "The mean of the losses that `run` returns. Leaves the mean of the gradients it leaves."
         total, losses = {}, []
         for weight, closure in zip(weights, closures):
             self._clear()
             losses.append(run(closure))
             with torch.no_grad():
-                for p in self._with_gradient(): total[p] = total[p].add_(p.grad, alpha=weight) if p in total else p.grad.mul_(weight)
+                for p in self._with_gradient():
+                    if p in total: total[p].add_(p.grad, alpha=weight)
+                    else: total[p] = p.grad.mul_(weight)
         for p, grad in total.items(): p.grad = grad
         if any(loss is None for loss in losses): return None
-        return sum(w * (loss.detach() if isinstance(loss, Tensor) else loss) for w, loss in zip(weights, losses))
+        losses = [loss.detach() if isinstance(loss, Tensor) else loss for loss in losses]
+        return sum(w * loss for w, loss in zip(weights, losses))
 
 # %% ../nbs/08_optim.ipynb #e45abf03
 def inverse(norm:float) -> float: return 1 / norm if 1e-308 < norm < math.inf else 0.0
 
-# %% ../nbs/08_optim.ipynb #1cd79ec9
+# %% ../nbs/08_optim.ipynb #467559dc
 class SAM(Perturbed):
     "Sharpness-aware minimization (Foret and co-authors, 2021): u = g/‖g‖"
     def scale(self, terms): return inverse(norm(terms))
@@ -609,38 +674,50 @@ class USAM(Perturbed):
     def scale(self, terms): return 1.0
 
 class DNSAM(Perturbed):
-    "SAM normalised by the full gradient: u = g/‖∇f‖. Raises ValueError where that norm is missing, zero or not finite."
+    """SAM normalised by the full gradient: u = g/‖∇f‖.
+    Raises ValueError where that norm is missing, zero or not finite."""
     def __init__(self, params, # as in Perturbed, and the next three as well
                  base_optimizer:Callable, rho:float=.05, adaptive:bool=False, *,
-                 full_grad_norm:Callable|None=None, # () -> ‖∇f‖ at the current parameters, such as from full_gradient_norm
+                 full_grad_norm:Callable|None=None, # () -> ‖∇f‖ at the current parameters
                  **kwargs # as in Perturbed
                 ):
         if not callable(full_grad_norm):
-            raise ValueError("DNSAM needs full_grad_norm, a function that returns the norm of the gradient of the whole loss; see full_gradient_norm")
+            raise ValueError("DNSAM needs full_grad_norm, a function that returns the norm of the "
+                             "gradient of the whole loss; see full_gradient_norm")
         super().__init__(params, base_optimizer, rho, adaptive, **kwargs)
         self.full_grad_norm = full_grad_norm
     def scale(self, terms):
         n = float(self.full_grad_norm())
         if 0 < n < math.inf: return 1 / n
-        raise ValueError(f"DNSAM divides by full_grad_norm(), which must be positive and finite, got {n}")
+        raise ValueError("DNSAM divides by full_grad_norm(), "
+                         f"which must be positive and finite, got {n}")
     def __deepcopy__(self, memo):
-        "A copy, with its own network if that is copied along. Raises TypeError where the norm would be the old network's."
+        """A copy, with its own network if that is copied along.
+        Raises TypeError where the norm would be the old network's."""
         if isinstance(self.full_grad_norm, types.FunctionType):
-            raise TypeError("a copy of this DNSAM would read the norm of the old network, since full_grad_norm is a plain function; "
-                            "use full_gradient_norm, or an object whose copy belongs to the copied network")
+            raise TypeError(
+                "a copy of this DNSAM would read the norm of the old network, since full_grad_norm is a "
+                "plain function; use full_gradient_norm, or an object whose copy "
+                "belongs to the copied network")
         new = memo[id(self)] = type(self).__new__(type(self))
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return new
 
-# %% ../nbs/08_optim.ipynb #5d256d42
+# %% ../nbs/08_optim.ipynb #c701b44e
 class LambdaRho:
-    "Multiplies the radius of each group by factor(k), k the number of calls of `step` so far. Raises ValueError or TypeError on bad radii."
-    def __init__(self, optimizer:Perturbed, factor:Callable # of the number of steps; it gives a number
+    """Multiplies the radius of each group by factor(k), k the number of calls of `step` so far.
+    Raises ValueError or TypeError on bad radii."""
+    def __init__(self, optimizer:Perturbed,
+                 factor:Callable # of the number of steps; it gives a number
                 ):
-        if not isinstance(optimizer, Perturbed): raise TypeError(f"optimizer must be a SAM, USAM or DNSAM, got {type(optimizer).__name__}")
-        if not callable(factor): raise TypeError(f"factor must be a function of the step, got {factor!r}")
+        if not isinstance(optimizer, Perturbed):
+            raise TypeError("optimizer must be a SAM, USAM or DNSAM, "
+                            f"got {type(optimizer).__name__}")
+        if not callable(factor):
+            raise TypeError(f"factor must be a function of the step, got {factor!r}")
         self.optimizer, self.factor = optimizer, factor
-        for group in optimizer.param_groups: group.setdefault("initial_rho", group[optimizer.keys["rho"]])
+        for group in optimizer.param_groups:
+            group.setdefault("initial_rho", group[optimizer.keys["rho"]])
         self._set(0)
     def step(self):
         "To be called once after each step of the optimizer"
@@ -654,15 +731,16 @@ class LambdaRho:
     def load_state_dict(self, state_dict:dict): self._set(state_dict["steps"])
 
 class LinearRho(LambdaRho):
-    "Radii along a line, from start_factor to end_factor within total_iters steps, and constant from there"
+    "Radii along a line from start_factor to end_factor in total_iters steps, then constant"
     def __init__(self, optimizer:Perturbed, start_factor:float, end_factor:float, total_iters:int):
-        self.ends, self.total_iters = (checked_radius(start_factor), checked_radius(end_factor)), checked_count("total_iters", total_iters)
+        self.ends = checked_radius(start_factor), checked_radius(end_factor)
+        self.total_iters = checked_count("total_iters", total_iters)
         super().__init__(optimizer, self.line)
     def line(self, steps:int) -> float:
         start, end = self.ends
         return start + (end - start) * min(steps, self.total_iters) / self.total_iters
 
-# %% ../nbs/08_optim.ipynb #6355f496
+# %% ../nbs/08_optim.ipynb #b150fa08
 def checked_module(module) -> torch.nn.Module:
     "`module` if it is one; else a TypeError"
     if isinstance(module, torch.nn.Module): return module
@@ -671,16 +749,22 @@ def checked_module(module) -> torch.nn.Module:
 def checked_data(X, y, chunk) -> Iterable:
     "What gives the pairs (inputs, targets), part by part, as often as it is asked"
     checked_count("chunk", chunk)
-    if y is None and not isinstance(X, Tensor) and isinstance(X, Iterable) and not isinstance(X, Iterator): return X
+    if y is None and isinstance(X, Iterable) and not isinstance(X, (Tensor, Iterator)):
+        return X
     for name, t in (("X", X), ("y", y)):
-        if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}; or give a DataLoader alone")
-    if not len(X) or len(X) != len(y): raise ValueError(f"X and y must be non-empty and equally long, got {len(X)} and {len(y)} rows")
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}; "
+                            "or give a DataLoader alone")
+    if not len(X) or len(X) != len(y):
+        raise ValueError("X and y must be non-empty and equally long, "
+                         f"got {len(X)} and {len(y)} rows")
     return list(zip(X.split(chunk), y.split(chunk)))
 
-# %% ../nbs/08_optim.ipynb #fb9f5693
+# %% ../nbs/08_optim.ipynb #f7c463e2
 class FullGradientNorm:
     "What `full_gradient_norm` returns. A copy of it belongs to the copied network."
-    def __init__(self, module, loss, parts): self.module, self.loss, self.parts = module, loss, parts
+    def __init__(self, module, loss, parts):
+        self.module, self.loss, self.parts = module, loss, parts
 
     def __call__(self) -> float:
         before = states({p.device for p in self.module.parameters() if not p.is_cpu})
@@ -690,19 +774,22 @@ class FullGradientNorm:
             put_back(before)
             if sampler is not None: sampler.set_state(drawn)
         try:
-            with torch.enable_grad(): return norm(self.gradient(again, frozen_statistics(self.module)))
+            with torch.enable_grad():
+                return norm(self.gradient(again, frozen_statistics(self.module)))
         finally: again()
 
     def pairs(self):
         "The pairs (inputs, targets), on the device of the parameters"
         device = next(self.module.parameters()).device
         for pair in self.parts:
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(t, Tensor) for t in pair):
-                raise TypeError(f"a DataLoader must give pairs of tensors (inputs, targets), got {type(pair).__name__}")
+            is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
+            if not is_pair or not all(isinstance(t, Tensor) for t in pair):
+                raise TypeError("a DataLoader must give pairs of tensors (inputs, targets), "
+                                f"got {type(pair).__name__}")
             yield pair[0].to(device), pair[1].to(device)
 
     def gradient(self, again:Callable, frozen) -> list:
-        "The gradient of the loss of all data, part by part; `again` makes the second pass draw what the first one did"
+        "The gradient of the loss of all data; `again` makes the second pass draw as the first one did"
         params = [p for p in self.module.parameters() if p.requires_grad]
         grad = partial(torch.autograd.grad, allow_unused=True, materialize_grads=True)
         with torch.no_grad(), frozen: first = [(self.module(x), t) for x, t in self.pairs()]
@@ -714,28 +801,34 @@ class FullGradientNorm:
         done = 0
         with frozen:
             for (x, t), (_, before) in zip(self.pairs(), first):
-                if not t.equal(before): raise ValueError("a DataLoader must give the same batches in each pass, got other targets")
+                if not t.equal(before):
+                    raise ValueError("a DataLoader must give the same batches in each pass, "
+                                     "got other targets")
                 out = self.module(x)
-                total = torch._foreach_add(total, grad(out, params, grad_outputs=of_outputs[done:done + len(out)]))
+                of_out = of_outputs[done:done + len(out)]
+                total = torch._foreach_add(total, grad(out, params, grad_outputs=of_out))
                 done += len(out)
         return total
 
-# %% ../nbs/08_optim.ipynb #2abd2815
+# %% ../nbs/08_optim.ipynb #af79074a
 def full_gradient_norm(module:torch.nn.Module,
                        loss:Callable, # loss(outputs, targets) of all of the data, as a scalar
-                       X, # all inputs, a tensor; or a DataLoader that gives pairs of inputs and targets
+                       X, # all inputs, a tensor; or a DataLoader of pairs (inputs, targets)
                        y:Tensor|None=None, # all targets
                        chunk:int=1024 # samples that are treated at a time
                       ) -> FullGradientNorm: # () -> ‖∇f‖
-    """What `DNSAM` takes as `full_grad_norm`: the norm of the gradient of the loss of all data, at the module's current parameters.
-    The module maps inputs (n, ...) to outputs (n, ...). Raises ValueError or TypeError on bad input."""
+    """What `DNSAM` takes as `full_grad_norm`: the norm of the gradient of the loss of all data at the
+    module's current parameters. The module maps inputs (n, ...) to outputs (n, ...).
+    Raises ValueError or TypeError on bad input."""
     return FullGradientNorm(checked_module(module), loss, checked_data(X, y, chunk))
 
-# %% ../nbs/08_optim.ipynb #6fe50011
+# %% ../nbs/08_optim.ipynb #ca7c1b65
 class frozen_statistics:
-    """A context in which what a module in training mode keeps in its (persistent) buffers stays as it is: running statistics,
-    spectral norm's vectors. It may hold the forward pass alone, and be entered as often as wanted. Raises TypeError on no module."""
-    def __init__(self, module:torch.nn.Module): self.module, self.entered = checked_module(module), []
+    """A context in which what a module in training mode keeps in its (persistent) buffers stays
+    as it is: running statistics, spectral norm's vectors. It may hold the forward pass alone, and
+    be entered as often as wanted. Raises TypeError on no module."""
+    def __init__(self, module:torch.nn.Module):
+        self.module, self.entered = checked_module(module), []
 
     def __enter__(self):
         copies, held = {}, []

@@ -10,16 +10,20 @@ from contextlib import nullcontext
 
 from ..optim import Perturbed
 
-# %% ../../nbs/08d_frameworks.ipynb #a2fa5297
+# %% ../../nbs/08d_frameworks.ipynb #d78948f5
 class SharpnessAware:
-    """The `training_step` of a transformers Trainer for SAM, USAM and DNSAM: `class SAMTrainer(SharpnessAware, Trainer): pass`,
-    with optimizers=(SAM(model.parameters(), ...), None). Raises TypeError if the Trainer has another optimizer."""
+    """The `training_step` of a transformers Trainer for SAM, USAM and DNSAM:
+    `class SAMTrainer(SharpnessAware, Trainer): pass`, with optimizers=(SAM(...), None).
+    Raises TypeError if the Trainer has another optimizer."""
     def training_step(self, model, # what the Trainer gives, as the next two
                       inputs, num_items_in_batch=None
                      ): # the loss at x, shape ()
-        "Both passes; the parameters are left at x, with the gradient at x + ρ u, for the Trainer to clip and to step with"
+        """Both passes. The parameters are left at x, with the gradient at x + ρ u, which the Trainer
+        clips and steps with."""
         sam = getattr(self.optimizer, "optimizer", self.optimizer)
-        if not isinstance(sam, Perturbed): raise TypeError(f"SharpnessAware needs a SAM, USAM or DNSAM as optimizer, got {type(sam).__name__}")
+        if not isinstance(sam, Perturbed):
+            raise TypeError("SharpnessAware needs a SAM, USAM or DNSAM as optimizer, "
+                            f"got {type(sam).__name__}")
         parts = vars(self).setdefault("micro_batches", [])
         parts.append((model, inputs, num_items_in_batch))
         with sam.same_randomness(): loss = super().training_step(*parts[-1])
@@ -33,7 +37,8 @@ class SharpnessAware:
         try:
             while parts:
                 part = parts.pop(0)
-                with sam.same_randomness(), self.accelerator.no_sync(part[0]) if parts else nullcontext():
+                apart = self.accelerator.no_sync(part[0]) if parts else nullcontext()
+                with sam.same_randomness(), apart:
                     super().training_step(*part)
             sam.restore(ready=True)
         finally:
