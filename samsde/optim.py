@@ -162,7 +162,7 @@ def refuse_fsdp1(params:list):
             "parameters of FullyShardedDataParallel (FSDP1) are not supported: the norm would be "
             "that of one process's part. Shard with torch.distributed.fsdp.fully_shard (FSDP2)")
 
-# %% ../nbs/08_optim.ipynb #5761af4a
+# %% ../nbs/08_optim.ipynb #ddfacdd1
 LOW_PRECISION = {torch.float16, torch.bfloat16}
 
 def add_scaled(params:list, directions:list, alpha:float):
@@ -175,9 +175,12 @@ def add_scaled(params:list, directions:list, alpha:float):
 
 def scaled_by(params:list, tensors:list) -> list:
     "|w| times each tensor"
-    if PLAIN.issuperset(map(type, params)):
-        return torch._foreach_mul(torch._foreach_abs(params), tensors)
-    return [p.abs() * t for p, t in zip(params, tensors)]
+    if not PLAIN.issuperset(map(type, params)): return [p.abs() * t for p, t in zip(params, tensors)]
+    sizes = torch._foreach_abs(params)
+    if any(size.dtype is not t.dtype for size, t in zip(sizes, tensors)):
+        return torch._foreach_mul(sizes, tensors)
+    torch._foreach_mul_(sizes, tensors)  # in place, to save memory
+    return sizes
 
 def dense(g, p) -> Tensor:
     "The gradient g, sharded as its parameter p is. Raises TypeError if it is sparse."
