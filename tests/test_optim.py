@@ -445,6 +445,22 @@ def test_a_closure_that_sets_gradients_to_zero_in_place():
     near(flat(net.parameters()), ours(SAM, SGD, lr=.1))
 
 
+@pytest.mark.parametrize("second", ["again", "skipped"])
+def test_interval_in_two_phases(second):
+    "In a step that does not perturb, the second pass is at x, and may be left out."
+    net = make()
+    optimizer = SAM(net.parameters(), SGD, rho=.1, lr=.1, interval=2)
+    for _ in range(4):
+        loss_of(net).backward()
+        perturbs = optimizer.perturbs
+        again = perturbs or second == "again"
+        optimizer.first_step(zero_grad=again)
+        if again: loss_of(net).backward()
+        optimizer.second_step(zero_grad=True)
+    near(flat(net.parameters()), ours(SAM, SGD, steps=4, lr=.1, interval=2))
+    assert (flat(net.parameters()) - ours(SAM, SGD, steps=4, lr=.1)).abs().max() > 1e-5
+
+
 # --- several processes ---
 
 WORKER = """
@@ -502,6 +518,26 @@ def test_fsdp2_is_one_process(tmp_path, kind, adaptive):
         """)
     assert adaptive or kind == "USAM" or abs(length - .2) < 1e-12
     near(end, ours(SAM if kind == "SAM" else USAM, SGD, rho=.2, steps=4, adaptive=adaptive, lr=.3, momentum=.9))
+
+
+@fsdp2
+def test_fsdp2_continues_from_a_distributed_checkpoint(tmp_path):
+    end = two_processes(tmp_path, """
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+        def build(net, **settings):
+            fully_shard(net[0]); fully_shard(net)
+            return net, SAM(net.parameters(), torch.optim.AdamW, **settings)
+        fresh = copy.deepcopy(net)
+        net, optimizer = build(net, rho=.2, lr=.05)
+        for _ in range(2): optimizer.step(closure_of(net, optimizer))
+        saved = copy.deepcopy(get_state_dict(net, optimizer))
+        net, optimizer = build(fresh, rho=.9, lr=.9)
+        set_state_dict(net, optimizer, model_state_dict=saved[0], optim_state_dict=saved[1])
+        for _ in range(2): optimizer.step(closure_of(net, optimizer))
+        out = torch.cat([p.full_tensor().detach().flatten() for p in net.parameters()])
+        """)
+    near(end, ours(SAM, torch.optim.AdamW, rho=.2, steps=4, lr=.05))
 
 
 @fsdp2
