@@ -75,7 +75,7 @@ def norm_in_other_units(tensors:list) -> float:
         if low < n < high: break
     return n * unit
 
-# %% ../nbs/08_optim.ipynb #e80c52ab
+# %% ../nbs/08_optim.ipynb #b12b6435
 class Displacement:
     "What one step has moved, and how to bring it back"
     def __init__(self):
@@ -110,7 +110,7 @@ class Displacement:
         return all(map(is_, params, self.params)) and all(map(alike, self.copies, params))
 
     def undo(self, unless_written:bool=False):
-        "Bring the parameters back; with `unless_written`, only those that were not written to since"
+        "Bring the parameters back; with `unless_written`, those alone that nobody wrote to since"
         if not self.active: return
         params, copies = self.params, self.copies
         if unless_written and self.versions:
@@ -139,8 +139,9 @@ class Displacement:
     def refuse_first_gradient(self, held:list):
         "An error if the second phase drew other numbers, or its gradients contain the first ones"
         if self.replayed != len(self.random):
-            raise ValueError(f"same_randomness() was entered {len(self.random)} times in the first phase,"
-                             f" {self.replayed} times in the second; enter it as often in both")
+            raise ValueError(
+                f"same_randomness() was entered {len(self.random)} times in the first phase, "
+                f"{self.replayed} times in the second; enter it as often in both")
         for p in held if self.params else []:
             if self.writes(p.grad) in (0, 1) and norm([p.grad]):
                 raise RuntimeError("the gradients at x were not cleared before those at x + rho u "
@@ -162,7 +163,7 @@ def refuse_fsdp1(params:list):
             "parameters of FullyShardedDataParallel (FSDP1) are not supported: the norm would be "
             "that of one process's part. Shard with torch.distributed.fsdp.fully_shard (FSDP2)")
 
-# %% ../nbs/08_optim.ipynb #ddfacdd1
+# %% ../nbs/08_optim.ipynb #aa8dd512
 LOW_PRECISION = {torch.float16, torch.bfloat16}
 
 def add_scaled(params:list, directions:list, alpha:float):
@@ -175,7 +176,8 @@ def add_scaled(params:list, directions:list, alpha:float):
 
 def scaled_by(params:list, tensors:list) -> list:
     "|w| times each tensor"
-    if not PLAIN.issuperset(map(type, params)): return [p.abs() * t for p, t in zip(params, tensors)]
+    if not PLAIN.issuperset(map(type, params)):
+        return [p.abs() * t for p, t in zip(params, tensors)]
     sizes = torch._foreach_abs(params)
     if any(size.dtype is not t.dtype for size, t in zip(sizes, tensors)):
         return torch._foreach_mul(sizes, tensors)
@@ -189,7 +191,7 @@ def dense(g, p) -> Tensor:
     if not is_sharded(g) or g.placements == p.placements: return g
     return g.redistribute(p.device_mesh, p.placements)
 
-# %% ../nbs/08_optim.ipynb #ad222e26
+# %% ../nbs/08_optim.ipynb #80b2ee77
 def states(devices:set) -> list:
     "The states of the generators of the CPU and of these devices, with the modules that set them"
     found = [(torch, (), torch.get_rng_state())]
@@ -214,8 +216,8 @@ class SameRandomness:
             self.start = states(self.devices)
             return
         if self.record.replayed == len(self.record.random):
-            raise ValueError("same_randomness() was entered more often in the second phase than in the "
-                             "first; enter it as often in both")
+            raise ValueError("same_randomness() was entered more often in the second phase than in "
+                             "the first; enter it as often in both")
         start, self.end = self.record.random[self.record.replayed]
         self.record.replayed += 1
         put_back(start)
@@ -448,7 +450,7 @@ class TwoPhases(SharedGroups):
         record.versions = [p._version for p in moved]
         torch.clear_autocast_cache()
 
-# %% ../nbs/08_optim.ipynb #85a31c80
+# %% ../nbs/08_optim.ipynb #be3251d3
 def call_beside(closure:Callable, held:list # the parameters that hold a gradient
                ): # what the closure returns
     """Call a closure without the gradients that the parameters hold. Raises ValueError if it adds
@@ -470,8 +472,8 @@ def call_beside(closure:Callable, held:list # the parameters that hold a gradien
     kept = [p.grad is zeros[p] for p in held]
     if all(same and not zeros[p]._version for p, same in zip(held, kept)):
         raise ValueError(
-            "the parameters hold gradients, and the closure computes none: it has to call backward. "
-            "To step with gradients that are there, use first_step and second_step")
+            "the parameters hold gradients, and the closure computes none: it has to call "
+            "backward. To step with gradients that are there, use first_step and second_step")
     for p, same in zip(held, kept):
         if same and not zeros[p]._version: p.grad = None  # no gradient came
     added = [same and p not in cleared and p.grad is not None for p, same in zip(held, kept)]
@@ -534,7 +536,7 @@ def checked_micro_batches(closures, perturbation, weights) -> tuple[list, list]:
                          f"one for each of {len(closures)} micro-batches, got {weights}")
     return closures, [w / sum(weights) for w in weights]
 
-# %% ../nbs/08_optim.ipynb #3ba41a06
+# %% ../nbs/08_optim.ipynb #8b3c02f4
 class Perturbed(TwoPhases):
     """An optimizer that steps with the gradient at x + ρ u. A subclass gives `scale`.
     Raises ValueError or TypeError on bad input."""
@@ -576,7 +578,7 @@ class Perturbed(TwoPhases):
         try:
             loss = self._gradient(*args[1:], **kwargs)
             self.base_optimizer.step()
-        except BaseException:  # an interrupt inside of torch's own contexts leaves their mode behind
+        except BaseException:  # an interrupt within torch's own contexts leaves their mode behind
             torch.set_grad_enabled(grad_mode)
             raise
         self.displacement.use(self._first_gradient())
@@ -603,8 +605,8 @@ class Perturbed(TwoPhases):
             if ready: return None
             if held and norm([p.grad for p in held]) == 0:
                 return None  # both gradients are zero: the step is the base's
-            raise ValueError("step needs a closure, or first_step before it; for frameworks that call "
-                             "step() themselves see the page 'SAM in your framework'")
+            raise ValueError("step needs a closure, or first_step before it; for frameworks that "
+                             "call step() themselves see the page 'SAM in your framework'")
         refuse_shortened_closure()
         if held and record.writes(held[0].grad) != 0:
             at_x = partial(call_beside, closure, held)
@@ -667,7 +669,7 @@ class Perturbed(TwoPhases):
 # %% ../nbs/08_optim.ipynb #e45abf03
 def inverse(norm:float) -> float: return 1 / norm if 1e-308 < norm < math.inf else 0.0
 
-# %% ../nbs/08_optim.ipynb #467559dc
+# %% ../nbs/08_optim.ipynb #2282cd13
 class SAM(Perturbed):
     "Sharpness-aware minimization (Foret and co-authors, 2021): u = g/‖g‖"
     def scale(self, terms): return inverse(norm(terms))
@@ -699,8 +701,8 @@ class DNSAM(Perturbed):
         Raises TypeError where the norm would be the old network's."""
         if isinstance(self.full_grad_norm, types.FunctionType):
             raise TypeError(
-                "a copy of this DNSAM would read the norm of the old network, since full_grad_norm is a "
-                "plain function; use full_gradient_norm, or an object whose copy "
+                "a copy of this DNSAM would read the norm of the old network, since full_grad_norm is "
+                "a plain function; use full_gradient_norm, or an object whose copy "
                 "belongs to the copied network")
         new = memo[id(self)] = type(self).__new__(type(self))
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -763,7 +765,7 @@ def checked_data(X, y, chunk) -> Iterable:
                          f"got {len(X)} and {len(y)} rows")
     return list(zip(X.split(chunk), y.split(chunk)))
 
-# %% ../nbs/08_optim.ipynb #f7c463e2
+# %% ../nbs/08_optim.ipynb #316b9d98
 class FullGradientNorm:
     "What `full_gradient_norm` returns. A copy of it belongs to the copied network."
     def __init__(self, module, loss, parts):
@@ -792,7 +794,7 @@ class FullGradientNorm:
             yield pair[0].to(device), pair[1].to(device)
 
     def gradient(self, again:Callable, frozen) -> list:
-        "The gradient of the loss of all data; `again` makes the second pass draw as the first one did"
+        "The gradient of the loss of all data; `again` makes the second pass draw as the first did"
         params = [p for p in self.module.parameters() if p.requires_grad]
         grad = partial(torch.autograd.grad, allow_unused=True, materialize_grads=True)
         with torch.no_grad(), frozen: first = [(self.module(x), t) for x, t in self.pairs()]
@@ -813,15 +815,15 @@ class FullGradientNorm:
                 done += len(out)
         return total
 
-# %% ../nbs/08_optim.ipynb #af79074a
+# %% ../nbs/08_optim.ipynb #d4c24de3
 def full_gradient_norm(module:torch.nn.Module,
                        loss:Callable, # loss(outputs, targets) of all of the data, as a scalar
                        X, # all inputs, a tensor; or a DataLoader of pairs (inputs, targets)
                        y:Tensor|None=None, # all targets
                        chunk:int=1024 # samples that are treated at a time
                       ) -> FullGradientNorm: # () -> ‖∇f‖
-    """What `DNSAM` takes as `full_grad_norm`: the norm of the gradient of the loss of all data at the
-    module's current parameters. The module maps inputs (n, ...) to outputs (n, ...).
+    """What `DNSAM` takes as `full_grad_norm`: the norm of the gradient of the loss of all data, at
+    the module's current parameters. The module maps inputs (n, ...) to outputs (n, ...).
     Raises ValueError or TypeError on bad input."""
     return FullGradientNorm(checked_module(module), loss, checked_data(X, y, chunk))
 

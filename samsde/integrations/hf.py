@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 from ..optim import Perturbed
 
-# %% ../../nbs/08d_frameworks.ipynb #d78948f5
+# %% ../../nbs/08d_frameworks.ipynb #3c076497
 class SharpnessAware:
     """The `training_step` of a transformers Trainer for SAM, USAM and DNSAM:
     `class SAMTrainer(SharpnessAware, Trainer): pass`, with optimizers=(SAM(...), None).
@@ -18,8 +18,8 @@ class SharpnessAware:
     def training_step(self, model, # what the Trainer gives, as the next two
                       inputs, num_items_in_batch=None
                      ): # the loss at x, shape ()
-        """Both passes. The parameters are left at x, with the gradient at x + ρ u, which the Trainer
-        clips and steps with."""
+        """Both passes. The parameters are left at x, with the gradient at x + ρ u, with which the
+        Trainer steps."""
         sam = getattr(self.optimizer, "optimizer", self.optimizer)
         if not isinstance(sam, Perturbed):
             raise TypeError("SharpnessAware needs a SAM, USAM or DNSAM as optimizer, "
