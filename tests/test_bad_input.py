@@ -1,4 +1,5 @@
 """Bad input gets a ValueError or TypeError that says what was given and what is expected, and leaves no file behind: a table for each module."""
+import functools
 import math
 import pickle
 import re
@@ -491,6 +492,30 @@ TABLE |= { # optimizers
     "the second step first": (lambda: optimizer().second_step(), ValueError, "step needs a closure, or first_step before it"),
     "two first steps": (lambda: [o.first_step() for o in [optimizer()] * 2], ValueError, "first_step was called twice"),
     "an optimizer without a scale": (lambda: stepped(optim.Perturbed), TypeError, "Perturbed must define `scale`"),
+    "base optimizer needs a closure, partly given": (lambda: optimizer(base=functools.partial(torch.optim.LBFGS, max_iter=2)), TypeError, "must step without a closure, got LBFGS"),
+    "base optimizer is SAM": (lambda: optimizer(base=functools.partial(optim.SAM, base_optimizer=torch.optim.SGD)), TypeError, "optimizer of torch's, such as SGD, got SAM"),
+    "base optimizer makes none": (lambda: optimizer(base=lambda params, lr: 3), TypeError, "optimizer of torch's, such as SGD, got int"),
+    "interval 0": (lambda: optimizer(interval=0), ValueError, "interval must be at least 1, got 0"),
+    "interval 1.5": (lambda: optimizer(interval=1.5), TypeError, "interval must be a whole number, got float"),
+    "adaptive a number": (lambda: optimizer(adaptive=1), TypeError, "adaptive must be True or False, got 1"),
+    "perturb text": (lambda: optimizer(params=[dict(params=[torch.nn.Parameter(torch.ones(1))], perturb="no")]), TypeError, "perturb must be True or False, got 'no'"),
+    "preserve_rng_state a number": (lambda: optimizer(preserve_rng_state=0), TypeError, "preserve_rng_state must be True or False, got 0"),
+    "optimizer's rho complex": (lambda: optimizer(rho=1j), TypeError, "rho must be a number, got complex"),
+    "a base's checkpoint of other groups": (lambda: optimizer().load_state_dict(dict(state={}, param_groups=[])), ValueError, "different number of parameter groups"),
+    "no closures": (lambda: optimizer().step(closures=[]), TypeError, "closures must be functions, one for each micro-batch"),
+    "closures that are losses": (lambda: optimizer().step(closures=[1.]), TypeError, "closures must be functions"),
+    "closure and closures": (lambda: optimizer().step(empty, closures=[empty]), ValueError, "got two of them"),
+    "perturbation unknown": (lambda: optimizer().step(closures=[empty], perturbation="each"), ValueError, "perturbation must be 'joined' or 'own', got 'each'"),
+    "too few weights of micro-batches": (lambda: optimizer().step(closures=[empty] * 2, weights=[1]), ValueError, "one for each of 2 micro-batches"),
+    "negative weight of a micro-batch": (lambda: optimizer().step(closures=[empty], weights=[-1]), ValueError, "weights must be positive"),
+    "radius of a plain optimizer": (lambda: optim.LambdaRho(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), len), TypeError, "optimizer must be a SAM, USAM or DNSAM, got SGD"),
+    "radius by no function": (lambda: optim.LambdaRho(optimizer(), .5), TypeError, "factor must be a function of the step, got 0.5"),
+    "radius that becomes infinite": (lambda: optim.LambdaRho(optimizer(), lambda step: inf), ValueError, "rho must be non-negative and finite, got inf"),
+    "radius along a line to below 0": (lambda: optim.LinearRho(optimizer(), 1, -1, 5), ValueError, "rho must be non-negative and finite, got -1"),
+    "radius along a line without steps": (lambda: optim.LinearRho(optimizer(), 1, 0, 0), ValueError, "total_iters must be at least 1, got 0"),
+    "norm of no data": (lambda: optim.full_gradient_norm(torch.nn.Linear(2, 1), torch.nn.MSELoss(), []) (), ValueError, "at least one pair, got none"),
+    "norm of an iterator": (lambda: optim.full_gradient_norm(torch.nn.Linear(2, 1), torch.nn.MSELoss(), iter([])), TypeError, "X must be a tensor, got list_iterator"),
+    "norm of batches that are no pairs": (lambda: optim.full_gradient_norm(torch.nn.Linear(2, 1), torch.nn.MSELoss(), [A])(), TypeError, "pairs of tensors .inputs, targets., got Tensor"),
     "norm of no module": (lambda: optim.full_gradient_norm(None, torch.nn.MSELoss(), A, A), TypeError, "module must be a torch.nn.Module, got NoneType"),
     "norm of rows without targets": (lambda: measured_norm(y=A[:2, :1], chunk=1), ValueError, "equally long, got 3 and 2 rows"),
     "norm of no rows": (lambda: measured_norm(X=A[:0], y=A[:0, :1]), ValueError, "non-empty and equally long, got 0 and 0 rows"),
