@@ -88,14 +88,14 @@ def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, # (d,)
           draws:int, seed:int) -> tuple[dict, dict, Tensor]:
     """What one step is made of, for drawn γ: projections of g, c and G on V, (draws, m);
     total variances of g, c and G − c; and the mean of G − c, (d,)"""
-    gammas = objective.draw((draws,), torch.Generator(x.device).manual_seed(seed), dtype=x.dtype,
-                            device=x.device)
+    gammas = algorithm.draw(objective, (draws,), torch.Generator(x.device).manual_seed(seed),
+                            dtype=x.dtype, device=x.device)
     projections = {n: [] for n in ("g", "c", "G")}
     first = {}
     # of differences to the first, so that equal values have no variance
     sums, squares = (dict.fromkeys(["g", "c", "gap"], 0) for _ in range(2))
     for s in chunks(gammas, x, chunk=getattr(objective, "chunk", None)):
-        g = objective.sample_grad(x, gammas[s])
+        g = objective.sample_grad(x, algorithm.of_gradient(gammas[s]))
         G = algorithm.direction(objective, x, gammas[s])
         c = g + algorithm.rho * hessian_perturbation(algorithm, objective, x, gammas[s])
         for name, value in {"g": g, "c": c, "G": G}.items(): projections[name].append(value @ V.T)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .algorithm import SGD, Algorithm, an_objective, check_model, expand_sweep, pair
 from .machinery.checks import broadcast_paths, check_points, per_path, psd_root
-from .moments import (StepMoments, Unperturbed, expectation, gamma_support,
-                            hessian_perturbation, product, simplest)
+from .moments import StepMoments, Unperturbed, Wrapped, product, simplest
 from .objective import Objective
 
 # %% ../nbs/04_hessian_noise.ipynb #5289c90f
@@ -26,12 +25,11 @@ class NoNoise(StepMoments):
     def columns(self, rho): return self.x.new_zeros(1, *self.x.shape)
     def combine(self, h, xi, rho): return torch.zeros_like(self.x)
 
-class TruncatedMoments(StepMoments):
+class TruncatedMoments(Wrapped):
     "Columns whose products are Σ + ρ(S + Sᵀ). Raises ValueError where that is no covariance."
     def __init__(self, inner:StepMoments):
-        self.inner, self.objective, self.x, self.size = inner, inner.objective, inner.x, inner.objective.dim
-    @property
-    def way(self) -> str: return self.inner.way
+        super().__init__(inner)
+        self.size = inner.objective.dim
     def root(self, rho) -> Tensor: # (..., d, d), symmetric
         G = self.inner.columns(0.0)
         S = product(G, self.inner.columns(1.0) - G)
@@ -71,18 +69,8 @@ def cross_covariance(algorithm:Algorithm, objective:Objective,
     "S = Cov(g, Hu) of Theorem 1, Eq. (1), at every point. Raises ValueError for an algorithm with a direction of its own."
     pair(algorithm, objective)
     check_model(algorithm, "cross covariance S")
-    m = algorithm.moments(objective, objective.check(x), draws=draws, seed=seed)
-    if m.is_exact:
-        G = m.columns(0.0)
-        S = product(G, m.columns(1.0) - G)
-        return (S, torch.zeros_like(S)) if return_sem else S
-    grad = objective.grad(x)
-    def outer(gamma):
-        Hu = hessian_perturbation(algorithm, objective, x, gamma)
-        return (objective.sample_grad(x, gamma) - grad)[..., :, None] * Hu[..., None, :]
-    support = gamma_support(objective, x, draws, seed)
-    S, sem = expectation(outer, support, x[..., None] * x[..., None, :], objective.chunk)
-    return (S, sem) if return_sem else S
+    S, sem = algorithm.moments(objective, objective.check(x), draws=draws, seed=seed).cross()
+    return (S, torch.zeros_like(S) + sem) if return_sem else S
 
 # %% ../nbs/04_hessian_noise.ipynb #999d11a0
 def noise_covariance(algorithm:Algorithm, objective:Objective,

@@ -12,7 +12,7 @@ from torch import Tensor
 from .algorithm import DNSAM, SAM, USAM, Algorithm, check_model, expand_sweep, overrides, pair
 from .machinery.checks import per_path
 from .moments import ExactMoments, StepMoments, all_samples, expectation, gamma_support, simplest
-from .objective import Additive, FiniteSum, Objective, Quadratic, Support
+from .objective import Additive, FiniteSum, Noiseless, Objective, Quadratic, Support
 from .random_direction import gaussian_direction
 
 # %% ../nbs/03_implicit_regularizer.ipynb #regula0a
@@ -85,6 +85,17 @@ Algorithm.mean_potential, USAM.mean_potential = mean_potential, mean_potential_o
 DNSAM.mean_potential, SAM.mean_potential = mean_potential_of_dnsam, mean_potential_of_sam
 
 # %% ../nbs/03_implicit_regularizer.ipynb #79d94cf8
+def seen_by(algorithm:Algorithm, objective:Objective) -> Objective:
+    """The objective whose E ψ regularises, for the source of a perturbation and its micro-batches.
+    Raises ValueError where the drift is no gradient."""
+    if algorithm.micro_batch is not None: objective = objective.with_batch(algorithm.micro_batch)
+    if algorithm.source == "own": return objective
+    if algorithm.source == "full" or getattr(algorithm, "is_linear", False): return Noiseless(objective)
+    if isinstance(objective, Additive): return objective
+    raise ValueError(f"source={algorithm.source!r} with minibatches has no regularised loss for {type(algorithm).__name__}: "
+                     "its drift is not a gradient")
+
+# %% ../nbs/03_implicit_regularizer.ipynb #f90f0d42
 def regularized_loss(algorithm:Algorithm, objective:Objective,
                      x:Tensor, # (..., d)
                      *, draws:int=1024, # γ drawn where the expectation has no closed form
@@ -96,6 +107,6 @@ def regularized_loss(algorithm:Algorithm, objective:Objective,
     pair(algorithm, objective)
     check_model(algorithm, "regularised loss")
     x = expand_sweep(objective.check(x), rho=algorithm.rho)
-    value, sem = algorithm.mean_potential(objective, x, draws, seed)
+    value, sem = algorithm.mean_potential(seen_by(algorithm, objective), x, draws, seed)
     value = objective.loss(x) + algorithm.rho * value
     return (value, algorithm.rho * sem) if return_sem else value

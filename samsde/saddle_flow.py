@@ -13,19 +13,19 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm
+from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, check_plain
 from .machinery.checks import (
     check_finite, check_int, check_points, check_positive, check_scalar, check_symmetric)
 
 # %% ../nbs/06b_saddle_flow.ipynb #b4196ecb
 def spectrum(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
              H:Tensor # (d, d), symmetric
-            ) -> tuple[float, np.ndarray,
-                       np.ndarray]: # ρ, eigenvalues in ascending order, eigenvectors in columns
+            ) -> tuple[float, np.ndarray, np.ndarray]: # ρ, ascending eigenvalues, eigenvectors
     """ρ and the spectrum of `H`, with its numerical zeros made exact.
     Raises ValueError or TypeError if either is unfit."""
     if type(algorithm) not in (SGD, USAM, DNSAM, SAM):
         raise TypeError(f"algorithm must be SGD, USAM, DNSAM or SAM, got {algorithm!r}")
+    check_plain(algorithm, "this formula")
     lam, V = np.linalg.eigh(check_symmetric("H", H).detach().double().cpu().numpy())
     lam = np.where(abs(lam) > 10 * len(lam) * torch.finfo(H.dtype).eps * abs(lam).max(), lam, 0.)
     if not lam.any():

@@ -58,7 +58,7 @@ class SDE(Model):
         draws = self.settings(seed)
         mean = mean_moments(self.algorithm, self.objective, x, self.expansion, **draws)
         noise = noise_moments(self.algorithm, self.objective, x, self.noise, **draws)
-        return mean, mean if type(mean) is type(noise) else noise
+        return mean, mean if mean.same_as(noise) else noise
     @property
     def way(self) -> str:
         "How a step finds the products of Hessians and perturbations, in words"

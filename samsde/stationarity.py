@@ -14,7 +14,7 @@ import torch
 from scipy.special import gamma, ndtr
 from torch import Tensor
 
-from .algorithm import DNSAM, SAM, SGD, USAM, Chain
+from .algorithm import DNSAM, SAM, SGD, USAM, Chain, check_plain
 from .objective import Quadratic
 from .sde import SDE, one_process
 
@@ -143,6 +143,7 @@ def matrices(process) -> tuple:
         raise TypeError(
             f"the closure is of SGD, USAM, DNSAM or SAM on a Quadratic, "
             f"got {algorithm} on {type(objective).__name__}")
+    check_plain(algorithm, "the closure")
     if isinstance(algorithm, DNSAM) and objective.dim < 3:
         raise ValueError(
             f"DNSAM has a covariance in three dimensions or more only, got {objective.dim}")
@@ -203,6 +204,7 @@ def chain_law(chain:Chain, # in one dimension
     algorithm = chain.algorithm
     lam = chain.objective.H.item()
     s = chain.objective.law.sigma
+    check_plain(algorithm, "this law")
     eta, rho = float(chain.eta), float(algorithm.rho)
     r = np.append(edges[1] / 2, np.sqrt(edges[1:-1] * edges[2:]))[:, None]
     def below(y): # P(x⁺ ≤ y | x = r)

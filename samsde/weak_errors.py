@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Process
 from .ensemble import simulate, time_grid
-from .moments import gamma_support
+from .moments import gamma_support, with_pairs
 from .machinery.checks import (
     broadcast_paths, check_finite, check_int, check_points, check_positive)
 from .objective import Additive, FiniteSum, Quadratic
@@ -165,7 +165,10 @@ def chain_operator(chain:Chain, # on a circle_problem or torus_problem
     Raises TypeError or ValueError if γ cannot be enumerated."""
     dim = periodic(chain).dim
     axis, x = torus_nodes(nodes, dim)
-    support = gamma_support(chain.objective, x, 1024, 0)
+    if chain.remembers:
+        raise ValueError("the exact operators need a chain without memory, got source='previous'")
+    objective = with_pairs(chain.objective) if chain.batches == 2 else chain.objective
+    support = gamma_support(objective, x, 1024, 0)
     if not support.exact:
         raise ValueError(
             f"minibatches must be few enough to enumerate, got {chain.objective.law.count}")
@@ -307,13 +310,19 @@ def linear_system(process:Chain|SDE) -> tuple[np.ndarray, np.ndarray]: # F and C
         raise TypeError(f"moments are exact for SGD or USAM on a Quadratic, got {what}")
     H = process.objective.H
     def array(v): return v.double().cpu().numpy()
-    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    zero = torch.zeros_like(H)
+    def eye(n): return torch.eye(n, dtype=H.dtype, device=H.device)
     if isinstance(process, SDE):
-        return array(process.drift(eye).T), array(process.covariance(zero[0]))
-    F, B = (array(process.advance(x, lambda: xi, [process.eta]).T)
-            for x, xi in [(eye, zero), (zero, eye)])
-    return F, B @ B.T
+        C = process.covariance(torch.zeros_like(H[0]))
+        return array(process.drift(eye(len(H))).T), array(C)
+    m = process.start(H[0]).shape[-1]
+    k = process.noise_dim
+    F = process.advance(eye(m), lambda: H.new_zeros(m, k), [process.eta])
+    B = process.advance(H.new_zeros(k, m), lambda: eye(k), [process.eta])
+    return array(F.T), array(B.T @ B)
+
+def of_positions(process, V:Tensor) -> Tensor: # (m, m) -> (d, d)
+    "The covariance of positions, from that of states"
+    return process.position(process.position(V).mT).mT
 
 def repeated(F:np.ndarray, C:np.ndarray, n:int) -> tuple[np.ndarray, np.ndarray]:
     "n steps of x⁺ = Fx + noise as one such step, by repeated squaring"
@@ -335,6 +344,7 @@ def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
     Raises TypeError or ValueError on another process, start or time."""
     F, C = linear_system(process)
     d = process.objective.dim
+    m = len(F)
     if process.objective.check(x0, "x0").shape != (d,):
         raise ValueError(f"x0 must have shape ({d},), got {tuple(x0.shape)}")
     check_finite("x0", x0)
@@ -343,10 +353,10 @@ def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
         size = np.abs(F).sum(1).max() * float(check_positive("t_end", t_end))
         n = 2**max(0, int(np.ceil(np.log2(size + 1e-300))))
         block = scipy.linalg.expm(np.block([[-F, C], [np.zeros_like(F), F.T]]) * t_end / n)
-        F = block[d:, d:].T
-        C = F @ block[:d, d:]
+        F = block[m:, m:].T
+        C = F @ block[:m, m:]
     power, V = (torch.from_numpy(v).to(x0) for v in repeated(F, C, n))
-    return power @ x0, V
+    return process.position(power @ process.start(x0)), of_positions(process, V)
 
 # %% ../nbs/05b_weak_errors.ipynb #8c5b086b
 def stationary_covariance(process:Chain|SDE # of SGD or USAM, on a Quadratic
@@ -365,7 +375,7 @@ def stationary_covariance(process:Chain|SDE # of SGD or USAM, on a Quadratic
             f"got a {'multiplier' if discrete else 'rate'} of {worst:.6g}")
     V = (scipy.linalg.solve_discrete_lyapunov(F, C) if discrete
          else scipy.linalg.solve_continuous_lyapunov(F, -C))
-    return torch.from_numpy(V).to(process.objective.H)
+    return of_positions(process, torch.from_numpy(V).to(process.objective.H))
 
 # %% ../nbs/05b_weak_errors.ipynb #35e4479d
 class Coupled(Process):

@@ -17,9 +17,10 @@ from samsde.ensemble import simulate
 from samsde.experiments import error_vs_rho, escape, experiment, flat_minima, networks, problems, saddles, scaling, suboptimality as levels
 from samsde.hessian_noise import cross_covariance, noise_covariance, noise_dim, noise_sample, sgd_covariance
 from samsde.implicit_regularizer import drift, gaussian_direction, regularized_loss
-from samsde.objective import FiniteSum, Gaussian, Minibatches, NoisyLoss, Quadratic
+from samsde.objective import FiniteSum, Gaussian, Minibatches, Noiseless, NoisyLoss, Quadratic
 from samsde.random_direction import kappa
 from samsde.saddle_attraction import arrival_time, basin_radius, escape_time, exit_time, flow, hover_radius, is_attracting, latest_arrival
+from samsde.stability import edge_of_stability, mean_square_radius, stability_number
 from samsde.sample_sums import HALF_SQUARE, signed_products, square_norms, way_of
 from samsde.sde import SDE
 from samsde.stationarity import closed_covariance, suboptimality
@@ -221,6 +222,27 @@ TABLE |= { # sums over samples, drift, noise, SDE
     "one draw of signs": (lambda: signed_products(data(), x, three, 1), ValueError, "draws must be at least 2, got 1"),
     "signs with too many weights": (lambda: signed_products(data(), x, torch.ones(4, **f64)), ValueError, r"w must have shape \(..., 3\), got \(4,\)"),
     "expansion is None": (lambda: drift(SAM(.1), bowl, x, None), ValueError, "expansion must be 'first' or 'exact', got None"),
+    "edge of a number": (lambda: edge_of_stability(.1, .1), TypeError, "algorithm must be SGD, USAM, DNSAM or SAM, got 0.1"),
+    "edge of SAM without a norm": (lambda: edge_of_stability(SAM(.1), .1), ValueError, "SAM needs grad_norm, the norm of the full gradient"),
+    "edge of SAM with noise in no dimension": (lambda: edge_of_stability(SAM(.1), .1, grad_norm=1., sigma=.1), ValueError, "SAM with noise needs dim"),
+    "edge with a momentum of 1": (lambda: edge_of_stability(USAM(.1), .1, momentum=1.), ValueError, "momentum must be below 1, got 1"),
+    "edge of micro-batches": (lambda: edge_of_stability(USAM(.1, micro_batch=2), .1), ValueError, r"this edge is for micro_batch=None and source='own', got USAM\(rho=0.1, micro_batch=2\)"),
+    "stability without curvature": (lambda: stability_number(USAM(.1), .1, 0.), ValueError, "largest_eigenvalue must be positive and finite, got 0.0"),
+    "mean square of SAM": (lambda: mean_square_radius(SAM(.1), torch.ones(3, 1, 1, **f64), .1, 2), TypeError, "algorithm must be SGD or USAM, whose step is linear, got SAM"),
+    "mean square of a matrix": (lambda: mean_square_radius(USAM(.1), torch.ones(1, 1, **f64), .1, 2), ValueError, r"hessians must have shape \(n, d, d\), got \(1, 1\)"),
+    "mean square of the previous batch": (lambda: mean_square_radius(USAM(.1, source="previous"), torch.ones(3, 1, 1, **f64), .1, 2), ValueError, "source='previous' has no such matrix"),
+    "mean square of too many batches": (lambda: mean_square_radius(USAM(.1), torch.ones(99, 1, 1, **f64), .1, 8), ValueError, "batches must be at most 20000, to be enumerated"),
+    "a source that is none": (lambda: SAM(.1, source="mine"), ValueError, "source must be one of own, full, independent, previous, got 'mine'"),
+    "half a micro-batch": (lambda: SAM(.1, micro_batch=.5), TypeError, "micro_batch must be a whole number, got float"),
+    "micro-batches that do not fit": (lambda: Chain(SAM(.1, micro_batch=2), data(3), .1), ValueError, "micro_batch must divide batch_size=3, got 2"),
+    "micro-batches of additive noise": (lambda: SDE(SAM(.1, micro_batch=2), bowl, .1), ValueError, "micro_batch needs a FiniteSum, whose batches can be cut, got Quadratic"),
+    "a source for a direction of one's own": (lambda: Chain(Turns(.1, source="full"), bowl, .1), ValueError, "Turns overrides `direction` and so has no micro_batch and no source"),
+    "the previous batch without a state": (lambda: SAM(.1, source="previous").step(bowl, x, .1, x), ValueError, "source='previous' needs the step before"),
+    "an exact form of the previous batch": (lambda: drift(USAM(.1, source="previous"), data(), x, "exact"), ValueError, "source='previous' has no exact form"),
+    "a loss of an independent batch": (lambda: regularized_loss(SAM(.1, source="independent"), data(), x), ValueError, "has no regularised loss for SAM: its drift is not a gradient"),
+    "saddle of micro-batches": (lambda: flow(USAM(.1, source="full"), H, x, 1.), ValueError, "this formula is for micro_batch=None and source='own'"),
+    "a batch size of 0": (lambda: data().with_batch(0), ValueError, "batch_size must be at least 1, got 0"),
+    "noiseless nothing": (lambda: Noiseless(3), TypeError, "objective must be an Objective"),
     "moments of a step of one's own": (lambda: Jumps(.1).moments(bowl, x), ValueError, "Jumps overrides `step` and so has no first-order moments"),
     "moments of a direction of one's own": (lambda: Turns(.1).moments(bowl, x), ValueError, "Turns overrides `direction` and so has no first-order moments: use exact=True"),
     "no draws": (lambda: drift(SAM(.1), noisy, x, "exact", draws=0), ValueError, "draws must be at least 4, got 0"),
@@ -555,7 +577,7 @@ def test_every_public_name_has_a_bad_input():
     import importlib
     import inspect
     text, missing = "".join(p.read_text(encoding="utf-8") for p in Path(__file__).parent.glob("test_*.py")), []
-    results = "Model Potential StepMoments GammaMoments ExactMoments MinibatchMoments SampleMoments LinearSampleMoments AdditiveMoments LinearAdditiveMoments UnitAdditiveMoments Unperturbed Process Support GaussianDirection Ensemble Attraction WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
+    results = "Wrapped FullSampleMoments FullAdditiveMoments FullExactMoments IndependentAdditiveMoments PreviousMoments MicroBatchMoments Model Potential StepMoments GammaMoments ExactMoments MinibatchMoments SampleMoments LinearSampleMoments AdditiveMoments LinearAdditiveMoments UnitAdditiveMoments Unperturbed Process Support GaussianDirection Ensemble Attraction WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
     fine = "theme use_theme Perturbed from_module expectation plot_validity parser own_options reproduce main".split() # tested through others, or with nothing to refuse
     for name in sorted(p.stem for p in Path(samsde.__file__).parent.glob("[a-z]*.py")):
         module = importlib.import_module(f"samsde.{name}")

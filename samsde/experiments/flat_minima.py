@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from tqdm.auto import tqdm
 
-from ..algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
+from ..algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Process
 from ..machinery.style import colours
 from ..diagnosis import largest_eigenvalue
 from ..ensemble import simulate
@@ -210,7 +210,7 @@ def batch_norms(net:Network, x:Tensor, i:Tensor # K minibatches of B, (..., K, B
     own = (W**2).sum((-2, -1)) + (e.mean(-1)**2).sum(-1) + (s**2).sum(-2) + r**2
     return loss + net.decay * square, (own + 2 * c * radial + c**2 * square).sqrt()
 
-class DrawnSDE:
+class DrawnSDE(Process):
     "SAM's SDE for any batch size, its expectations over `draws` fresh minibatches a step"
     def __init__(self, net:Network, algorithm:SAM, eta:float, draws:int=8):
         self.objective = net
@@ -219,6 +219,7 @@ class DrawnSDE:
         self.draws = draws
         self.shape = ()
         self.noise_dim = draws
+    def check(self, x0, name="x0"): return self.objective.check(x0, name)
     def draw(self, shape, generator=None, *, dtype=None, device=None) -> tuple:
         i = self.objective.law.draw((*shape, self.draws), generator, device=device)
         return i, torch.randn(*shape, self.draws, generator=generator, dtype=dtype, device=device)
