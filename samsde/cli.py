@@ -18,7 +18,10 @@ from .experiments.experiment import Experiment
 from .experiments.problems import PROBLEMS
 
 # %% ../nbs/09_cli.ipynb #1177fb1e
-EXPERIMENTS = {e.name: e for e in (m.experiment for m in (error_vs_rho, scaling, suboptimality, saddles, flat_minima, networks))}
+EXPERIMENTS = {e.name: e
+               for e in (m.experiment
+                         for m in (error_vs_rho, scaling, suboptimality, saddles, flat_minima,
+                                   networks))}
 
 # %% ../nbs/09_cli.ipynb #11925593
 class Parser(argparse.ArgumentParser):
@@ -30,7 +33,8 @@ def number(name:str, zero:bool=False, least:float=0.0):
     "A parser of a finite number of at least `least` that is positive, or with `zero` not negative"
     def parse(text):
         try: value = float(text)
-        except ValueError: raise argparse.ArgumentTypeError(f"{name} must be a number, got {text!r}")
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{name} must be a number, got {text!r}")
         kind = "non-negative" if zero else "positive"
         if not math.isfinite(value) or value < 0 or value == 0 and not zero:
             raise argparse.ArgumentTypeError(f"{name} must be {kind} and finite, got {text}")
@@ -43,7 +47,8 @@ def count(name:str, least:int, most:int):
     "A parser of a whole number from `least` to `most`"
     def parse(text):
         if not re.fullmatch("-?[0-9]+", text) or float(text) < least:
-            raise argparse.ArgumentTypeError(f"{name} must be a whole number of at least {least}, got {text}")
+            raise argparse.ArgumentTypeError(
+                f"{name} must be a whole number of at least {least}, got {text}")
         if float(text) <= most: return int(text)
         raise argparse.ArgumentTypeError(f"{name} must be at most {most}, got {text[:40]}")
     return parse
@@ -53,7 +58,8 @@ def device(text:str) -> torch.device:
     "A parser of a device that is there"
     try: return torch.device(text) if torch.ones(1, device=text).item() else None
     except Exception: # torch has many words for what it does not find
-        raise argparse.ArgumentTypeError(f"device must be one that torch sees here, such as cpu, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"device must be one that torch sees here, such as cpu, got {text!r}")
 
 def folder_name(text:str) -> Path:
     "A parser of a folder's name"
@@ -63,23 +69,38 @@ def folder_name(text:str) -> Path:
 # %% ../nbs/09_cli.ipynb #5cb7a2a1
 def parser() -> argparse.ArgumentParser:
     "The options of `samsde`"
-    top = Parser("samsde", description="Stochastic differential equations for sharpness-aware minimization.")
+    top = Parser("samsde",
+                 description="Stochastic differential equations for sharpness-aware minimization.")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     run = commands.add_parser("reproduce", help="run the paper's experiments and judge its claims",
-                              description="Run experiments: a table (CSV), a figure (PNG) and a verdict on each claim of the paper (TXT).")
-    run.add_argument("names", nargs="*", metavar="NAME", help="experiments, see --list; 'all' for all of them (default: error_vs_rho)")
-    run.add_argument("--list", action="store_true", help="name the experiments, and how long they take")
-    run.add_argument("--quick", action="store_true", help="a smaller setting of under a minute, for a first look")
-    run.add_argument("--seed", type=count("seed", 0, 2**63 - 1), default=0, help="of all random numbers (default: %(default)s)")
-    run.add_argument("--device", type=device, default="cpu", help="where to compute (default: %(default)s)")
-    run.add_argument("--dtype", choices=["float32", "float64"], default="float64", help="precision (default: %(default)s)")
-    run.add_argument("--out", type=folder_name, default=Path("results"), help="folder for the results (default: %(default)s)")
+                              description="Run experiments: a table (CSV), "
+                                          "a figure (PNG) and a verdict on each claim of the paper "
+                                          "(TXT).")
+    run.add_argument("names", nargs="*", metavar="NAME",
+                     help="experiments, see --list; 'all' for all of them (default: error_vs_rho)")
+    run.add_argument("--list", action="store_true",
+                     help="name the experiments, and how long they take")
+    run.add_argument("--quick", action="store_true",
+                     help="a smaller setting of under a minute, for a first look")
+    run.add_argument("--seed", type=count("seed", 0, 2**63 - 1), default=0,
+                     help="of all random numbers (default: %(default)s)")
+    run.add_argument("--device", type=device, default="cpu",
+                     help="where to compute (default: %(default)s)")
+    run.add_argument("--dtype", choices=["float32", "float64"], default="float64",
+                     help="precision (default: %(default)s)")
+    run.add_argument("--out", type=folder_name, default=Path("results"),
+                     help="folder for the results (default: %(default)s)")
     own = run.add_argument_group("options of error_vs_rho")
-    own.add_argument("--problem", nargs="+", choices=PROBLEMS, dest="problems", help="which losses (default: all)")
-    own.add_argument("--algorithm", nargs="+", choices=error_vs_rho.ALGORITHMS, dest="algorithms", help="which algorithms (default: all)")
-    own.add_argument("--eta", type=number("eta", least=1e-12), help="learning rate η (default: 0.05)")
-    own.add_argument("--rho", nargs="+", type=number("rho", zero=True), dest="rhos", help="radii ρ (default: seven from 0 to 4√η)")
-    own.add_argument("--runs", type=count("runs", 3, 10**9), help="runs of each algorithm and model")
+    own.add_argument("--problem", nargs="+", choices=PROBLEMS, dest="problems",
+                     help="which losses (default: all)")
+    own.add_argument("--algorithm", nargs="+", choices=error_vs_rho.ALGORITHMS, dest="algorithms",
+                     help="which algorithms (default: all)")
+    own.add_argument("--eta", type=number("eta", least=1e-12),
+                     help="learning rate η (default: 0.05)")
+    own.add_argument("--rho", nargs="+", type=number("rho", zero=True), dest="rhos",
+                     help="radii ρ (default: seven from 0 to 4√η)")
+    own.add_argument("--runs", type=count("runs", 3, 10**9),
+                     help="runs of each algorithm and model")
     return top
 
 # %% ../nbs/09_cli.ipynb #8f2e4a38
@@ -87,14 +108,18 @@ def chosen(names:list) -> list:
     "The experiments of these names, each once. Raises ValueError on an unknown one."
     if "all" in names: return list(EXPERIMENTS.values())
     for name in names:
-        if name not in EXPERIMENTS: raise ValueError(f"NAME must be one of {', '.join(EXPERIMENTS)} or all, got {name!r}")
+        if name not in EXPERIMENTS:
+            raise ValueError(f"NAME must be one of {', '.join(EXPERIMENTS)} or all, got {name!r}")
     return [EXPERIMENTS[name] for name in dict.fromkeys(names or ["error_vs_rho"])]
 
 def own_options(experiment:Experiment, options:argparse.Namespace) -> dict:
-    "The options that were given for this experiment alone. Raises ValueError on one that it does not take."
-    given = {k: getattr(options, k) for k in ("problems", "algorithms", "eta", "rhos", "runs") if getattr(options, k) is not None}
+    """The options that were given for this experiment alone.
+    Raises ValueError on one that it does not take."""
+    given = {k: getattr(options, k) for k in ("problems", "algorithms", "eta", "rhos", "runs")
+             if getattr(options, k) is not None}
     for name in given.keys() - inspect.signature(experiment.measure).parameters.keys():
-        raise ValueError(f"{experiment.name} takes no --{name.rstrip('s') if name != 'runs' else name}")
+        raise ValueError(
+            f"{experiment.name} takes no --{name.rstrip('s') if name != 'runs' else name}")
     return {k: list(dict.fromkeys(v)) if isinstance(v, list) else v for k, v in given.items()}
 
 # %% ../nbs/09_cli.ipynb #c11a0003
@@ -103,14 +128,17 @@ def check_place(out:Path, experiments:list):
     out = Path(os.path.realpath(out)) # of a link, what it leads to
     nearest = next(p for p in (out, *out.parents) if p.exists())
     if not nearest.is_dir(): raise NotADirectoryError(f"Not a directory: {nearest}")
-    if not os.access(nearest, os.W_OK | os.X_OK): raise PermissionError(f"Permission denied: {nearest}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"Permission denied: {nearest}")
     for e in experiments:
         for path in (out / f"{e.name}.{kind}" for kind in ("csv", "png", "txt")):
             if path.is_dir(): raise IsADirectoryError(f"Is a directory: {path}")
 
 # %% ../nbs/09_cli.ipynb #c11a0005
-SPELLED = {"±": "+/-", "√": "sqrt ", "·": "*", "×": "x", "−": "-", "–": "-", "—": "-", "…": "...", "≤": "<=",
-           "≥": ">=", "≈": "~", "→": "->", "∞": "inf", "∇": "grad ", "‖": "||", "½": "1/2", "²": "^2",
+SPELLED = {"±": "+/-", "√": "sqrt ", "·": "*", "×": "x", "−": "-", "–": "-", "—": "-", "…": "...",
+           "≤": "<=",
+           "≥": ">=", "≈": "~", "→": "->", "∞": "inf", "∇": "grad ", "‖": "||", "½": "1/2",
+           "²": "^2",
            "‘": "'", "’": "'", "“": '"', "”": '"'}
 
 def spelled(letter:str) -> str:
@@ -145,20 +173,25 @@ def report(experiment:Experiment, table:pd.DataFrame) -> str:
 
 # %% ../nbs/09_cli.ipynb #16a9d9b7
 def reproduce(experiment:Experiment, options:argparse.Namespace) -> pd.DataFrame:
-    "Measure, write NAME.csv, .png and .txt, and print the verdicts. Returns the table. Raises OSError if that fails."
-    begin, own = time.perf_counter(), own_options(experiment, options)
+    """Measure, write NAME.csv, .png and .txt, and print the verdicts. Returns the table.
+    Raises OSError if that fails."""
+    begin = time.perf_counter()
+    own = own_options(experiment, options)
     check_place(options.out, [experiment])
-    table = experiment.measure(quick=options.quick, seed=options.seed, dtype=getattr(torch, options.dtype), device=options.device,
+    table = experiment.measure(quick=options.quick, seed=options.seed,
+                               dtype=getattr(torch, options.dtype), device=options.device,
                                progress=sys.stderr is not None and sys.stderr.isatty(), **own)
     try:
         csv, png = experiment.save(table, options.out)
-        text, txt = report(experiment, table), csv.with_suffix(".txt")
+        text = report(experiment, table)
+        txt = csv.with_suffix(".txt")
         with replacing(txt) as f: f.write(f"{text}\n".encode())
     except OSError: # on a full disk, say: what can be saved of the work is what can be printed
         say(f"{report(experiment, table)}\n\n{table.to_csv(index=False)}")
         raise
     seconds = time.perf_counter() - begin
-    say(f"{text}\n\n{csv}, {png} and {txt} written in {seconds:.0f} s.", f": the verdicts are in {txt}")
+    say(f"{text}\n\n{csv}, {png} and {txt} written in {seconds:.0f} s.",
+        f": the verdicts are in {txt}")
     return table
 
 # %% ../nbs/09_cli.ipynb #c11a0007
@@ -172,7 +205,8 @@ def main(argv:list|None=None) -> int:
             say("\n".join(f"{e.name:16} {e.question} ({e.full})" for e in experiments))
             return 0
         import matplotlib # raises ValueError on a backend that there isn't
-        for e in experiments: own_options(e, options) # what one of them refuses is said before the first runs
+        for e in experiments:
+            own_options(e, options) # what one of them refuses is said before the first runs
         check_place(options.out, experiments)
         for e in experiments: reproduce(e, options)
     except (ArithmeticError, ValueError, OSError, MemoryError) as e:

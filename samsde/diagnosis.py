@@ -19,7 +19,8 @@ from .algorithm import Algorithm, an_objective, pair
 from .machinery.style import colours
 from .implicit_regularizer import drift
 from .moments import chunks, hessian_perturbation
-from .machinery.checks import check_finite, check_floating, check_int, check_positive, check_scalar
+from .machinery.checks import (
+    check_finite, check_floating, check_int, check_positive, check_scalar)
 from .objective import Objective
 
 # %% ../nbs/08b_diagnosis.ipynb #f41251e1
@@ -33,46 +34,66 @@ def top_eigenvectors(objective:Objective,
                      x:Tensor, # one point, (d,)
                      k:int=3 # how many, at most d
                     ) -> tuple[Tensor, Tensor]: # (k,) in falling order, and (k, d)
-    "The largest eigenvalues of ∇²f(x) and their eigenvectors. Raises ValueError or TypeError on a k or a point that is none."
-    x, d, k = one_point(objective, x), objective.dim, check_int("k", k)
+    """The largest eigenvalues of ∇²f(x) and their eigenvectors.
+    Raises ValueError or TypeError on a k or a point that is none."""
+    x = one_point(objective, x)
+    d = objective.dim
+    k = check_int("k", k)
     if k > d: raise ValueError(f"k must be at most the dimension {d}, got {k}")
     if k > d / 2:
         values, vectors = torch.linalg.eigh(objective.hessian(x))
         return values[-k:].flip(0), vectors.T[-k:].flip(0)
-    def product(v): return objective.hvp(x, torch.from_numpy(np.ascontiguousarray(v.ravel())).to(x)).double().cpu().numpy()
+    def product(v):
+        return objective.hvp(x,
+                             torch.from_numpy(np.ascontiguousarray(v.ravel())).to(
+                                 x)).double().cpu().numpy()
     start = np.random.default_rng(0).standard_normal(d)
-    if not product(start).any(): return x.new_zeros(k), torch.eye(k, d).to(x) # the zero matrix, at which Lanczos fails
-    values, vectors = eigsh(LinearOperator((d, d), product, dtype=np.float64), k, which="LA", v0=start, tol=1e-6 if x.dtype == torch.float64 else 1e-3)
+    if not product(start).any():
+        return x.new_zeros(k), torch.eye(k, d).to(x) # the zero matrix, at which Lanczos fails
+    values, vectors = eigsh(LinearOperator((d, d), product, dtype=np.float64), k, which="LA",
+                            v0=start, tol=1e-6 if x.dtype == torch.float64 else 1e-3)
     order = np.argsort(-values)
-    return torch.from_numpy(values[order].copy()).to(x), torch.from_numpy(vectors.T[order].copy()).to(x)
+    return (torch.from_numpy(values[order].copy()).to(x),
+            torch.from_numpy(vectors.T[order].copy()).to(x))
 
 # %% ../nbs/08b_diagnosis.ipynb #83704f9b
 def largest_eigenvalue(hvp:Callable, # x, v, (..., d) each -> (..., d), such as objective.hvp
                        x:Tensor, # (..., d)
                        steps:int=12 # Hessian-vector products
                       ) -> Tensor: # (...)
-    "The largest eigenvalue at every point, from below, by Lanczos' method with full orthogonalisation"
-    v = torch.randn(check_floating("x", x).shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x).expand_as(x)
-    Q, diagonal, beside = (v / torch.linalg.vector_norm(v, dim=-1, keepdim=True))[None], [], []
+    """The largest eigenvalue at every point, from below, by Lanczos' method with full
+    orthogonalisation"""
+    d = check_floating("x", x).shape[-1]
+    seeded = torch.Generator().manual_seed(0)
+    v = torch.randn(d, generator=seeded, dtype=torch.float64).to(x).expand_as(x)
+    Q = (v / torch.linalg.vector_norm(v, dim=-1, keepdim=True))[None]
+    diagonal = []
+    beside = []
     for _ in range(min(check_int("steps", steps), x.shape[-1])):
         w = hvp(x, Q[-1])
         value = (w * Q[-1]).sum(-1)
-        diagonal.append(torch.where(Q[-1].any(-1), value, diagonal[-1]) if diagonal else value) # a vector is 0 where the space is exhausted
+        # a vector is 0 where the space is exhausted
+        diagonal.append(torch.where(Q[-1].any(-1), value, diagonal[-1]) if diagonal else value)
         for _ in range(2): w = w - ((w * Q).sum(-1, keepdim=True) * Q).sum(0)
         beside.append(torch.linalg.vector_norm(w, dim=-1))
         Q = torch.cat([Q, (w / beside[-1][..., None].clamp(min=torch.finfo(x.dtype).tiny))[None]])
     off = torch.diag_embed(torch.stack(beside[:-1], -1), 1) if len(beside) > 1 else 0
-    T = torch.diag_embed(torch.stack(diagonal, -1)) + off + (off.mT if isinstance(off, Tensor) else 0)
+    T = (torch.diag_embed(torch.stack(diagonal, -1)) + off
+         + (off.mT if isinstance(off, Tensor) else 0))
     return torch.linalg.eigvalsh(T)[..., -1]
 
 # %% ../nbs/08b_diagnosis.ipynb #68513415
 def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, # (d,)
           V:Tensor, # (m, d)
-          draws:int, seed:int) -> tuple[dict, dict, Tensor]: # projections of g, c and G, (draws, m); total variances of g, c and G − c; mean of G − c, (d,)
-    "What one step is made of, for drawn γ"
-    gammas = algorithm.draw(objective, (draws,), torch.Generator(x.device).manual_seed(seed), dtype=x.dtype, device=x.device)
-    projections, first = {n: [] for n in ("g", "c", "G")}, {}
-    sums, squares = (dict.fromkeys(["g", "c", "gap"], 0) for _ in range(2)) # of differences to the first, so that equal values have no variance
+          draws:int, seed:int) -> tuple[dict, dict, Tensor]:
+    """What one step is made of, for drawn γ: projections of g, c and G on V, (draws, m);
+    total variances of g, c and G − c; and the mean of G − c, (d,)"""
+    gammas = algorithm.draw(objective, (draws,), torch.Generator(x.device).manual_seed(seed),
+                            dtype=x.dtype, device=x.device)
+    projections = {n: [] for n in ("g", "c", "G")}
+    first = {}
+    # of differences to the first, so that equal values have no variance
+    sums, squares = (dict.fromkeys(["g", "c", "gap"], 0) for _ in range(2))
     for s in chunks(gammas, x, chunk=getattr(objective, "chunk", None)):
         g = objective.sample_grad(x, algorithm.of_gradient(gammas[s]))
         G = algorithm.direction(objective, x, gammas[s])
@@ -80,18 +101,26 @@ def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, # (d,)
         for name, value in {"g": g, "c": c, "G": G}.items(): projections[name].append(value @ V.T)
         for name, value in {"g": g, "c": c, "gap": G - c}.items():
             value = value.double() - first.setdefault(name, value[0].double())
-            sums[name], squares[name] = sums[name] + value.sum(0), squares[name] + value.square().sum().item()
-    power = {name: max(0., square - sums[name].square().sum().item() / draws) / (draws - 1) for name, square in squares.items()}
-    return {name: torch.cat(parts).double() for name, parts in projections.items()}, power, first["gap"] + sums["gap"] / draws
+            sums[name] = sums[name] + value.sum(0)
+            squares[name] = squares[name] + value.square().sum().item()
+    power = {name: max(0., square - sums[name].square().sum().item() / draws) / (draws - 1)
+             for name, square in squares.items()}
+    return ({name: torch.cat(parts).double() for name, parts in projections.items()}, power,
+            first["gap"] + sums["gap"] / draws)
 
 def moments(eta:float, b:Tensor, # (m,), the drift along the directions
             projections:dict) -> dict: # columns, (m,) each
-    "Mean and variance of a step x⁺ − x along directions: of the SDE, and of the algorithm with the standard errors of the difference"
-    c, G, root = projections["c"], projections["G"], len(projections["c"])**.5
-    spread = lambda p: (p - p.mean(0)).square()
+    """Mean and variance of a step x⁺ − x along directions:
+    of the SDE, and of the algorithm with the standard errors of the difference"""
+    c = projections["c"]
+    G = projections["G"]
+    root = len(projections["c"])**.5
+    def spread(p): return (p - p.mean(0)).square()
     gap, wider = c - G, spread(G) - spread(c)
-    mean = {"mean, SDE": eta * b, "mean, sampled": eta * (b + gap.mean(0)), "se of mean": eta * gap.std(0) / root}
-    variance = {"variance, SGD": spread(projections["g"]).mean(0), "variance, SDE": spread(c).mean(0), "variance, sampled": spread(G).mean(0),
+    mean = {"mean, SDE": eta * b, "mean, sampled": eta * (b + gap.mean(0)),
+            "se of mean": eta * gap.std(0) / root}
+    variance = {"variance, SGD": spread(projections["g"]).mean(0),
+                "variance, SDE": spread(c).mean(0), "variance, sampled": spread(G).mean(0),
                 "se of variance": wider.std(0) / root}
     return mean | {name: eta**2 * value for name, value in variance.items()}
 
@@ -100,24 +129,33 @@ def moments(eta:float, b:Tensor, # (m,), the drift along the directions
 class Diagnosis:
     "What the SDE neglects at a point; true where that is a small part of the drift"
     terms: dict # name -> number, see `diagnose`
-    directions: pd.DataFrame # top eigenvectors and random directions: curvature, noise, and the moments of one step
+    # top eigenvectors and random directions: curvature, noise, and the moments of one step
+    directions: pd.DataFrame
     tolerance: float # what is small
 
     @property
     def reason(self) -> str:
         neglected = {name: self.terms[name] for name in ("neglected in ρ", "neglected in η")}
         large = {name: value for name, value in neglected.items() if not value <= self.tolerance}
-        said = ", ".join(f"{name}: {value:.2g} of the drift" for name, value in (large or neglected).items())
+        said = ", ".join(f"{name}: {value:.2g} of the drift"
+                         for name, value in (large or neglected).items())
         return f"{said}, {'more than' if large else 'at most'} {self.tolerance:g}"
-    def __bool__(self) -> bool: return all(self.terms[name] <= self.tolerance for name in ("neglected in ρ", "neglected in η"))
+    def __bool__(self) -> bool:
+        return all(self.terms[name] <= self.tolerance
+                   for name in ("neglected in ρ", "neglected in η"))
     def __repr__(self) -> str: return f"{'fair' if self else 'not fair'} ({self.reason})"
     def plot(self, ax=None):
-        "Variance of one step along every direction, that of the algorithm with two standard errors over that of the SDE; returns the Axes"
+        """Variance of one step along every direction, that of the algorithm with two standard
+        errors over that of the SDE; returns the Axes"""
         import matplotlib.pyplot as plt
-        ax, t = ax or plt.gca(), self.directions
-        ratio, error = t["variance, sampled"] / t["variance, SDE"], 2 * t["se of variance"] / t["variance, SDE"]
-        ax.errorbar(t.index, ratio, error, fmt="o", capsize=2, color=colours["SAM"], label="algorithm")
-        ax.plot(t.index, t["variance, SGD"] / t["variance, SDE"], "x", color=colours["SGD"], label="SGD")
+        ax = ax or plt.gca()
+        t = self.directions
+        ratio = t["variance, sampled"] / t["variance, SDE"]
+        error = 2 * t["se of variance"] / t["variance, SDE"]
+        ax.errorbar(t.index, ratio, error, fmt="o", capsize=2, color=colours["SAM"],
+                    label="algorithm")
+        ax.plot(t.index, t["variance, SGD"] / t["variance, SDE"], "x", color=colours["SGD"],
+                label="SGD")
         ax.axhline(1, color="k", lw=1, label="SDE")
         ax.tick_params("x", rotation=60)
         ax.set(ylabel="variance of a step over the SDE's")
@@ -131,29 +169,47 @@ def diagnose(algorithm:Algorithm, # with one radius
              eta:float, # learning rate
              *, top:int=3, # Hessian eigenvectors, those with the largest eigenvalues
              directions:int=3, # random directions
-             draws:int=512, # of γ, for the moments of one step and where an expectation has no closed form; at least 4
+             draws:int=512, # of γ, for one step's moments and what has no closed form; at least 4
              seed:int=0, # of γ and directions
              tolerance:float=.1 # part of the drift that may be neglected
             ) -> Diagnosis:
-    """Is the SDE of an algorithm a fair model at a point? Terms, of which all but the first are ratios: "gradient", ‖ḡ‖; "regulariser", ρ‖E[Hu]‖/‖ḡ‖;
-    "neglected in ρ", ‖E[G] − E[g + ρHu]‖/‖b‖, and "error of that", the size that the draws alone would give it; "neglected in η", ½‖b(x + ηb) − b(x)‖/‖b‖;
-    "noise", the root of the noise's total variance in one step over ‖ηb‖; "noise, SGD", that of SGD's. Raises ValueError or TypeError on bad input."""
-    eta, draws, rho = check_scalar("eta", eta), check_int("draws", draws, least=4), pair(algorithm, objective)[0].rho
+    """Is the SDE of an algorithm a fair model at a point? All terms but the first are ratios:
+    "gradient", ‖ḡ‖; "regulariser", ρ‖E[Hu]‖/‖ḡ‖;
+    "neglected in ρ", ‖E[G] − E[g + ρHu]‖/‖b‖, and "error of that", what draws alone would give;
+    "neglected in η", ½‖b(x + ηb) − b(x)‖/‖b‖;
+    "noise", the root of the noise's total variance in one step over ‖ηb‖; "noise, SGD", SGD's.
+    Raises ValueError or TypeError on bad input."""
+    eta = check_scalar("eta", eta)
+    draws = check_int("draws", draws, least=4)
+    rho = pair(algorithm, objective)[0].rho
     x = one_point(objective, x)
-    if isinstance(rho, Tensor) and rho.ndim: raise ValueError(f"the algorithm must have one radius, got shape {tuple(rho.shape)}")
+    if isinstance(rho, Tensor) and rho.ndim:
+        raise ValueError(f"the algorithm must have one radius, got shape {tuple(rho.shape)}")
     check_positive("tolerance", tolerance)
     lam, vectors = top_eigenvectors(objective, x, top)
     generator = torch.Generator().manual_seed(check_int("seed", seed, least=0))
-    random = torch.randn(check_int("directions", directions, least=0), objective.dim, generator=generator, dtype=torch.float64).to(x)
+    random = torch.randn(check_int("directions", directions, least=0), objective.dim,
+                         generator=generator, dtype=torch.float64).to(x)
     V = torch.cat([vectors, random / torch.linalg.vector_norm(random, dim=1, keepdim=True)])
-    b, norm = lambda z: drift(algorithm, objective, z, draws=draws, seed=seed), lambda t: torch.linalg.vector_norm(t).item()
-    here, grad = b(x), objective.grad(x)
-    size, (projections, power, gap) = norm(here), drawn(algorithm, objective, x, V, draws, seed)
-    if size == 0: raise ValueError("the drift is exactly zero at x, and nothing is small against it")
+    def b(z): return drift(algorithm, objective, z, draws=draws, seed=seed)
+    def norm(t): return torch.linalg.vector_norm(t).item()
+    here = b(x)
+    grad = objective.grad(x)
+    size = norm(here)
+    projections, power, gap = drawn(algorithm, objective, x, V, draws, seed)
+    if size == 0:
+        raise ValueError("the drift is exactly zero at x, and nothing is small against it")
     terms = {"gradient": norm(grad), "regulariser": norm(here + grad) / norm(grad),
-             "neglected in ρ": max(0., norm(gap)**2 - power["gap"] / draws)**.5 / size, "error of that": (power["gap"] / draws)**.5 / size,
-             "neglected in η": norm(b(x + eta * here) - here) / (2 * size), "noise": power["c"]**.5 / size, "noise, SGD": power["g"]**.5 / size}
-    names = [f"eigenvector {i + 1}" for i in range(top)] + [f"random {i + 1}" for i in range(directions)]
-    table = {"curvature": (V * objective.hvp(x, V)).sum(1)} | moments(eta, V.double() @ here.double(), projections)
-    table["share of noise"] = table["variance, SDE"] / (eta**2 * power["c"]) if power["c"] else torch.zeros(len(V))
-    return Diagnosis(terms, pd.DataFrame({name: value.cpu().numpy() for name, value in table.items()}, index=names), tolerance)
+             "neglected in ρ": max(0., norm(gap)**2 - power["gap"] / draws)**.5 / size,
+             "error of that": (power["gap"] / draws)**.5 / size,
+             "neglected in η": norm(b(x + eta * here) - here) / (2 * size),
+             "noise": power["c"]**.5 / size, "noise, SGD": power["g"]**.5 / size}
+    names = ([f"eigenvector {i + 1}" for i in range(top)]
+             + [f"random {i + 1}" for i in range(directions)])
+    table = ({"curvature": (V * objective.hvp(x, V)).sum(1)}
+             | moments(eta, V.double() @ here.double(), projections))
+    table["share of noise"] = (table["variance, SDE"] / (eta**2 * power["c"]) if power["c"]
+                               else torch.zeros(len(V)))
+    return Diagnosis(terms,
+                     pd.DataFrame({name: value.cpu().numpy() for name, value in table.items()},
+                                  index=names), tolerance)

@@ -28,31 +28,42 @@ def time_grid(eta, # learning rate of the process, one number
               dt:float|None=None, # step length, at most η; η if None
               every:int=1 # record every so many η
              ) -> tuple[list, list]: # lengths of the steps within one η, recorded multiples of η
-    "How one unit η is cut, and when to record. Raises ValueError if `dt` > η, `t_end` is no multiple of η, or all is too long."
-    if isinstance(eta, Tensor) and eta.numel() > 1: raise ValueError("paths with different eta share no time grid: simulate them one eta at a time")
+    """How one unit η is cut, and when to record.
+    Raises ValueError if `dt` > η, `t_end` is no multiple of η, or all is too long."""
+    if isinstance(eta, Tensor) and eta.numel() > 1:
+        raise ValueError(
+            "paths with different eta share no time grid: simulate them one eta at a time")
     eta, t_end = float(eta), float(check_positive("t_end", t_end))
     dt = eta if dt is None else float(check_positive("dt", dt))
     if dt > eta * (1 + 1e-9): raise ValueError(f"dt must be at most eta={eta:g}, got {dt:g}")
-    if t_end / eta > 2**53: raise ValueError(f"t_end must be at most 2^53 eta, got {t_end:g} with eta={eta:g}")
-    if eta / dt > 10**6: raise ValueError(f"dt must be at least eta/10^6, got {dt:g} with eta={eta:g}")
-    n, m = round(t_end / eta), math.ceil(eta / dt - 1e-9)
-    if n < 1 or abs(n * eta - t_end) > 1e-6 * eta * n: raise ValueError(f"t_end must be a whole number of steps eta={eta:g}, got {t_end:g}")
-    if n // check_int("every", every) >= 10**7: raise ValueError(f"every must be larger: with every={every}, {n // every} times are recorded")
+    if t_end / eta > 2**53:
+        raise ValueError(f"t_end must be at most 2^53 eta, got {t_end:g} with eta={eta:g}")
+    if eta / dt > 10**6:
+        raise ValueError(f"dt must be at least eta/10^6, got {dt:g} with eta={eta:g}")
+    n = round(t_end / eta)
+    m = math.ceil(eta / dt - 1e-9)
+    if n < 1 or abs(n * eta - t_end) > 1e-6 * eta * n:
+        raise ValueError(f"t_end must be a whole number of steps eta={eta:g}, got {t_end:g}")
+    if n // check_int("every", every) >= 10**7:
+        raise ValueError(
+            f"every must be larger: with every={every}, {n // every} times are recorded")
     marks = list(range(0, n + 1, every))
     return [dt] * (m - 1) + [eta - dt * (m - 1)], marks + [n] * (marks[-1] != n)
 
 # %% ../nbs/02_ensemble.ipynb #434bbb88
 @dataclass(repr=False)
 class Ensemble:
-    "Statistics of an ensemble at the recorded times. T times, *batch members of a sweep, and the shape of the observable follow one another."
+    """Statistics of an ensemble at the recorded times.
+    T times, *batch members of a sweep, and the shape of the observable follow one another."""
     times: Tensor # (T,)
     mean: dict # name -> (T, *batch, ...), over the paths that did not diverge
     std: dict # the same
     sem: dict # standard error of the mean, std/√n
     final: Tensor # (n_paths, *batch, d), the paths at the last time; NaN where they diverged
     alive: Tensor # (n_paths, *batch), which paths did not diverge
-    diverged_at: Tensor # (n_paths, *batch), the first recorded time at which a path was not finite; inf if there is none
-    paths: dict = field(default_factory=dict) # name -> (T, n_paths, *batch, ...), where keep was set
+    diverged_at: Tensor # (n_paths, *batch), the first recorded time when not finite, else inf
+    # name -> (T, n_paths, *batch, ...), where keep was set
+    paths: dict = field(default_factory=dict)
 
     @property
     def n_paths(self) -> int: return len(self.final)
@@ -61,25 +72,32 @@ class Ensemble:
         "Paths that diverged: a number, or (*batch)"
         count = (~self.alive).sum(0)
         return count if count.ndim else count.item()
-    def __repr__(self): return f"Ensemble({self.n_paths} paths, {self.n_diverged} diverged, {len(self.times)} times to t={self.times[-1]:g}, {list(self.mean)})"
+    def __repr__(self):
+        return (f"Ensemble({self.n_paths} paths, {self.n_diverged} diverged, "
+                f"{len(self.times)} times to t={self.times[-1]:g}, {list(self.mean)})")
 
     def frame(self) -> pd.DataFrame:
-        "One row for each observable, time and component: columns observable, time, component, mean, std, sem. Rows without a path are left out."
-        tables, times = [], self.times.cpu().numpy()
+        """One row for each observable, time and component:
+        columns observable, time, component, mean, std, sem. Rows without a path are left out."""
+        tables = []
+        times = self.times.cpu().numpy()
         for name, mean in self.mean.items():
             components = [",".join(map(str, index)) for index in np.ndindex(*mean.shape[1:])]
             each = dict(time=times.repeat(len(components)), component=components * len(times))
-            for kind in ("mean", "std", "sem"): each[kind] = getattr(self, kind)[name].cpu().numpy().ravel()
+            for kind in ("mean", "std", "sem"):
+                each[kind] = getattr(self, kind)[name].cpu().numpy().ravel()
             tables.append(pd.DataFrame(dict(observable=name) | each))
         return pd.concat(tables, ignore_index=True).dropna(subset="mean")
     def plot(self, name:str|None=None, ax=None, **style):
         "Mean over time, with a band of two standard errors; returns the Axes"
         import matplotlib.pyplot as plt
-        ax, name = ax or plt.gca(), name or next(iter(self.mean))
+        ax = ax or plt.gca()
+        name = name or next(iter(self.mean))
         mean, sem = (s[name].reshape(len(self.times), -1).cpu() for s in (self.mean, self.sem))
         for j in range(mean.shape[1]):
             line, = ax.plot(self.times, mean[:, j], **style)
-            ax.fill_between(self.times, mean[:, j] - 2 * sem[:, j], mean[:, j] + 2 * sem[:, j], color=line.get_color(), alpha=.25, lw=0)
+            ax.fill_between(self.times, mean[:, j] - 2 * sem[:, j], mean[:, j] + 2 * sem[:, j],
+                            color=line.get_color(), alpha=.25, lw=0)
         ax.set(xlabel="time $t = k\\eta$", ylabel=f"mean of {name}")
         return ax
 
@@ -88,35 +106,53 @@ def starts(process, # has .shape, the axes of a sweep over rho or eta
            x0:Tensor, # (d,), or (n_paths, *batch, d)
            n_paths:int # number of paths
           ) -> Tensor: # (n_paths, *batch, d)
-    "The start of every path. Raises ValueError on a shape that does not fit, or numbers that are not finite."
+    """The start of every path.
+    Raises ValueError on a shape that does not fit, or numbers that are not finite."""
     process.check(x0)
-    if not torch.isfinite(x0).all(): raise ValueError("x0 must be finite, got infinite or NaN entries")
+    if not torch.isfinite(x0).all():
+        raise ValueError("x0 must be finite, got infinite or NaN entries")
     if n_paths > 2**53: raise ValueError(f"n_paths must be at most 2^53, got {n_paths}")
     lead = x0.shape[:-1] or (n_paths,)
-    if lead[0] != n_paths: raise ValueError(f"x0 must have shape ({x0.shape[-1]},) or ({n_paths}, ..., {x0.shape[-1]}), got {tuple(x0.shape)}")
+    if lead[0] != n_paths:
+        raise ValueError(
+            f"x0 must have shape ({x0.shape[-1]},) or ({n_paths}, ..., {x0.shape[-1]}), "
+            f"got {tuple(x0.shape)}")
     try: batch = torch.broadcast_shapes(lead[1:], process.shape)
     except RuntimeError:
-        raise ValueError(f"x0 has members {tuple(lead[1:])}, rho and eta {tuple(process.shape)}: they must broadcast") from None
-    return x0.reshape(lead[0] if x0.ndim > 1 else 1, *(1,) * (len(batch) - len(lead[1:])), *lead[1:], x0.shape[-1]).expand(n_paths, *batch, -1)
+        raise ValueError(
+            f"x0 has members {tuple(lead[1:])}, rho and eta {tuple(process.shape)}: "
+            f"they must broadcast") from None
+    return x0.reshape(lead[0] if x0.ndim > 1 else 1, *(1,) * (len(batch) - len(lead[1:])),
+                      *lead[1:], x0.shape[-1]).expand(n_paths, *batch, -1)
 
 # %% ../nbs/02_ensemble.ipynb #cea108fd
 def checked(process, observe) -> dict:
-    "The observables by name. Raises TypeError if one is no function, or the process is none, ValueError if there are none."
+    """The observables by name.
+    Raises TypeError if one is no function, or the process is none, ValueError if there are none."""
     for what in ("eta", "shape", "draw", "noise_dim", "start", "advance", "position"):
-        if not hasattr(process, what): raise TypeError(f"process must be a Chain, an SDE, or another Process, got {type(process).__name__} without {what!r}")
+        if not hasattr(process, what):
+            raise TypeError(
+                f"process must be a Chain, an SDE, or another Process, "
+                f"got {type(process).__name__} without {what!r}")
     if observe is None: return {"x": lambda x: x}
-    observe = observe if isinstance(observe, dict) else {getattr(observe, "__name__", "observable"): observe}
+    observe = (observe if isinstance(observe, dict)
+               else {getattr(observe, "__name__", "observable"): observe})
     if not observe: raise ValueError("observe must hold at least one observable, got none")
     for name, fn in observe.items():
-        if not isinstance(name, str): raise TypeError(f"observables must be named by text, got the name {name!r} for an observable")
-        if not callable(fn): raise TypeError(f"observable {name!r} must be a function of points, got {type(fn).__name__}")
+        if not isinstance(name, str):
+            raise TypeError(
+                f"observables must be named by text, got the name {name!r} for an observable")
+        if not callable(fn):
+            raise TypeError(
+                f"observable {name!r} must be a function of points, got {type(fn).__name__}")
     return observe
 
 # %% ../nbs/02_ensemble.ipynb #d06dc4a6
 def on_threads(work, # a function of one job
                jobs:list, threads:int, stop:threading.Event): # work gives up if this is set
     "Do all jobs on `threads` threads; an interrupt or an error ends them all"
-    torch_threads, errors = torch.get_num_threads(), []
+    torch_threads = torch.get_num_threads()
+    errors = []
     def careful(job):
         try: work(job)
         except BaseException as error:
@@ -161,25 +197,33 @@ class DivergenceError(ArithmeticError):
 def divergence(times:Tensor, # (T,)
                until:Tensor # (n_paths, *batch), how many records came before a path was not finite
               ) -> Tensor: # (n_paths, *batch)
-    "When paths diverged. Raises DivergenceError if all did; warns, with time and index, if some did."
+    """When paths diverged. Raises DivergenceError if all did;
+    warns, with time and index, if some did."""
     at = torch.cat([times, times.new_full((1,), math.inf)]).to(until.device)[until]
     dead = at.isfinite().sum().item()
     if not dead: return at
     first = np.unravel_index(at.argmin().item(), at.shape)
     where = f"the first, path {', '.join(map(str, first))}, by t={at.min():g}"
-    if dead < at.numel(): warnings.warn(f"{dead} of {at.numel()} paths diverged, {where}, and are left out", stacklevel=4)
+    if dead < at.numel():
+        warnings.warn(f"{dead} of {at.numel()} paths diverged, {where}, and are left out",
+                      stacklevel=4)
     else:
         raise DivergenceError(f"all {dead} paths diverged, {where}, the last by t={at.max():g}: "
-                              "they, or what was observed of them, are not finite; lower eta or rho")
+                              "they, or what was observed of them, are not finite; "
+                              "lower eta or rho")
     return at
 
 # %% ../nbs/02_ensemble.ipynb #ef8008a7
 def summary(total:PathStatistics, eta:float, run:Run) -> Ensemble:
-    "The statistics of an ensemble. Raises DivergenceError if no path stayed finite; warns if some did not."
-    t, times = total.state(), torch.tensor(run.grid[1], dtype=torch.float64) * eta
+    """The statistics of an ensemble. Raises DivergenceError if no path stayed finite;
+    warns if some did not."""
+    t = total.state()
+    times = torch.tensor(run.grid[1], dtype=torch.float64) * eta
     at = divergence(times, t["until"])
-    alive, paths = at.isinf(), {name: t[f"paths{i}"] for i, name in enumerate(run.observe) if run.keep}
-    result = Ensemble(times, {}, {}, {}, torch.where(alive[..., None], t["final"], torch.nan), alive, at, paths)
+    alive = at.isinf()
+    paths = {name: t[f"paths{i}"] for i, name in enumerate(run.observe) if run.keep}
+    result = Ensemble(times, {}, {}, {}, torch.where(alive[..., None], t["final"], torch.nan),
+                      alive, at, paths)
     for name, m in zip(run.observe, total.moments):
         n = m.n.reshape(1, *m.n.shape, *(1,) * (m.mean.ndim - 1 - m.n.ndim))
         result.mean[name] = torch.where(n > 0, m.mean, torch.nan)
@@ -189,18 +233,22 @@ def summary(total:PathStatistics, eta:float, run:Run) -> Ensemble:
 
 # %% ../nbs/02_ensemble.ipynb #904eec0c
 def interrupted(stop:KeyboardInterrupt, run:Run, run_state:RunState, eta:float):
-    "Say in an interrupt what was done until then, and give it the Ensemble of these paths, or None, as `partial`"
-    total, stop.partial = run_state.parts.get(0), None
+    """Say in an interrupt what was done until then, and give it the Ensemble of these paths, or
+    None, as `partial`"""
+    total = run_state.parts.get(0)
+    stop.partial = None
     try: stop.partial = total and summary(total, eta, run)
     except DivergenceError: pass
-    stop.args = f"{len(total or ())} of {len(run.x)} paths were done" + (": the same call goes on from there" if run_state.path else ""),
+    stop.args = (f"{len(total or ())} of {len(run.x)} paths were done"
+                 + (": the same call goes on from there" if run_state.path else ""),)
 
 # %% ../nbs/02_ensemble.ipynb #cd59bc42
 def compute_or_again(run:Run, run_state:RunState, many:int, threads:int, bar):
     "All blocks; all of them anew, with a warning and without records, if a record was wrong"
     try: compute(run, run_state, many, threads, bar)
     except RecordError as error:
-        warnings.warn(f"{error}: the simulation starts again without records (record=False)", stacklevel=3)
+        warnings.warn(f"{error}: the simulation starts again without records (record=False)",
+                      stacklevel=3)
         run.recorder = None
         run_state.restart()
         bar.reset()
@@ -211,29 +259,40 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
              x0:Tensor, # start: (d,), or (n_paths, *batch, d) with one for each path
              t_end:float, # end time, a whole number of steps eta
              n_paths:int, # number of paths, at least 2
-             *, dt:float|None=None, # step of an SDE, at most eta (its default); a chain with additive noise then follows the same Brownian motion
+             # step of an SDE, at most eta (its default); a chain then follows its Brownian motion
+             *, dt:float|None=None,
              seed:int=0, # decides all random numbers
-             observe=None, # what to average: a function of points (..., d) that keeps the leading axes, or a dict of them; the point itself if None
+             observe=None, # a function of points that keeps leading axes, or a dict; else the point
              every:int=1, # record every so many eta
              share:bool=False, # do the members of a sweep see the same noise?
-             chunk:int|None=None, # paths that a thread takes on at a time, in whole blocks; one block if None
+             # paths that a thread takes on at a time, in whole blocks; one block if None
+             chunk:int|None=None,
              threads:int|None=None, # torch's number if None
              keep:bool=False, # keep the observables of every path, in .paths
-             checkpoint:str|Path|None=None, # a file to write results to now and then, and to go on from if it is there
+             # a file to write results to now and then, and to go on from if it is there
+             checkpoint:str|Path|None=None,
              progress:bool=False, # show a progress bar
-             record:bool=True # may steps that are taken often be replayed from a record? No number depends on it
+             # may steps that are taken often be replayed from a record? No number depends on it
+             record:bool=True
             ) -> Ensemble:
-    "Run independent paths. Raises ValueError or TypeError on bad input, DivergenceError if none stays finite. Ctrl-C has a `partial`."
-    observe, seed = checked(process, observe), check_int("seed", seed, least=0)
-    grid, x = time_grid(process.eta, t_end, dt, every), starts(process, x0, check_int("n_paths", n_paths, least=2))
-    shape, eta = tuple(1 if share else n for n in x.shape[1:-1]), float(process.eta)
+    """Run independent paths. Raises ValueError or TypeError on bad input, DivergenceError if
+    none stays finite. Ctrl-C has a `partial`."""
+    observe = checked(process, observe)
+    seed = check_int("seed", seed, least=0)
+    grid = time_grid(process.eta, t_end, dt, every)
+    x = starts(process, x0, check_int("n_paths", n_paths, least=2))
+    shape = tuple(1 if share else n for n in x.shape[1:-1])
+    eta = float(process.eta)
     size = block_size(n_paths, max(process.noise_dim, x.shape[-1]) * math.prod(shape))
     many = math.ceil(check_int("chunk", size if chunk is None else chunk) / size)
-    threads = check_int("threads", threads) if threads is not None else torch.get_num_threads() if x.device.type == "cpu" else 1
+    threads = (check_int("threads", threads) if threads is not None else torch.get_num_threads()
+               if x.device.type == "cpu" else 1)
     steps = grid[1][-1] * len(grid[0]) * math.ceil(n_paths / size)
-    run = Run(process, process.start(x), grid, observe, size, shape, seed, bool(keep), Recorder() if record and steps >= Recorder.worth else None)
+    run = Run(process, process.start(x), grid, observe, size, shape, seed, bool(keep),
+              Recorder() if record and steps >= Recorder.worth else None)
     run_state = opened(checkpoint, run)
-    with tqdm(total=n_paths * grid[1][-1], unit="step", unit_scale=True, disable=not progress) as bar:
+    with tqdm(total=n_paths * grid[1][-1], unit="step", unit_scale=True,
+              disable=not progress) as bar:
         try: compute_or_again(run, run_state, many, threads, bar)
         except KeyboardInterrupt as stop:
             interrupted(stop, run, run_state, eta)

@@ -18,27 +18,40 @@ from torch import Tensor
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm
 from .random_direction import kappa
 from .machinery.checks import check_int, check_scalar
-from .saddle_flow import arrival_time, basin_radius, flow, latest_arrival, normalised, spectrum
+from .saddle_flow import (
+    arrival_time, basin_radius, flow, latest_arrival, normalised, spectrum)
 
 # %% ../nbs/07_saddle_attraction.ipynb #sflow021
 _all_ = ["flow", "basin_radius", "latest_arrival", "arrival_time"]
 
 # %% ../nbs/07_saddle_attraction.ipynb #01a212a1
 def regime(lam:np.ndarray, eta:float) -> tuple[str, bool, str]:
-    """How full-batch SAM behaves near a critical point ('cycle' or 'chaos'), whether it stays, and why (Theorem 3d).
-    False in chaos means undecided, as long as η|λ| < 1."""
-    top, mu, star = max(lam.max(), 0.), max(-lam.min(), 0.), min(-lam[lam < 0], default=math.inf)
-    if eta * top >= 2: return "cycle", False, f"SAM diverges along the largest eigenvalue: eta * {top:g} = {eta * top:g} is not below 2"
+    """How full-batch SAM behaves near a critical point ('cycle' or 'chaos'), whether it stays,
+    and why (Theorem 3d). False in chaos means undecided, as long as η|λ| < 1."""
+    top = max(lam.max(), 0.)
+    mu = max(-lam.min(), 0.)
+    star = min(-lam[lam < 0], default=math.inf)
+    if eta * top >= 2:
+        return ("cycle", False,
+                f"SAM diverges along the largest eigenvalue: "
+                f"eta * {top:g} = {eta * top:g} is not below 2")
     kind = "cycle" if mu < 2 * top / (2 - eta * top) else "chaos"
-    if star == math.inf: return kind, True, f"no eigenvalue is negative and eta * {top:g} is below 2: SAM ends in a cycle"
-    if kind == "chaos" and eta * mu >= 1: return kind, False, f"steps along the eigenvalue {-mu:g} overshoot the distance rho: eta * {mu:g} is not below 1"
+    if star == math.inf:
+        return (kind, True,
+                f"no eigenvalue is negative and eta * {top:g} is below 2: SAM ends in a cycle")
+    if kind == "chaos" and eta * mu >= 1:
+        return (kind, False,
+                f"steps along the eigenvalue {-mu:g} overshoot the distance rho: "
+                f"eta * {mu:g} is not below 1")
     least = eta * top**2 / (2 - eta * top) if kind == "cycle" else eta * mu**2 / 2
     what = f"the cycle along the eigenvalue {top:g}"
     if kind == "chaos": what = f"the mean of the chaotic hovering along the eigenvalue {-mu:g}"
     fits, more = ("fits into", "exceeds") if star > least else ("is wider than", "does not exceed")
-    why = f"{what} {fits} the basin: the mildest negative eigenvalue, {-star:g}, {more} {least:g} in modulus"
+    why = (f"{what} {fits} the basin: the mildest negative eigenvalue, {-star:g}, "
+           f"{more} {least:g} in modulus")
     if kind == "chaos" and star > least: why += ", which suffices by an estimate"
-    if kind == "chaos" and star <= least: why += ", which would suffice but is not necessary: simulate"
+    if kind == "chaos" and star <= least:
+        why += ", which would suffice but is not necessary: simulate"
     if kind == "cycle" and eta * mu >= 1:
         why += f"; as eta * {mu:g} is not below 1, some starts miss the cycle"
     return kind, bool(star > least), why
@@ -48,13 +61,16 @@ def hover_radius(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
                  H:Tensor, # (d, d), symmetric
                  eta:float # learning rate η
                 ) -> float: # in ‖x‖
-    """Largest distance at which the full-batch algorithm ends up: ηρλ/(2−ηλ) in a cycle, ηρ|λ| in chaos
-    (about half of that on average), 0 at rest; inf where `is_attracting` does not say that it stays.
-    Raises ValueError or TypeError on bad input."""
-    (rho, lam, _), eta = spectrum(algorithm, H), check_scalar("eta", eta)
+    """Largest distance at which the full-batch algorithm ends up: ηρλ/(2−ηλ) in a cycle, ηρ|λ|
+    in chaos (about half of that on average), 0 at rest; inf where `is_attracting` does not
+    say that it stays. Raises ValueError or TypeError on bad input."""
+    rho, lam, _ = spectrum(algorithm, H)
+    eta = check_scalar("eta", eta)
     if not is_attracting(algorithm, H, eta): return math.inf
     if not normalised(algorithm, rho): return 0.
-    return float(eta * rho * (lam.max() / (2 - eta * lam.max()) if regime(lam, eta)[0] == "cycle" else -lam.min()))
+    return float(eta * rho
+                 * (lam.max() / (2 - eta * lam.max()) if regime(lam, eta)[0] == "cycle"
+                    else -lam.min()))
 
 # %% ../nbs/07_saddle_attraction.ipynb #d24b3eec
 @dataclass(frozen=True)
@@ -69,36 +85,59 @@ def linear_attraction(name:str, rho:float, lam:np.ndarray, eta:float|None) -> At
     "For SGD and USAM, and for what is USAM in disguise: rates λ(1+ρλ) (Theorem 3b, c)"
     rates = lam * (1 + rho * lam)
     if rates.min() <= 0:
-        need = f"every negative eigenvalue must be below -1/rho = {-1 / rho:g}" if rho else "no eigenvalue may be negative"
-        return Attraction(False, f"{name} moves away along the eigenvalue {lam[rates.argmin()]:g}: {need}")
+        need = (f"every negative eigenvalue must be below -1/rho = {-1 / rho:g}" if rho
+                else "no eigenvalue may be negative")
+        return Attraction(False,
+                          f"{name} moves away along the eigenvalue {lam[rates.argmin()]:g}: {need}")
     if eta is not None and eta * rates.max() >= 2:
-        return Attraction(False, f"{name}'s ODE is attracted, but its steps overshoot along the eigenvalue {lam[rates.argmax()]:g}: "
-                                 f"eta * lambda * (1 + rho * lambda) = {eta * rates.max():g} is not below 2")
+        return Attraction(False,
+                          f"{name}'s ODE is attracted, "
+                          f"but its steps overshoot along the eigenvalue {lam[rates.argmax()]:g}: "
+                                 f"eta * lambda * (1 + rho * lambda) = {eta * rates.max():g} is "
+                                 f"not below 2")
     below = f" and below 2/eta = {2 / eta:g}" if eta else ""
-    return Attraction(True, f"{name} contracts along every eigenvector: lambda * (1 + rho * lambda) is positive{below}")
+    return Attraction(True,
+                      f"{name} contracts along every eigenvector: "
+                      f"lambda * (1 + rho * lambda) is positive{below}")
 
 # %% ../nbs/07_saddle_attraction.ipynb #ce60aa6d
 def is_attracting(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
                   H:Tensor, # (d, d), symmetric
-                  eta:float|None=None, # learning rate: asks about the algorithm itself; None asks about the ODE
-                  sigma:float=0.0 # standard deviation s of the noise in each coordinate of the gradient
+                  # learning rate: asks about the algorithm itself; None asks about the ODE
+                  eta:float|None=None,
+                  # standard deviation s of the noise in each coordinate of the gradient
+                  sigma:float=0.0
                  ) -> Attraction:
-    """Does the critical point of ½xᵀHx attract (Theorem 3)? True or false, with `.reason`.
-    Where SAM hovers chaotically, true means that the mean of ‖Hx‖ is below ρλ*. That suffices, by an estimate;
-    it is not necessary, and false then means undecided.
-    Raises ValueError or TypeError on bad input."""
-    (rho, lam, _), s = spectrum(algorithm, H), check_scalar("sigma", sigma, zero=True)
+    """Does the critical point of ½xᵀHx attract (Theorem 3)? True or false, with `.reason`. Where
+    SAM hovers chaotically, true means that the mean of ‖Hx‖ is below ρλ*. That suffices, by
+    an estimate; it is not necessary, and false then means undecided. Raises ValueError or
+    TypeError on bad input."""
+    rho, lam, _ = spectrum(algorithm, H)
+    s = check_scalar("sigma", sigma, zero=True)
     lam, eta, d = lam[lam != 0], None if eta is None else check_scalar("eta", eta), len(lam)
-    name, noisy = type(algorithm).__name__, normalised(algorithm, rho) and s > 0
-    if not normalised(algorithm, rho): return linear_attraction(name, rho * (type(algorithm) is USAM), lam, eta)
+    name = type(algorithm).__name__
+    noisy = normalised(algorithm, rho) and s > 0
+    if not normalised(algorithm, rho):
+        return linear_attraction(name, rho * (type(algorithm) is USAM), lam, eta)
     if noisy and name == "DNSAM":
-        return Attraction(False, "DNSAM divides by the full gradient, which vanishes at the critical point: its noise explodes there "
-                              "and throws it out, in one dimension at a rate of 0.1 to 0.3 |lambda|")
+        return Attraction(False,
+                          "DNSAM divides by the full gradient, "
+                          "which vanishes at the critical point: its noise explodes there "
+                              "and throws it out, in one dimension at a rate of 0.1 to 0.3 "
+                              "|lambda|")
     star = float(min(-lam[lam < 0], default=math.inf))
     if noisy and rho * star * kappa(d) <= s:
-        return Attraction(False, f"the noise is too strong: rho * lambda* * kappa_{d} = {rho * star * kappa(d):g} is not above sigma = {s:g}")
-    quiet = f"; noise is weak enough, rho * lambda* * kappa_{d} = {rho * star * kappa(d):g} > sigma = {s:g}" if noisy else ""
-    if eta is None: return Attraction(True, f"{name}'s ODE is drawn in from every start with |Hx| < rho * lambda* = {rho * star:g}{quiet}")
+        return Attraction(False,
+                          f"the noise is too strong: "
+                          f"rho * lambda* * kappa_{d} = {rho * star * kappa(d):g} is not above "
+                          f"sigma = {s:g}")
+    quiet = (f"; noise is weak enough, "
+             f"rho * lambda* * kappa_{d} = {rho * star * kappa(d):g} > sigma = {s:g}" if noisy
+             else "")
+    if eta is None:
+        return Attraction(True,
+                          f"{name}'s ODE is drawn in from every start with |Hx| < rho * lambda* = "
+                          f"{rho * star:g}{quiet}")
     _, stays, reason = regime(lam, eta)
     return Attraction(stays, reason + quiet)
 
@@ -108,15 +147,19 @@ def exit_time(rate:float, # growth rate ν, of any sign
               m:int, # dimension
               L:float # distance
              ) -> float:
-    """Mean time to reach distance L from 0 for dx = ν x dt + √D dW in m dimensions, Eq. (8); inf beyond what a double can hold.
-    Raises ValueError or TypeError on bad input."""
+    """Mean time to reach distance L from 0 for dx = ν x dt + √D dW in m dimensions, Eq. (8);
+    inf beyond what a double can hold. Raises ValueError or TypeError on bad input."""
     if not math.isfinite(rate): raise ValueError(f"rate must be finite, got {rate}")
-    D, m, L = check_scalar("D", D), check_int("m", m), check_scalar("L", L)
-    Z, f = rate * L**2 / D, lambda z: hyp1f1(1, m / 2 + 1, -z)
+    D = check_scalar("D", D)
+    m = check_int("m", m)
+    L = check_scalar("L", L)
+    Z = rate * L**2 / D
+    def f(z): return hyp1f1(1, m / 2 + 1, -z)
     if abs(Z) < 1e-8: return L**2 / (m * D)
     if Z < -690: return math.inf
     if Z <= 1: return quad(f, 0, Z)[0] / (m * rate)
-    return (quad(f, 0, 1)[0] + quad(lambda u: math.exp(u) * f(math.exp(u)), 0, math.log(Z), limit=200)[0]) / (m * rate)
+    return ((quad(f, 0, 1)[0] + quad(lambda u: math.exp(u) * f(math.exp(u)), 0, math.log(Z),
+                                     limit=200)[0]) / (m * rate))
 
 # %% ../nbs/07_saddle_attraction.ipynb #4b7df4b8
 def escape_time(algorithm:Algorithm, # SGD, USAM or SAM
@@ -125,16 +168,31 @@ def escape_time(algorithm:Algorithm, # SGD, USAM or SAM
                 sigma:float, # standard deviation s of the noise in each coordinate of the gradient
                 radius:float # L, a distance within the least stable negative eigenspace
                ) -> float:
-    """Mean time from the saddle until the SDE first is at distance `radius` in its least stable eigenspace, Eq. (8).
-    Raises ValueError or TypeError on bad input, and where there is no such time."""
+    """Mean time from the saddle until the SDE first is at distance `radius` in its least stable
+    eigenspace, Eq. (8). Raises ValueError or TypeError on bad input, and where there is no
+    such time."""
     rho, lam, _ = spectrum(algorithm, H)
-    eta, s, L = check_scalar("eta", eta), check_scalar("sigma", sigma), check_scalar("radius", radius)
-    kind, k, d, neg = type(algorithm), kappa(len(lam)), len(lam), lam[lam < 0]
-    if not len(neg): raise ValueError(f"H must have a negative eigenvalue to escape along, got {lam.min():g} as its smallest")
-    if kind is DNSAM and rho: raise ValueError("DNSAM has no such escape time, its noise is infinite at the critical point: simulate it instead")
+    eta = check_scalar("eta", eta)
+    s = check_scalar("sigma", sigma)
+    L = check_scalar("radius", radius)
+    kind = type(algorithm)
+    k = kappa(len(lam))
+    d = len(lam)
+    neg = lam[lam < 0]
+    if not len(neg):
+        raise ValueError(
+            f"H must have a negative eigenvalue to escape along, got {lam.min():g} as its smallest")
+    if kind is DNSAM and rho:
+        raise ValueError(
+            "DNSAM has no such escape time, its noise is infinite at the critical point: "
+            "simulate it instead")
     growth = -neg * (1 + neg * (rho * k / s if kind is SAM else rho if kind is USAM else 0.))
-    mu, rate = -neg[growth.argmax()], growth.max()
+    mu = -neg[growth.argmax()]
+    rate = growth.max()
     if kind is SAM and rho and mu * L > s:
-        raise ValueError(f"radius must be at most sigma/|lambda| = {s / mu:g}, where SAM is still linear, got {L:g}; simulate it instead")
-    D = eta * (s**2 - 2 * rho * mu * k * s + (rho * mu)**2 / d if kind is SAM else (s * (1 - rho * mu * (kind is USAM)))**2)
+        raise ValueError(
+            f"radius must be at most sigma/|lambda| = {s / mu:g}, where SAM is still linear, "
+            f"got {L:g}; simulate it instead")
+    D = (eta * (s**2 - 2 * rho * mu * k * s + (rho * mu)**2 / d if kind is SAM
+                else (s * (1 - rho * mu * (kind is USAM)))**2))
     return exit_time(rate, D, int((abs(neg + mu) < 1e-6 * mu).sum()), L) if D > 0 else math.inf

@@ -14,18 +14,22 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, check_plain
-from .machinery.checks import check_finite, check_int, check_points, check_positive, check_scalar, check_symmetric
+from .machinery.checks import (
+    check_finite, check_int, check_points, check_positive, check_scalar, check_symmetric)
 
 # %% ../nbs/06b_saddle_flow.ipynb #b4196ecb
 def spectrum(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
              H:Tensor # (d, d), symmetric
-            ) -> tuple[float, np.ndarray, np.ndarray]: # ρ, eigenvalues in ascending order, eigenvectors in columns
-    "ρ and the spectrum of `H`, with its numerical zeros made exact. Raises ValueError or TypeError if either is unfit."
-    if type(algorithm) not in (SGD, USAM, DNSAM, SAM): raise TypeError(f"algorithm must be SGD, USAM, DNSAM or SAM, got {algorithm!r}")
+            ) -> tuple[float, np.ndarray, np.ndarray]: # ρ, ascending eigenvalues, eigenvectors
+    """ρ and the spectrum of `H`, with its numerical zeros made exact.
+    Raises ValueError or TypeError if either is unfit."""
+    if type(algorithm) not in (SGD, USAM, DNSAM, SAM):
+        raise TypeError(f"algorithm must be SGD, USAM, DNSAM or SAM, got {algorithm!r}")
     check_plain(algorithm, "this formula")
     lam, V = np.linalg.eigh(check_symmetric("H", H).detach().double().cpu().numpy())
     lam = np.where(abs(lam) > 10 * len(lam) * torch.finfo(H.dtype).eps * abs(lam).max(), lam, 0.)
-    if not lam.any(): raise ValueError("H must have an eigenvalue other than 0, got the zero matrix")
+    if not lam.any():
+        raise ValueError("H must have an eigenvalue other than 0, got the zero matrix")
     return check_scalar("rho", algorithm.rho, zero=True), lam, V
 
 def normalised(algorithm:Algorithm, rho:float) -> bool:
@@ -34,15 +38,22 @@ def normalised(algorithm:Algorithm, rho:float) -> bool:
 
 # %% ../nbs/06b_saddle_flow.ipynb #5b7a2a26
 def coordinates(H:Tensor, V:np.ndarray, x0:Tensor) -> np.ndarray: # (paths, d)
-    "Starting points in the eigenvectors' coordinates. Raises ValueError or TypeError if `x0` does not fit."
-    return check_finite("x0", check_points("x0", x0, len(H), H.dtype)).detach().double().cpu().numpy().reshape(-1, len(H)) @ V
+    """Starting points in the eigenvectors' coordinates.
+    Raises ValueError or TypeError if `x0` does not fit."""
+    return (check_finite("x0",
+                         check_points("x0", x0, len(H),
+                                      H.dtype)).detach().double().cpu().numpy().reshape(-1, len(H))
+            @ V)
 
 def run_clocks(rho:float, lam:np.ndarray, z:np.ndarray, # (paths, d), starts with Hx ≠ 0
                end, # events of (r, t, x), scalar: where one changes sign, the integration stops
                s_end:float=np.inf # or when the third clock shows this
               ):
     "SciPy's solution (t, τ) of SAM's flow, all paths together, as a function of the third clock"
-    state = lambda y: z * np.exp(np.minimum(-np.outer(y[:len(z)], lam) - np.outer(y[len(z):], rho * lam**2), 300))
+    def state(y):
+        return (z
+                * np.exp(np.minimum(-np.outer(y[:len(z)], lam) - np.outer(y[len(z):], rho * lam**2),
+                                    300)))
     m = rho * abs(lam).max()
     def speed(s, y):
         r = np.linalg.norm(lam * state(y), axis=1)
@@ -53,15 +64,19 @@ def run_clocks(rho:float, lam:np.ndarray, z:np.ndarray, # (paths, d), starts wit
             return e(np.linalg.norm(lam * x, axis=1), y[:len(z)], x)
         value.terminal = True
         return value
-    return solve_ivp(speed, (0, s_end), np.zeros(2 * len(z)), "DOP853", events=[event(e) for e in end], dense_output=True,
+    return solve_ivp(speed, (0, s_end), np.zeros(2 * len(z)), "DOP853",
+                     events=[event(e) for e in end], dense_output=True,
                      rtol=1e-10, atol=1e-12 / abs(lam).max())
 
 # %% ../nbs/06b_saddle_flow.ipynb #b23169ed
-def sam_flow(rho:float, lam:np.ndarray, z:np.ndarray, t_end:float, steps:int) -> tuple[np.ndarray, np.ndarray]: # (steps), (steps, d)
+def sam_flow(rho:float, lam:np.ndarray, z:np.ndarray, t_end:float, steps:int
+            ) -> tuple[np.ndarray, np.ndarray]: # (steps), (steps, d)
     "One path of SAM's flow until it arrives or `t_end`"
-    r0, u = np.linalg.norm(lam * z), np.linspace(0, 1, steps)
+    r0 = np.linalg.norm(lam * z)
+    u = np.linspace(0, 1, steps)
     if r0 == 0: return 0 * u, np.tile(z, (steps, 1))
-    sol = run_clocks(rho, lam, z[None], [lambda r, t, x: t[0] - t_end, lambda r, t, x: np.log(r[0] / r0) + 32])
+    sol = run_clocks(rho, lam, z[None],
+                     [lambda r, t, x: t[0] - t_end, lambda r, t, x: np.log(r[0] / r0) + 32])
     t, tau = sol.sol(u * sol.t[-1])
     points = z * np.exp(-np.outer(t, lam) - np.outer(tau, rho * lam**2))
     if len(sol.t_events[1]): points[-1] = np.where(lam == 0, z, 0)
@@ -74,24 +89,31 @@ def flow(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
          t_end:float, # end time
          *, steps:int=200 # recorded points
         ) -> tuple[Tensor, Tensor]: # times (steps, ...) and points (steps, ..., d)
-    "The full-batch ODE, Eq. (1), stopped when it reaches the origin. Raises ValueError or TypeError on bad input and overflow."
-    (rho, lam, V), t_end = spectrum(algorithm, H), check_scalar("t_end", t_end)
-    z, plain = coordinates(H, V, x0), np.linspace(0, t_end, check_int("steps", steps, least=2))
+    """The full-batch ODE, Eq. (1), stopped when it reaches the origin.
+    Raises ValueError or TypeError on bad input and overflow."""
+    rho, lam, V = spectrum(algorithm, H)
+    t_end = check_scalar("t_end", t_end)
+    z = coordinates(H, V, x0)
+    plain = np.linspace(0, t_end, check_int("steps", steps, least=2))
     rates = lam * (1 + rho * lam * (type(algorithm) is USAM))
     fast = -min(rates.min(), lam.min())
-    if fast * t_end > 600: raise ValueError(f"t_end must be at most {600 / fast:g} for numbers not to overflow, got {t_end:g}")
-    linear = lambda p: (plain, p * np.exp(-np.outer(plain, rates)))
-    one_path = (lambda p: sam_flow(rho, lam, p, t_end, steps)) if normalised(algorithm, rho) else linear
+    if fast * t_end > 600:
+        raise ValueError(
+            f"t_end must be at most {600 / fast:g} for numbers not to overflow, got {t_end:g}")
+    def linear(p): return (plain, p * np.exp(-np.outer(plain, rates)))
+    one_path = ((lambda p: sam_flow(rho, lam, p, t_end, steps)) if normalised(algorithm, rho)
+                else linear)
     times, points = zip(*map(one_path, z))
-    shape = lambda a, *tail: torch.from_numpy(np.stack(a, 1)).to(x0).reshape(steps, *x0.shape[:-1], *tail)
+    def shape(a, *tail):
+        return torch.from_numpy(np.stack(a, 1)).to(x0).reshape(steps, *x0.shape[:-1], *tail)
     return shape(times), shape([p @ V.T for p in points], len(lam))
 
 # %% ../nbs/06b_saddle_flow.ipynb #b631930d
 def basin_radius(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
                  H:Tensor # (d, d), symmetric
                 ) -> float: # in ‖Hx‖
-    """Largest r such that the full-batch ODE is drawn in from every start with ‖Hx‖ < r: ρλ*, inf or 0 (Theorem 3a, b).
-    Raises ValueError or TypeError on bad input."""
+    """Largest r such that the full-batch ODE is drawn in from every start with ‖Hx‖ < r:
+    ρλ*, inf or 0 (Theorem 3a, b). Raises ValueError or TypeError on bad input."""
     rho, lam, _ = spectrum(algorithm, H)
     if not (lam < 0).any(): return math.inf
     if normalised(algorithm, rho): return float(rho * -lam[lam < 0].max())
@@ -101,29 +123,38 @@ def latest_arrival(algorithm:Algorithm, # SAM or DNSAM
                    H:Tensor, # (d, d), symmetric
                    r0:float # ‖Hx₀‖
                   ) -> float:
-    """The longest time that the ODE takes to the origin from ‖Hx₀‖ = r0, Eqs. (3) and (4); inf if it may never arrive.
-    Raises ValueError or TypeError on bad input."""
-    (rho, lam, _), r0 = spectrum(algorithm, H), check_scalar("r0", r0, zero=True)
+    """The longest time that the ODE takes to the origin from ‖Hx₀‖ = r0, Eqs. (3) and (4);
+    inf if it may never arrive. Raises ValueError or TypeError on bad input."""
+    rho, lam, _ = spectrum(algorithm, H)
+    r0 = check_scalar("r0", r0, zero=True)
     if r0 == 0: return 0.
     if not normalised(algorithm, rho) or r0 >= basin_radius(algorithm, H): return math.inf
-    star, plus = float(min(-lam[lam < 0], default=math.inf)), float(min(lam[lam > 0], default=math.inf))
+    star = float(min(-lam[lam < 0], default=math.inf))
+    plus = float(min(lam[lam > 0], default=math.inf))
     cross = min(r0, max(0., rho * (star - plus))) if plus < math.inf else 0.
     inner = math.log1p(cross / (rho * plus)) / plus if cross else 0.
-    return inner if cross == r0 else inner + math.log((rho * star - cross) / (rho * star - r0)) / star
+    return (inner if cross == r0
+            else inner + math.log((rho * star - cross) / (rho * star - r0)) / star)
 
 # %% ../nbs/06b_saddle_flow.ipynb #57376d0b
 def arrival_time(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
                  H:Tensor, # (d, d), symmetric
                  x0:Tensor # starts, (..., d)
                 ) -> Tensor: # (...)
-    "The time at which the full-batch ODE reaches the origin; inf if it never does. Raises ValueError or TypeError on bad input."
+    """The time at which the full-batch ODE reaches the origin; inf if it never does.
+    Raises ValueError or TypeError on bad input."""
     rho, lam, V = spectrum(algorithm, H)
     z = coordinates(H, V, x0)
     r0 = np.linalg.norm(lam * z, axis=1)
-    out, go, neg = np.where(r0 == 0, 0., np.inf), r0 > 0, lam < 0
+    out = np.where(r0 == 0, 0., np.inf)
+    go = r0 > 0
+    neg = lam < 0
     if normalised(algorithm, rho) and go.any():
-        lost = lambda x: neg.any() & (np.linalg.norm((lam * x)[:, neg], axis=1) >= rho * abs(lam[neg]).max(initial=0))
-        open_ = lambda r, t, x: np.where(lost(x), -1., np.log(r / r0[go]) + 32).max()
+        def lost(x):
+            return (neg.any()
+                    & (np.linalg.norm((lam * x)[:, neg], axis=1)
+                       >= rho * abs(lam[neg]).max(initial=0)))
+        def open_(r, t, x): return np.where(lost(x), -1., np.log(r / r0[go]) + 32).max()
         size = abs(lam[lam != 0])
         sol = run_clocks(rho, lam, z[go], [open_], 1e3 * size.max() / size.min()**2)
         t, tau = sol.y[:, -1].reshape(2, -1)

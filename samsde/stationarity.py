@@ -29,7 +29,8 @@ class Direction(NamedTuple):
 def direction(variances:np.ndarray # γ, (d,), not all 0
              ) -> Direction:
     "Eq. (2), by the trapezoidal rule in log t"
-    t, h = np.exp(np.arange(-40, 40, .125)) / math.sqrt(2 * variances.sum()), .125
+    t = np.exp(np.arange(-40, 40, .125)) / math.sqrt(2 * variances.sum())
+    h = .125
     share = 1 / (1 + 2 * t[:, None]**2 * variances)
     F = np.exp(np.log(share).sum(1) / 2)
     one, two = 2 / math.sqrt(math.pi) * h * t * F, 2 * h * t**2 * F
@@ -39,14 +40,17 @@ def direction(variances:np.ndarray # γ, (d,), not all 0
 def turn(M:np.ndarray) -> np.ndarray: return np.swapaxes(M, -1, -2)
 
 def blocks(H:np.ndarray, Sigma:np.ndarray) -> tuple: # (blocks, k, k) each, and the rotation (d, d)
-    "H and Σ in the eigenvectors of H: d blocks of one if both are diagonal there, else one block of d"
+    """H and Σ in the eigenvectors of H:
+    d blocks of one if both are diagonal there, else one block of d"""
     lam, V = np.linalg.eigh(H)
     R = V.T @ Sigma @ V
-    if abs(R - np.diag(np.diag(R))).max() < 1e-10 * abs(R).max(): return lam[:, None, None], np.diag(R)[:, None, None], V
+    if abs(R - np.diag(np.diag(R))).max() < 1e-10 * abs(R).max():
+        return lam[:, None, None], np.diag(R)[:, None, None], V
     return np.diag(lam)[None], R[None], V
 
 def lyapunov(AH:np.ndarray, a:np.ndarray, eta:float, discrete:bool): # (blocks, k, k) each
-    "C of AH C + C AH − η AH C AH = η a (without the η AH C AH in continuous time); None if unstable"
+    """C of AH C + C AH − η AH C AH = η a (without the η AH C AH in continuous time);
+    None if unstable"""
     mu, W = np.linalg.eigh(AH)
     if mu.min() <= 0 or (discrete and eta * mu.max() >= 2): return None
     mu = mu[..., None]
@@ -54,20 +58,26 @@ def lyapunov(AH:np.ndarray, a:np.ndarray, eta:float, discrete:bool): # (blocks, 
     return W @ (eta * (turn(W) @ a @ W) / rate) @ turn(W)
 
 # %% ../nbs/07b_stationarity.ipynb #d5bb37e6
-def answer(kind:type, H:np.ndarray, Sigma:np.ndarray, C:np.ndarray) -> tuple: # K, U − KGK, E[1/n] and E[1/n²]
+def answer(kind:type, H:np.ndarray, Sigma:np.ndarray, C:np.ndarray
+          ) -> tuple: # K, U − KGK, E[1/n] and E[1/n²]
     "How the perturbation answers to a Gaussian x of covariance C"
     zero = 0 * H
     if kind in (SGD, USAM): return (kind is USAM) * np.eye(H.shape[-1]) + zero, zero, 0., 0.
     values, V = np.linalg.eigh(H @ C @ H + (Sigma if kind is SAM else 0))
     values = values.clip(0)
     K, U, inverse, inverse_square = direction(values.ravel())
-    column = lambda w: w.reshape(values.shape)[..., None]
-    return V @ (column(K) * turn(V)), V @ (column(U - K**2 * values.ravel()) * turn(V)), inverse, inverse_square
+    def column(w): return w.reshape(values.shape)[..., None]
+    return (V @ (column(K) * turn(V)), V @ (column(U - K**2 * values.ravel()) * turn(V)), inverse,
+            inverse_square)
 
-def step_noise(process, H:np.ndarray, Sigma:np.ndarray, K, rest, inverse, inverse_square) -> np.ndarray:
+def step_noise(process, H:np.ndarray, Sigma:np.ndarray, K, rest, inverse,
+               inverse_square) -> np.ndarray:
     "The noise a of a process, averaged over x"
-    kind, rho, form = type(process.algorithm), float(process.algorithm.rho), getattr(process, "noise", "exact")
-    both, eye = lambda M: M + turn(M), np.eye(H.shape[-1])
+    kind = type(process.algorithm)
+    rho = float(process.algorithm.rho)
+    form = getattr(process, "noise", "exact")
+    def both(M): return M + turn(M)
+    eye = np.eye(H.shape[-1])
     cross = inverse * both(H @ Sigma) if kind is DNSAM else both(H @ K @ Sigma)
     if form in ("sgd", "none"): return (form == "sgd") * Sigma
     if form == "truncated": return Sigma + rho * cross
@@ -76,22 +86,35 @@ def step_noise(process, H:np.ndarray, Sigma:np.ndarray, K, rest, inverse, invers
     return Sigma + rho * cross + rho**2 * (square + remainder * H @ rest @ H)
 
 # %% ../nbs/07b_stationarity.ipynb #8aa46117
-def fixed_point(process, H:np.ndarray, Sigma:np.ndarray, tol:float=1e-9) -> np.ndarray: # (blocks, k, k)
-    "The covariance at stationarity, Eq. (1), by damped iteration. Raises ValueError if there is none."
-    eta, kind, rho, discrete = float(process.eta), type(process.algorithm), float(process.algorithm.rho), isinstance(process, Chain)
+def fixed_point(process, H:np.ndarray, Sigma:np.ndarray, tol:float=1e-9
+               ) -> np.ndarray: # (blocks, k, k)
+    """The covariance at stationarity, Eq. (1), by damped iteration.
+    Raises ValueError if there is none."""
+    eta = float(process.eta)
+    kind = type(process.algorithm)
+    rho = float(process.algorithm.rho)
+    discrete = isinstance(process, Chain)
     if rho == 0: kind = SGD
-    C, lam, last, weight = lyapunov(H, Sigma, eta, discrete), np.linalg.eigvalsh(H), math.inf, .5
+    C = lyapunov(H, Sigma, eta, discrete)
+    lam = np.linalg.eigvalsh(H)
+    last = math.inf
+    weight = .5
     need = "positive eigenvalues below 2/η" if discrete else "positive eigenvalues"
-    if C is None: raise ValueError(f"a stationary covariance needs {need}, got {lam.min():.4g} to {lam.max():.4g}")
+    if C is None:
+        raise ValueError(
+            f"a stationary covariance needs {need}, got {lam.min():.4g} to {lam.max():.4g}")
     for _ in range(2000):
         parts = answer(kind, H, Sigma, C)
-        new = lyapunov(H + rho * H @ parts[0] @ H, step_noise(process, H, Sigma, *parts), eta, discrete)
+        new = lyapunov(H + rho * H @ parts[0] @ H, step_noise(process, H, Sigma, *parts), eta,
+                       discrete)
         if kind in (SGD, USAM):
-            if new is None: raise ValueError("unstable: 0 < ηλ(1+ρλ) < 2 does not hold for every eigenvalue λ")
+            if new is None:
+                raise ValueError("unstable: 0 < ηλ(1+ρλ) < 2 does not hold for every eigenvalue λ")
             return new
         gap = math.inf if new is None else abs(new - C).max() / abs(C).max()
         if last < gap < math.inf: weight *= .7
-        last, C = gap, 2 * C if new is None else C + weight * (new - C)
+        last = gap
+        C = 2 * C if new is None else C + weight * (new - C)
         if gap < tol: return C
     raise ValueError(f"the closure of {process.algorithm} did not converge")
 
@@ -102,11 +125,13 @@ def closed_covariance(process:Chain|SDE # of SGD, USAM, DNSAM or SAM on a Quadra
     Raises TypeError on another process, ValueError if there is no fixed point."""
     H, Sigma, V = matrices(process)
     C = fixed_point(process, H, Sigma)
-    return torch.from_numpy(V @ (C[0] if len(C) == 1 else np.diag(C.ravel())) @ V.T).to(process.objective.H)
+    return torch.from_numpy(V @ (C[0] if len(C) == 1 else np.diag(C.ravel()))
+                            @ V.T).to(process.objective.H)
 
 def suboptimality(process:Chain|SDE # likewise
                  ) -> float:
-    "½ tr(HC), the mean of f at stationarity, by the Gaussian closure; raises what closed_covariance raises"
+    """½ tr(HC), the mean of f at stationarity, by the Gaussian closure;
+    raises what closed_covariance raises"""
     H, Sigma, _ = matrices(process)
     return level(process, H, Sigma)
 
@@ -115,16 +140,22 @@ def matrices(process) -> tuple:
     "H and Σ of a process, as blocks. Raises TypeError or ValueError if there is no closure for it."
     algorithm, objective = one_process(process).algorithm, process.objective
     if type(algorithm) not in (SGD, USAM, DNSAM, SAM) or not isinstance(objective, Quadratic):
-        raise TypeError(f"the closure is of SGD, USAM, DNSAM or SAM on a Quadratic, got {algorithm} on {type(objective).__name__}")
+        raise TypeError(
+            f"the closure is of SGD, USAM, DNSAM or SAM on a Quadratic, "
+            f"got {algorithm} on {type(objective).__name__}")
     check_plain(algorithm, "the closure")
     if isinstance(algorithm, DNSAM) and objective.dim < 3:
-        raise ValueError(f"DNSAM has a covariance in three dimensions or more only, got {objective.dim}")
+        raise ValueError(
+            f"DNSAM has a covariance in three dimensions or more only, got {objective.dim}")
     if isinstance(algorithm, (SAM, DNSAM)) and algorithm.rho > 0 and objective.law.silent:
-        raise ValueError("SAM and DNSAM without noise end in a cycle, not in a Gaussian law: give the Quadratic some noise")
+        raise ValueError(
+            "SAM and DNSAM without noise end in a cycle, not in a Gaussian law: "
+            "give the Quadratic some noise")
     law = objective.law.matrix(objective.dtype, objective.H.device)
     return blocks(*(M.detach().double().cpu().numpy() for M in (objective.H, law)))
 
-def level(process, H:np.ndarray, Sigma:np.ndarray) -> float: return np.einsum("bij,bji->", H, fixed_point(process, H, Sigma)).item() / 2
+def level(process, H:np.ndarray, Sigma:np.ndarray) -> float:
+    return np.einsum("bij,bji->", H, fixed_point(process, H, Sigma)).item() / 2
 
 # %% ../nbs/07b_stationarity.ipynb #4e67c0eb
 class Law(NamedTuple):
@@ -132,8 +163,10 @@ class Law(NamedTuple):
     edges: np.ndarray # (N + 1,), from 0
     mass: np.ndarray # (N,)
 
-    def beyond(self, y) -> np.ndarray: return np.interp(y, self.edges, np.append(1, 1 - self.mass.cumsum()).clip(0))
-    def median(self) -> float: return np.interp(.5, np.append(0, self.mass.cumsum()), self.edges).item()
+    def beyond(self, y) -> np.ndarray:
+        return np.interp(y, self.edges, np.append(1, 1 - self.mass.cumsum()).clip(0))
+    def median(self) -> float:
+        return np.interp(.5, np.append(0, self.mass.cumsum()), self.edges).item()
     def mean_square(self) -> float:
         a, b = self.edges[:-1], self.edges[1:]
         return (self.mass @ (a**2 + a * b + b**2) / 3).item()
@@ -147,15 +180,20 @@ def sde_law(sde:SDE, # on λI with noise s²I
             edges:np.ndarray # from shells(...)
            ) -> Law:
     "The stationary law of an SDE, Eq. (4)"
-    d, r = sde.objective.dim, np.sqrt(edges[1:-1] * edges[2:])
+    d = sde.objective.dim
+    r = np.sqrt(edges[1:-1] * edges[2:])
     x = torch.zeros(len(r), d, dtype=torch.float64)
     x[:, 0] = torch.from_numpy(r)
-    b, a = sde.drift(x)[:, 0].numpy(), sde.covariance(x).numpy() # η a
+    # η a
+    b = sde.drift(x)[:, 0].numpy()
+    a = sde.covariance(x).numpy()
     along, across = a[:, 0, 0], a[:, -1, -1]
     slope = r * (2 * b / along - (d - 1) * (1 - across / along) / r)
-    log = np.append(0, ((slope[1:] + slope[:-1]) / 2 * np.diff(np.log(r))).cumsum()) - np.log(along) + d * np.log(r)
+    log = (np.append(0, ((slope[1:] + slope[:-1]) / 2 * np.diff(np.log(r))).cumsum())
+           - np.log(along) + d * np.log(r))
     mass = np.exp(log - log.max()) * math.log(edges[2] / edges[1])
-    ball = mass[0] * (edges[1] / r[0])**d / d / math.log(edges[2] / edges[1]) # of a constant density
+    # of a constant density
+    ball = mass[0] * (edges[1] / r[0])**d / d / math.log(edges[2] / edges[1])
     return Law(edges, np.append(ball, mass) / (ball + mass.sum()))
 
 # %% ../nbs/07b_stationarity.ipynb #7ba7455a
@@ -163,7 +201,9 @@ def chain_law(chain:Chain, # in one dimension
               edges:np.ndarray
              ) -> Law:
     "The stationary law of an algorithm in one dimension"
-    algorithm, lam, s = chain.algorithm, chain.objective.H.item(), chain.objective.law.sigma
+    algorithm = chain.algorithm
+    lam = chain.objective.H.item()
+    s = chain.objective.law.sigma
     check_plain(algorithm, "this law")
     eta, rho = float(chain.eta), float(algorithm.rho)
     r = np.append(edges[1] / 2, np.sqrt(edges[1:-1] * edges[2:]))[:, None]
@@ -182,7 +222,10 @@ def chain_law(chain:Chain, # in one dimension
 def tail_constant(chain:Chain, at_zero:float # p(0)
                  ) -> float:
     "c of Eq. (5)"
-    d, lam, s = chain.objective.dim, chain.objective.H[0, 0].item(), chain.objective.law.sigma
+    d = chain.objective.dim
+    lam = chain.objective.H[0, 0].item()
+    s = chain.objective.law.sigma
     eta, rho = float(chain.eta), float(chain.algorithm.rho)
-    ball, chi = math.pi**(d / 2) / gamma(d / 2 + 1), 2**(d / 2) * gamma(d) / gamma(d / 2)
+    ball = math.pi**(d / 2) / gamma(d / 2 + 1)
+    chi = 2**(d / 2) * gamma(d) / gamma(d / 2)
     return at_zero * ball * (eta * rho * s)**d * chi / (1 - abs(1 - eta * lam)**d)

@@ -31,20 +31,26 @@ from .objective import Objective
 def named(what:str, # the argument, for messages
           things # name -> thing, or a list of things
          ) -> dict:
-    "Things by name. Raises ValueError if there is none or two share a name, TypeError if they are not several."
+    """Things by name.
+    Raises ValueError if there is none or two share a name, TypeError if they are not several."""
     if isinstance(things, Mapping): pairs = [(str(name), thing) for name, thing in things.items()]
-    elif isinstance(things, (list, tuple)): pairs = [(getattr(thing, "__name__", type(thing).__name__), thing) for thing in things]
-    else: raise TypeError(f"{what} must be a mapping from names, or a list, got {type(things).__name__}")
+    elif isinstance(things, (list, tuple)):
+        pairs = [(getattr(thing, "__name__", type(thing).__name__), thing) for thing in things]
+    else:
+        raise TypeError(
+            f"{what} must be a mapping from names, or a list, got {type(things).__name__}")
     if not pairs: raise ValueError(f"{what} must be at least one, got none")
     if len(found := dict(pairs)) == len(pairs): return found
-    raise ValueError(f"{what} must have different names, got {[name for name, _ in pairs]}: give a mapping")
+    raise ValueError(
+        f"{what} must have different names, got {[name for name, _ in pairs]}: give a mapping")
 
 def distinct(what:str, values, # a list of numbers
              check:Callable, # name, value -> value
              least:int=1 # how many there must be
             ) -> list:
     "Different values, each checked. Raises ValueError or TypeError."
-    if isinstance(values, str) or not isinstance(values, Iterable): raise TypeError(f"{what} must be a list of numbers, got {values!r}")
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{what} must be a list of numbers, got {values!r}")
     values = [check(what[:-1], v) for v in values]
     if len(values) < least: raise ValueError(f"{what} must be at least {least}, got none")
     if len(set(values)) == len(values): return values
@@ -62,21 +68,29 @@ def naming(setting:dict):
 # %% ../nbs/08c_sweep.ipynb #sweep011
 def variants(what:str, # the argument, for messages
              things, # name -> object of this kind, or function of a parameter; or a list
-             kind:type, parameter:str, values:list) -> list: # of name, value (None for an object), object
+             kind:type, parameter:str, values:list
+            ) -> list: # of name, value (None for an object), object
     "Objects as they are, and what functions make of every value. Raises ValueError or TypeError."
     found, functions = [], 0
     for name, thing in named(what, things).items():
         if isinstance(thing, kind):
             found.append((name, None, thing))
             continue
-        if not callable(thing): raise TypeError(f"{what} must be {kind.__name__}s or functions of {parameter}, got {thing!r} for {name!r}")
-        if not values: raise ValueError(f"{name!r} of {what} is a function of {parameter}, but {parameter}s are not given")
+        if not callable(thing):
+            raise TypeError(
+                f"{what} must be {kind.__name__}s or functions of {parameter}, "
+                f"got {thing!r} for {name!r}")
+        if not values:
+            raise ValueError(
+                f"{name!r} of {what} is a function of {parameter}, but {parameter}s are not given")
         for value in values:
             with naming({what[:-1]: name, parameter: value}):
-                if not isinstance(made := thing(value), kind): raise TypeError(f"must make an {kind.__name__}, got {type(made).__name__}")
+                if not isinstance(made := thing(value), kind):
+                    raise TypeError(f"must make an {kind.__name__}, got {type(made).__name__}")
             found.append((name, value, made))
         functions += 1
-    if values and not functions: raise ValueError(f"{parameter}s are given, but none of {what} is a function of {parameter}")
+    if values and not functions:
+        raise ValueError(f"{parameter}s are given, but none of {what} is a function of {parameter}")
     return found
 
 # %% ../nbs/08c_sweep.ipynb #sweep015
@@ -97,7 +111,8 @@ def times_in(what:str, span:float, unit:str, length:float) -> int:
 @dataclass(eq=False)
 class Job:
     "One call of simulate, and how to name it"
-    setting: dict # the columns that name it: algorithm, objective, eta, rho, batch_size, process, seed
+    # the columns that name it: algorithm, objective, eta, rho, batch_size, process, seed
+    setting: dict
     process: object # a Chain, an SDE, or alike
     x0: Tensor # (d,) or (n_paths, d)
     observe: dict # name -> function of points
@@ -117,11 +132,14 @@ class Job:
 # %% ../nbs/08c_sweep.ipynb #sweep022
 def run(job:Job) -> dict: # n_diverged, and rows of observable, time, component, mean, std, sem
     "What a job contributes to the table: text and numbers only"
-    records, every = times_in("t_end", job.t_end, "interval", job.interval), times_in("interval", job.interval, "eta", job.setting["eta"])
+    records = times_in("t_end", job.t_end, "interval", job.interval)
+    every = times_in("interval", job.interval, "eta", job.setting["eta"])
     with naming(job.setting), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*paths diverged") # the table says so
         try: ensemble = job.ensemble(job.t_end, job.n_paths, every, seed_of(job.setting))
-        except DivergenceError: return dict(n_diverged=job.n_paths, rows=[[name, job.t_end, "", None, None, None] for name in job.observe])
+        except DivergenceError:
+            return dict(n_diverged=job.n_paths,
+                        rows=[[name, job.t_end, "", None, None, None] for name in job.observe])
     frame = ensemble.frame()
     times = [k * job.interval for k in range(records)] + [job.t_end]
     frame["time"] = frame["time"].map(dict(zip(ensemble.times.tolist(), times)))
@@ -130,13 +148,18 @@ def run(job:Job) -> dict: # n_diverged, and rows of observable, time, component,
 
 # %% ../nbs/08c_sweep.ipynb #sweep024
 def check(job:Job):
-    "Try a first step of two paths. Raises ValueError or TypeError, with the setting, if that makes no sense."
+    """Try a first step of two paths.
+    Raises ValueError or TypeError, with the setting, if that makes no sense."""
     with naming(job.setting), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*paths diverged")
-        for name in ("t_end", "interval"): times_in(name, getattr(job, name), "eta", job.setting["eta"])
-        if getattr(job.process, "shape", ()): raise ValueError(f"a job has one eta and one rho, got a sweep of shape {job.process.shape}")
+        for name in ("t_end", "interval"):
+            times_in(name, getattr(job, name), "eta", job.setting["eta"])
+        if getattr(job.process, "shape", ()):
+            raise ValueError(
+                f"a job has one eta and one rho, got a sweep of shape {job.process.shape}")
         if job.x0.ndim > 2 or job.x0.ndim == 2 and len(job.x0) != job.n_paths:
-            raise ValueError(f"x0 must have shape (d,) or ({job.n_paths}, d), got {tuple(job.x0.shape)}")
+            raise ValueError(
+                f"x0 must have shape (d,) or ({job.n_paths}, d), got {tuple(job.x0.shape)}")
         try: job.ensemble(job.setting["eta"], 2, 1, seed_of(job.setting))
         except DivergenceError: pass
 
@@ -147,30 +170,42 @@ def observers(observe) -> dict:
     "The observables by name. Raises TypeError if they are not functions."
     if observe is None: return {"loss": loss}
     if not isinstance(observe, Mapping) or not all(map(callable, observe.values())):
-        raise TypeError(f"observe must be a mapping from names to functions of an objective and points, got {observe!r}")
+        raise TypeError(
+            f"observe must be a mapping from names to functions of an objective and points, "
+            f"got {observe!r}")
     return {str(name): fn for name, fn in observe.items()}
 
 def start(x0, name:str, objective:Objective) -> Tensor:
-    "Where the paths of an objective start. Raises ValueError if that is not known, TypeError if it is no tensor."
+    """Where the paths of an objective start.
+    Raises ValueError if that is not known, TypeError if it is no tensor."""
     found = x0.get(name) if isinstance(x0, Mapping) else x0
     if found is None: found = getattr(objective, "x0", None)
-    if found is None: raise ValueError(f"x0 must hold a start for objective {name!r}, which has none of its own")
+    if found is None:
+        raise ValueError(f"x0 must hold a start for objective {name!r}, which has none of its own")
     return objective.check(found, "x0")
 
 # %% ../nbs/08c_sweep.ipynb #sweep027
 def jobs_of(algorithms:list, objectives:list, # from variants
             etas:list, seeds:list, processes:dict, x0, observe:dict, **numbers) -> list: # of jobs
-    "The jobs of a grid. Raises ValueError or TypeError, with the combination's name, where one makes no sense."
-    jobs, extra = [], set(x0) - {name for name, *_ in objectives} if isinstance(x0, Mapping) else ()
+    """The jobs of a grid.
+    Raises ValueError or TypeError, with the combination's name, where one makes no sense."""
+    jobs = []
+    extra = set(x0) - {name for name, *_ in objectives} if isinstance(x0, Mapping) else ()
     if extra: raise ValueError(f"x0 holds starts for {sorted(extra)}, which are no objectives")
     grid = itertools.product(algorithms, objectives, etas, processes.items())
     for (a, rho, algorithm), (o, batch_size, objective), eta, (p, make) in grid:
-        if getattr(algorithm.rho, "ndim", 0): raise ValueError(f"algorithm={a}: must have one radius, got shape {tuple(algorithm.rho.shape)}")
+        if getattr(algorithm.rho, "ndim", 0):
+            raise ValueError(
+                f"algorithm={a}: must have one radius, got shape {tuple(algorithm.rho.shape)}")
         if rho is None: rho = float(algorithm.rho)
         if batch_size is None: batch_size = getattr(objective.law, "batch_size", 0)
         setting = dict(algorithm=a, objective=o, eta=eta, rho=rho, batch_size=batch_size, process=p)
-        with naming(setting): process, at = make(algorithm, objective, eta), start(x0, o, objective)
-        job = Job(setting, process, at, {name: functools.partial(fn, objective) for name, fn in observe.items()}, **numbers)
+        with naming(setting):
+            process = make(algorithm, objective, eta)
+            at = start(x0, o, objective)
+        job = Job(setting, process, at,
+                  {name: functools.partial(fn, objective) for name, fn in observe.items()},
+                  **numbers)
         check(job)
         jobs += [replace(job, setting=setting | dict(seed=seed)) for seed in seeds]
     return jobs
@@ -192,11 +227,15 @@ class Meaning:
 
 # %% ../nbs/08c_sweep.ipynb #a301d160
 def meaning(job:Job) -> Meaning:
-    "What the names of a job stand for. Raises ValueError or TypeError, with the setting, if that makes no sense."
-    two, eta = job.x0[:2] if job.x0.ndim == 2 else job.x0, job.setting["eta"]
+    """What the names of a job stand for.
+    Raises ValueError or TypeError, with the setting, if that makes no sense."""
+    two = job.x0[:2] if job.x0.ndim == 2 else job.x0
+    eta = job.setting["eta"]
     with naming(job.setting):
-        x, grid = starts(job.process, two, 2), time_grid(eta, eta, job.dt)
-        sketches, seen = fingerprint(Run(job.process, job.process.start(x), grid, job.observe, 2, (), 0, False))
+        x = starts(job.process, two, 2)
+        grid = time_grid(eta, eta, job.dt)
+        sketches, seen = fingerprint(Run(job.process, job.process.start(x), grid, job.observe, 2,
+                                         (), 0, False))
     return Meaning(sha256(job.x0), sketches, sum(v[0].numel() for v in seen))
 
 # %% ../nbs/08c_sweep.ipynb #sweep02a
@@ -207,20 +246,24 @@ def keep(path:Path, job:Job, means:Meaning, result:dict):
     with replacing(path) as f: f.write(text.encode())
 
 # %% ../nbs/08c_sweep.ipynb #sweep030
-def loaded(path:Path, room:int) -> tuple[int, dict]: # format and content of a file of at most `room` bytes
+def loaded(path:Path, room:int
+          ) -> tuple[int, dict]: # format and content of a file of at most `room` bytes
     "Raises an error if a file is none, or not what was written."
     if path.stat().st_size > room: raise ValueError("it is too long")
     file = json.loads(path.read_bytes())
     version, content = file["format"], file["content"]
     if type(version) is not int: raise TypeError("its format is no number")
-    if version == FORMAT and digest(content) != file["sha256"]: raise ValueError("its checksum is wrong")
+    if version == FORMAT and digest(content) != file["sha256"]:
+        raise ValueError("its checksum is wrong")
     return version, content
 
 # %% ../nbs/08c_sweep.ipynb #584ef49c
 def differences(content:dict, job:Job, means:Meaning) -> list:
     "What another job's file does not agree in. Raises an error if what it says makes no sense."
-    other = ["settings"] * (content["request"] != request(job)) + ["x0"] * (content["x0"] != means.x0)
-    known, seen = content["sketches"], means.sketches
+    other = (["settings"] * (content["request"] != request(job))
+             + ["x0"] * (content["x0"] != means.x0))
+    known = content["sketches"]
+    seen = means.sketches
     return other + [name for name in seen if not alike(known.get(name), seen[name])]
 
 # %% ../nbs/08c_sweep.ipynb #a7eaa8c1
@@ -229,13 +272,15 @@ def check_rows(content:dict, job:Job):
     def real(v): return type(v) in (int, float) and not math.isnan(v)
     fit = type(content["n_diverged"]) is int and 0 <= content["n_diverged"] <= job.n_paths
     for name, time, component, mean, std, sem in content["rows"]:
-        fit &= name in job.observe and real(time) and 0 <= time <= job.t_end and type(component) is str
+        fit &= (name in job.observe and real(time) and 0 <= time <= job.t_end
+                and type(component) is str)
         fit &= all(v is None or real(v) for v in (mean, std, sem))
     if not fit: raise ValueError("its rows are not those of this job")
 
 # %% ../nbs/08c_sweep.ipynb #sweep03a
 def kept(path:Path, job:Job, means:Meaning) -> dict:
-    "The result of a job from its file. Raises ValueError if the file is damaged, of another format, or another job's."
+    """The result of a job from its file.
+    Raises ValueError if the file is damaged, of another format, or another job's."""
     row = 200 + max(len(json.dumps(name)) for name in job.observe) # bytes
     rows = means.columns * (2 + round(job.t_end / job.interval))
     room = 10**5 + 10 * len(json.dumps([request(job), means.sketches])) + rows * row
@@ -246,7 +291,8 @@ def kept(path:Path, job:Job, means:Meaning) -> dict:
     except Exception as error: # whatever is wrong with it
         raise ValueError(f"{path} is damaged, or no file of a sweep: delete it") from error
     wrong = f"belongs to another sweep, which differs in {', '.join(other)}" if other else ""
-    if version != FORMAT: wrong = f"has format {version}, but this version of samsde writes {FORMAT}"
+    if version != FORMAT:
+        wrong = f"has format {version}, but this version of samsde writes {FORMAT}"
     if wrong: raise ValueError(f"{path} {wrong}: give another folder")
     return {name: content[name] for name in ("n_diverged", "rows")}
 
@@ -256,16 +302,20 @@ def numbered(i:int, job:Job) -> tuple[int, dict]: return i, run(job)
 PATIENCE = 60. # seconds that a cluster may be without a worker
 
 def outcome(future) -> tuple|None: # None if it was lost with its worker, and is computed again
-    "What came of a task. Raises what it raised; KilledWorker if workers died of it; RuntimeError if it was cancelled."
-    if future.cancelled(): raise RuntimeError("the Dask cluster cancelled a job, or lost its scheduler")
+    """What came of a task. Raises what it raised; KilledWorker if workers died of it;
+    RuntimeError if it was cancelled."""
+    if future.cancelled():
+        raise RuntimeError("the Dask cluster cancelled a job, or lost its scheduler")
     try: return future.result(timeout=10)
     except asyncio.TimeoutError: return None
 
 # %% ../nbs/08c_sweep.ipynb #52061262
 def on_dask(client, jobs:dict): # number -> Job
-    "Numbers and results of jobs, as they come. Raises RuntimeError if there is no worker for a minute; what outcome raises."
+    """Numbers and results of jobs, as they come.
+    Raises RuntimeError if there is no worker for a minute; what outcome raises."""
     from distributed import as_completed
-    todo, running = list(jobs.items())[::-1], as_completed([], loop=client.loop)
+    todo = list(jobs.items())[::-1]
+    running = as_completed([], loop=client.loop)
     seen = time.monotonic() # a worker
     try:
         while todo or not running.is_empty():
@@ -283,7 +333,8 @@ def on_dask(client, jobs:dict): # number -> Job
 
 # %% ../nbs/08c_sweep.ipynb #sweep03b
 def finished(jobs:dict): # number -> Job
-    "Numbers and results of jobs, as they come, by joblib's active backend, on all cores if it was told no number"
+    """Numbers and results of jobs, as they come, by joblib's active backend, on all cores if it
+    was told no number"""
     backend, n_jobs = get_active_backend()
     if type(backend).__name__ == "DaskDistributedBackend":
         yield from on_dask(backend.client, jobs)
@@ -296,13 +347,18 @@ def finished(jobs:dict): # number -> Job
 def table_of(jobs:list, results:dict) -> pd.DataFrame:
     "One row for each job, observable, time and component"
     columns = ["observable", "time", "component", "mean", "std", "sem", "n_diverged"]
-    rows = [(*job.setting.values(), *row, results[i]["n_diverged"]) for i, job in enumerate(jobs) for row in results[i]["rows"]]
-    return pd.DataFrame(rows, columns=[*jobs[0].setting, *columns]).astype(dict.fromkeys(["mean", "std", "sem"], float))
+    rows = [(*job.setting.values(), *row, results[i]["n_diverged"]) for i, job in enumerate(jobs)
+            for row in results[i]["rows"]]
+    return pd.DataFrame(rows,
+                        columns=[*jobs[0].setting,
+                                 *columns]).astype(dict.fromkeys(["mean", "std", "sem"], float))
 
 # %% ../nbs/08c_sweep.ipynb #sweep034
 def collect(jobs:list, folder:Path|None, progress:bool) -> dict: # number of a job -> its result
-    "Results of all jobs, from the folder where they are there. Raises what a job raises, and ValueError on a file that does not belong."
-    if folder and folder.exists() and not folder.is_dir(): raise ValueError(f"folder must be a folder, got the file {folder}")
+    """Results of all jobs, from the folder where they are there.
+    Raises what a job raises, and ValueError on a file that does not belong."""
+    if folder and folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder must be a folder, got the file {folder}")
     folder = folder and Path(os.path.realpath(folder)) # of a link, what it leads to
     combinations = [tuple(job.setting.values())[:-1] for job in jobs] # without the seed
     of_each = dict(zip(combinations, jobs)) if folder else {}
@@ -314,14 +370,15 @@ def collect(jobs:list, folder:Path|None, progress:bool) -> dict: # number of a j
     results = {i: kept(paths[i], jobs[i], known[combinations[i]]) for i in there}
     todo = {i: job for i, job in enumerate(jobs) if i not in results}
     bar = tqdm(total=len(jobs), initial=len(results), unit="job", disable=not progress)
-    with bar, closing(finished(todo)) as done, warnings.catch_warnings(): # threads may leave filters behind
+    # threads may leave filters behind
+    with bar, closing(finished(todo)) as done, warnings.catch_warnings():
         for i, results[i] in done:
             if folder: keep(paths[i], jobs[i], known[combinations[i]], results[i])
             bar.update()
     return results
 
 # %% ../nbs/08c_sweep.ipynb #sweep035
-def sweep(algorithms, # name -> Algorithm, or function of ρ; or a list of such, named by their classes
+def sweep(algorithms, # name -> Algorithm, or function of ρ; or a list, named by their classes
           objectives, # name -> Objective, or function of the batch size; or a list
           etas, # learning rates
           rhos=(), # radii of the algorithms that are functions
@@ -329,22 +386,27 @@ def sweep(algorithms, # name -> Algorithm, or function of ρ; or a list of such,
           seeds=(0,), # whole numbers
           *, t_end:float, # end time, a whole number of steps of every eta
           n_paths:int, # paths of a job, at least 2
-          x0=None, # start, (d,) or (n_paths, d), or one for each name of an objective; the objective's own if None
-          processes=None, # name -> function of algorithm, objective and eta, such as the classes Chain and SDE; or a list; Chain alone if None
-          observe:dict|None=None, # name -> function of an objective and points (..., d); {"loss": the loss} if None
-          interval:float|None=None, # time between two records, a whole number of steps of every eta; at t_end alone if None
+          x0=None, # start, (d,) or (n_paths, d), or one for each objective; its own if None
+          processes=None, # name -> function such as Chain, SDE; or a list; Chain alone if None
+          observe:dict|None=None, # name -> function of objective and points (..., d); else the loss
+          interval:float|None=None, # of records, whole steps of every eta; at t_end alone if None
           substeps:int=1, # Euler steps of an SDE within one eta
-          folder:str|Path|None=None, # for finished jobs, from which the same sweep goes on; made if it isn't there
+          folder:str|Path|None=None, # of finished jobs, where the same sweep goes on
           progress:bool=False # show a progress bar
          ) -> pd.DataFrame: # a row for each job, observable, time and component
-    "Simulate every combination, by joblib. Raises ValueError or TypeError, before any job starts, on one that makes no sense."
-    number = dict(t_end=float(check_positive("t_end", t_end)), n_paths=check_int("n_paths", n_paths, least=2), substeps=check_int("substeps", substeps),
-                  interval=float(check_positive("interval", t_end if interval is None else interval)))
+    """Simulate every combination, by joblib.
+    Raises ValueError or TypeError, before any job starts, on one that makes no sense."""
+    number = dict(t_end=float(check_positive("t_end", t_end)),
+                  n_paths=check_int("n_paths", n_paths, least=2),
+                  substeps=check_int("substeps", substeps))
+    between = t_end if interval is None else interval
+    number["interval"] = float(check_positive("interval", between))
     times_in("t_end", number["t_end"], "interval", number["interval"])
     rhos = distinct("rhos", rhos, lambda name, v: float(check_positive(name, v, zero=True)), 0)
     etas = distinct("etas", etas, lambda name, v: float(check_positive(name, v)))
     algorithms = variants("algorithms", algorithms, Algorithm, "rho", rhos)
-    objectives = variants("objectives", objectives, Objective, "batch_size", distinct("batch_sizes", batch_sizes, check_int, 0))
+    objectives = variants("objectives", objectives, Objective, "batch_size",
+                          distinct("batch_sizes", batch_sizes, check_int, 0))
     seeds = distinct("seeds", seeds, lambda name, v: check_int(name, v, least=0))
     processes = named("processes", [Chain] if processes is None else processes)
     jobs = jobs_of(algorithms, objectives, etas, seeds, processes, x0, observers(observe), **number)

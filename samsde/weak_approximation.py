@@ -18,11 +18,13 @@ from .algorithm import Chain
 from .ensemble import DivergenceError
 from .objective import Objective
 from .sde import SDE
-from .weak_errors import (TrigonometricSum, circle_error, circle_problem, exact_error, linear_moments, stationary_covariance,
+from .weak_errors import (TrigonometricSum, circle_error, circle_problem, exact_error,
+                                linear_moments, stationary_covariance,
                                 torus_error, torus_problem, weak_error)
 
 # %% ../nbs/06_weak_approximation.ipynb #94467f19
-_all_ = ["circle_error", "circle_problem", "linear_moments", "stationary_covariance", "torus_error", "torus_problem", "weak_error"]
+_all_ = ["circle_error", "circle_problem", "linear_moments", "stationary_covariance", "torus_error",
+         "torus_problem", "weak_error"]
 
 # %% ../nbs/06_weak_approximation.ipynb #854f6d2a
 class WeakOrder(NamedTuple):
@@ -33,17 +35,22 @@ class WeakOrder(NamedTuple):
     def __float__(self): return self.slope
 
 # %% ../nbs/06_weak_approximation.ipynb #b45be00f
-def logarithms(etas, errors, sem) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # log η, log |error|, and weights
+def logarithms(etas, errors, sem
+              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # log η, log |error|, and weights
     "What `weak_order` fits. Raises ValueError on bad input."
     eta, e = (np.asarray(v, dtype=float) for v in (etas, errors))
     if eta.ndim != 1 or eta.shape != e.shape or len(eta) < 2:
-        raise ValueError(f"etas and errors must be lists of the same length, at least 2, got shapes {eta.shape} and {e.shape}")
+        raise ValueError(
+            f"etas and errors must be lists of the same length, at least 2, "
+            f"got shapes {eta.shape} and {e.shape}")
     if not ((eta > 0) & np.isfinite(eta)).all() or len(np.unique(eta)) < 2:
         raise ValueError(f"etas must be positive, finite and not all equal, got {etas}")
-    if not (np.isfinite(e) & (e != 0)).all(): raise ValueError(f"errors must be finite and other than 0 to have logarithms, got {errors}")
+    if not (np.isfinite(e) & (e != 0)).all():
+        raise ValueError(f"errors must be finite and other than 0 to have logarithms, got {errors}")
     if sem is None: return np.log(eta), np.log(np.abs(e)), np.ones(len(e))
     sem = np.asarray(sem, dtype=float)
-    if sem.shape == e.shape and ((sem > 0) & np.isfinite(sem)).all(): return np.log(eta), np.log(np.abs(e)), (e / sem)**2
+    if sem.shape == e.shape and ((sem > 0) & np.isfinite(sem)).all():
+        return np.log(eta), np.log(np.abs(e)), (e / sem)**2
     raise ValueError(f"sem must be {len(e)} positive numbers, got {sem}")
 
 # %% ../nbs/06_weak_approximation.ipynb #1455fe03
@@ -51,18 +58,22 @@ def weak_order(etas, # learning rates
                errors, # weak errors, of either sign; none of them 0
                sem=None # standard errors of errors, where these are simulated
               ) -> WeakOrder:
-    "The slope of log |error| against log η by least squares, with a 95 % interval from the scatter, or from `sem`. Raises ValueError."
+    """The slope of log |error| against log η by least squares, with a 95 % interval from the
+    scatter, or from `sem`. Raises ValueError."""
     x, y, w = logarithms(etas, errors, sem)
     x = x - (w * x).sum() / w.sum()
     spread = (w * x**2).sum()
     slope = (w * x * y).sum() / spread
     if sem is not None: half = scipy.stats.norm.ppf(.975) / spread**.5
     elif len(x) == 2: half = np.inf
-    else: half = scipy.stats.t.ppf(.975, len(x) - 2) * ((y - y.mean() - slope * x)**2).sum()**.5 / ((len(x) - 2) * spread)**.5
+    else:
+        half = (scipy.stats.t.ppf(.975, len(x) - 2) * ((y - y.mean() - slope * x)**2).sum()**.5
+                / ((len(x) - 2) * spread)**.5)
     return WeakOrder(float(slope), float(slope - half), float(slope + half))
 
 # %% ../nbs/06_weak_approximation.ipynb #7121f970
-def validity(chain:Chain, sde:SDE, t_end:float, test:Callable, x0:Tensor|None, n_paths:int|None, seed:int) -> tuple[float, float, int]:
+def validity(chain:Chain, sde:SDE, t_end:float, test:Callable, x0:Tensor|None, n_paths:int|None,
+             seed:int) -> tuple[float, float, int]:
     "Error, its standard error and diverged paths: exact without a start, else simulated"
     if x0 is None: return exact_error(chain, sde, t_end, test), 0., 0
     try: result = weak_error(chain, sde, x0, t_end, test, n_paths, seed)
@@ -82,19 +93,26 @@ def validity_map(algorithm:Callable, # ρ -> Algorithm, such as the class SAM
                  etas, # learning rates of the grid
                  rhos, # its radii
                  t_end:float, # a whole number of steps for every eta
-                 test:Callable, # φ: of angles as in circle_error if exact, of points as in weak_error if simulated
-                 x0:Tensor|None=None, # start; without it, the exact supremum over starts on a circle_problem or torus_problem
+                 # φ: of angles as in circle_error if exact, of points as in weak_error if simulated
+                 test:Callable,
+                 x0:Tensor|None=None, # start; if None, the exact supremum over starts (periodic)
                  n_paths:int|None=None, # with x0
                  seed:int=0, # of the simulations
                  **settings # of the SDE: expansion, noise, order, draws
                 ) -> pd.DataFrame: # eta, rho, error, sem (0 if exact), n_diverged
-    "Weak errors over the (η, ρ) plane; infinite where no path stayed finite. Raises ValueError or TypeError on bad input."
-    if not callable(algorithm): raise TypeError(f"algorithm must be a function of rho, such as the class SAM, got {algorithm!r}")
-    if not (isinstance(objective, TrigonometricSum) and x0 is None) and (x0 is None or n_paths is None):
-        raise ValueError("x0 and n_paths are needed unless the objective is a circle_problem or torus_problem")
+    """Weak errors over the (η, ρ) plane; infinite where no path stayed finite.
+    Raises ValueError or TypeError on bad input."""
+    if not callable(algorithm):
+        raise TypeError(
+            f"algorithm must be a function of rho, such as the class SAM, got {algorithm!r}")
+    if (not (isinstance(objective, TrigonometricSum) and x0 is None)
+        and (x0 is None or n_paths is None)):
+        raise ValueError(
+            "x0 and n_paths are needed unless the objective is a circle_problem or torus_problem")
     rows = []
     for eta, rho in [(float(e), float(r)) for e in etas for r in rhos]:
-        chain, sde = Chain(algorithm(rho), objective, eta), SDE(algorithm(rho), objective, eta, **settings)
+        chain = Chain(algorithm(rho), objective, eta)
+        sde = SDE(algorithm(rho), objective, eta, **settings)
         rows.append((eta, rho, *validity(chain, sde, t_end, test, x0, n_paths, seed)))
     return pd.DataFrame(rows, columns=["eta", "rho", "error", "sem", "n_diverged"])
 
@@ -103,20 +121,25 @@ def plot_validity(table:pd.DataFrame, # from validity_map
                   ax=None, # Axes to draw on
                   **style # of pcolormesh, such as norm
                  ):
-    "The map in logarithmic axes with ρ = η, √η, η^{1/3}; a cross where the error is not told from 0 by its interval. Returns the Axes."
+    """The map in logarithmic axes with ρ = η, √η, η^{1/3};
+    a cross where the error is not told from 0 by its interval. Returns the Axes."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import NullLocator
-    ax, grid = ax or plt.gca(), table.pivot(index="rho", columns="eta", values="error")
+    ax = ax or plt.gca()
+    grid = table.pivot(index="rho", columns="eta", values="error")
     x, y = edges(grid.columns.to_numpy()), edges(grid.index.to_numpy())
-    mesh = ax.pcolormesh(x, y, np.ma.masked_invalid(grid), cmap="viridis", **{"norm": LogNorm()} | style)
+    mesh = ax.pcolormesh(x, y, np.ma.masked_invalid(grid), cmap="viridis",
+                         **{"norm": LogNorm()} | style)
     outline = [withStroke(linewidth=3, foreground="0.2")]
-    for p, line, name in [(1, "-", r"$\eta$"), (1/2, "--", r"$\sqrt{\eta}$"), (1/3, ":", r"$\eta^{1/3}$")]:
+    for p, line, name in [(1, "-", r"$\eta$"), (1/2, "--", r"$\sqrt{\eta}$"),
+                          (1/3, ":", r"$\eta^{1/3}$")]:
         ax.plot(x, x**p, "w" + line, lw=1.5, path_effects=outline, label=rf"$\rho=$ {name}")
     faint = table[(table["error"] < 1.96 * table["sem"]) & np.isfinite(table["error"])]
     ax.plot(faint["eta"], faint["rho"], "wx", path_effects=outline)
-    ax.set(xscale="log", yscale="log", xlabel="learning rate $\\eta$", ylabel="radius $\\rho$", xlim=x[[0, -1]], ylim=y[[0, -1]])
+    ax.set(xscale="log", yscale="log", xlabel="learning rate $\\eta$", ylabel="radius $\\rho$",
+           xlim=x[[0, -1]], ylim=y[[0, -1]])
     for axis, values in [(ax.xaxis, grid.columns), (ax.yaxis, grid.index)]:
         if len(values) <= 6: axis.set_ticks(values, [f"{v:g}" for v in values])
         axis.set_minor_locator(NullLocator())

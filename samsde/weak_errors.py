@@ -22,7 +22,8 @@ from torch import Tensor
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Process
 from .ensemble import simulate, time_grid
 from .moments import gamma_support, with_pairs
-from .machinery.checks import broadcast_paths, check_finite, check_int, check_points, check_positive
+from .machinery.checks import (
+    broadcast_paths, check_finite, check_int, check_points, check_positive)
 from .objective import Additive, FiniteSum, Quadratic
 from .sde import SDE, one_process
 
@@ -31,17 +32,26 @@ def wave_data(c, a, m, p) -> list: # tensors in double precision
     "The data of Eq. (2), if their shapes fit and `m` is whole; else a ValueError"
     c, a, m, p = (torch.as_tensor(np.asarray(v, dtype=float)) for v in (c, a, m, p))
     if c.ndim != 2 or m.ndim != 3:
-        raise ValueError(f"c must have shape (n, d) and m (n, waves, d), got {tuple(c.shape)} and {tuple(m.shape)}")
-    (n, d), waves = c.shape, m.shape[1]
+        raise ValueError(
+            f"c must have shape (n, d) and m (n, waves, d), "
+            f"got {tuple(c.shape)} and {tuple(m.shape)}")
+    n, d = c.shape
+    waves = m.shape[1]
     for name, v, shape in [("a", a, (n, waves)), ("m", m, (n, waves, d)), ("p", p, (n, waves))]:
-        if v.shape != shape: raise ValueError(f"{name} must have shape {shape} for c of shape {(n, d)}, got {tuple(v.shape)}")
-    if not all(torch.isfinite(v).all() for v in (c, a, m, p)): raise ValueError("c, a, m and p must be finite, got infinite or NaN entries")
-    if not (m == m.round()).all(): raise ValueError(f"m must hold whole numbers, or gradients are not periodic, got {m.tolist()}")
+        if v.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} for c of shape {(n, d)}, got {tuple(v.shape)}")
+    if not all(torch.isfinite(v).all() for v in (c, a, m, p)):
+        raise ValueError("c, a, m and p must be finite, got infinite or NaN entries")
+    if not (m == m.round()).all():
+        raise ValueError(
+            f"m must hold whole numbers, or gradients are not periodic, got {m.tolist()}")
     return [c, a, m, p]
 
 # %% ../nbs/05b_weak_errors.ipynb #9459042b
 class TrigonometricSum(FiniteSum):
-    "f_i(x) = c_i·x − Σ_j a_ij cos(m_ij·x + p_ij), Eq. (2). Raises ValueError if shapes do not fit or `m` is not whole."
+    """f_i(x) = c_i·x − Σ_j a_ij cos(m_ij·x + p_ij), Eq. (2).
+    Raises ValueError if shapes do not fit or `m` is not whole."""
     def __init__(self, c, # tilts, (n, d)
                  a, # amplitudes of the losses, (n, waves)
                  m, # wave vectors, whole numbers, (n, waves, d)
@@ -53,13 +63,16 @@ class TrigonometricSum(FiniteSum):
         super().__init__(self.losses, *self.c.shape, batch_size, replace)
         self.dtype = torch.float64
 
-    def phases(self, x:Tensor) -> Tensor: return torch.einsum("...d,njd->...nj", self.check(x), self.m) + self.p
-    def losses(self, x:Tensor) -> Tensor: return x @ self.c.T - (self.a * self.phases(x).cos()).sum(-1)
+    def phases(self, x:Tensor) -> Tensor:
+        return torch.einsum("...d,njd->...nj", self.check(x), self.m) + self.p
+    def losses(self, x:Tensor) -> Tensor:
+        return x @ self.c.T - (self.a * self.phases(x).cos()).sum(-1)
     def gradients(self, x:Tensor) -> Tensor:
         "∇f_i(x) of all samples, (..., d) -> (..., n, d)"
         return self.c + torch.einsum("...nj,njd->...nd", self.a * self.phases(x).sin(), self.m)
     def grad(self, x:Tensor) -> Tensor: return self.gradients(x).mean(-2)
-    def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor: return (check_points("w", w, self.n, self.dtype)[..., None] * self.gradients(x)).sum(-2)
+    def weighted_grad(self, x:Tensor, w:Tensor) -> Tensor:
+        return (check_points("w", w, self.n, self.dtype)[..., None] * self.gradients(x)).sum(-2)
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor:
         lead = broadcast_paths(self.check(x), gamma=self.numbers(gamma)).shape[:-1]
         rows = gamma.expand(*lead, -1)[..., None].expand(*lead, -1, self.dim)
@@ -72,12 +85,18 @@ def circle_problem(c, # tilts, (n,)
                    p, # phases, (n,)
                    batch_size:int=1, replace:bool=True # of minibatches, as in FiniteSum
                   ) -> TrigonometricSum:
-    "The problem on the circle with g_i(x) = c_i + A_i sin(m_i x + p_i). Raises ValueError as `TrigonometricSum`, and on a frequency of 0."
+    """The problem on the circle with g_i(x) = c_i + A_i sin(m_i x + p_i).
+    Raises ValueError as `TrigonometricSum`, and on a frequency of 0."""
     c, A, m, p = (np.asarray(v, dtype=float) for v in (c, A, m, p))
     for name, v in dict(c=c, A=A, m=m, p=p).items():
-        if v.ndim != 1 or v.size != c.size: raise ValueError(f"{name} must be a list of {c.size} numbers, one each, got shape {v.shape}")
-    if (m == 0).any(): raise ValueError("m must hold whole numbers other than 0: a constant gradient belongs into c")
-    return TrigonometricSum(c[:, None], (A / m)[:, None], m[:, None, None], p[:, None], batch_size, replace)
+        if v.ndim != 1 or v.size != c.size:
+            raise ValueError(
+                f"{name} must be a list of {c.size} numbers, one each, got shape {v.shape}")
+    if (m == 0).any():
+        raise ValueError(
+            "m must hold whole numbers other than 0: a constant gradient belongs into c")
+    return TrigonometricSum(c[:, None], (A / m)[:, None], m[:, None, None], p[:, None], batch_size,
+                            replace)
 
 def torus_problem(c, # tilts, (n, 2)
                   a, # amplitudes of the losses, (n, waves)
@@ -85,7 +104,8 @@ def torus_problem(c, # tilts, (n, 2)
                   p, # phases, (n, waves)
                   batch_size:int=1, replace:bool=True # of minibatches, as in FiniteSum
                  ) -> TrigonometricSum:
-    "The problem on the 2-torus, g_i(x) = c_i + Σ_j a_ij m_ij sin(m_ij·x + p_ij). Raises ValueError as `TrigonometricSum`, and if d ≠ 2."
+    """The problem on the 2-torus, g_i(x) = c_i + Σ_j a_ij m_ij sin(m_ij·x + p_ij).
+    Raises ValueError as `TrigonometricSum`, and if d ≠ 2."""
     problem = TrigonometricSum(c, a, m, p, batch_size, replace)
     if problem.dim == 2: return problem
     raise ValueError(f"c must have shape (n, 2), got {tuple(problem.c.shape)}")
@@ -97,22 +117,27 @@ def periodic_examples(dim:int, # 1, the circle, or 2, the torus
     "Examples with three samples. Raises ValueError on another dimension."
     if dim == 1:
         tilts = {USAM: (.3, -.2, -.1), DNSAM: (2.6, 1.2, 1.6), SAM: (2, -1.9, 2.4)}
-        return {kind: circle_problem(c, (.9, .6, .5), (1, 2, 1), (.2, 1.1, 2.3), **batches) for kind, c in tilts.items()}
+        return {kind: circle_problem(c, (.9, .6, .5), (1, 2, 1), (.2, 1.1, 2.3), **batches)
+                for kind, c in tilts.items()}
     if dim != 2: raise ValueError(f"dim must be 1 or 2, got {dim}")
     tilts = {USAM: [(.3, -.2), (-.2, .1), (-.1, .3)], DNSAM: [(2.6, 1.2), (1.4, 2.2), (1.8, 1.6)],
              SAM: [(2.2, 1.1), (-1.2, 2.1), (1.5, -1.9)]}
-    a, p = [[.5, .3], [.25, .4], [.45, .2]], [[.2, 1.1], [2.3, .4], [.9, 1.7]]
+    a = [[.5, .3], [.25, .4], [.45, .2]]
+    p = [[.2, 1.1], [2.3, .4], [.9, 1.7]]
     m = [[(1, 0), (0, 1)], [(1, 1), (0, 1)], [(1, 0), (1, -1)]]
     return {kind: torus_problem(c, a, m, p, **batches) for kind, c in tilts.items()}
 
 # %% ../nbs/05b_weak_errors.ipynb #73d55118
 def torus_nodes(nodes:int, # M along each axis, even
                 dim:int # 1 or 2
-               ) -> tuple[np.ndarray, Tensor]: # the nodes of one axis (M,), and all of them (M^dim, dim)
+               ) -> tuple[np.ndarray,
+                          Tensor]: # the nodes of one axis (M,), and all of them (M^dim, dim)
     "Equidistant nodes of the circle or the 2-torus. Raises ValueError if M is odd or too small."
     if check_int("nodes", nodes, least=4) % 2: raise ValueError(f"nodes must be even, got {nodes}")
     axis = 2 * np.pi * np.arange(nodes) / nodes
-    return axis, torch.from_numpy(np.stack(np.meshgrid(*[axis] * dim, indexing="ij"), -1).reshape(-1, dim))
+    return (axis,
+            torch.from_numpy(np.stack(np.meshgrid(*[axis] * dim, indexing="ij"),
+                                      -1).reshape(-1, dim)))
 
 def dirichlet(s:np.ndarray, nodes:int) -> np.ndarray:
     "The kernel of trigonometric interpolation, Eq. (3), 1 at s = 0"
@@ -122,8 +147,11 @@ def dirichlet(s:np.ndarray, nodes:int) -> np.ndarray:
 
 def periodic(process) -> TrigonometricSum:
     "The objective of a process, if it lives on the circle or the 2-torus; else a TypeError"
-    if isinstance(process.objective, TrigonometricSum) and process.objective.dim <= 2: return process.objective
-    raise TypeError(f"the exact operators need a circle_problem or torus_problem, got {type(process.objective).__name__}: use weak_error")
+    if isinstance(process.objective, TrigonometricSum) and process.objective.dim <= 2:
+        return process.objective
+    raise TypeError(
+        f"the exact operators need a circle_problem or torus_problem, "
+        f"got {type(process.objective).__name__}: use weak_error")
 
 def step_count(eta, t_end:float) -> int:
     "t_end / η. Raises ValueError if it is not a whole number."
@@ -133,13 +161,17 @@ def step_count(eta, t_end:float) -> int:
 def chain_operator(chain:Chain, # on a circle_problem or torus_problem
                    nodes:int # along each axis, even
                   ) -> np.ndarray: # (nodes^d, nodes^d)
-    "The matrix of v ↦ E v(x − η G_ρ(x)) on the nodes. Raises TypeError or ValueError if γ cannot be enumerated."
+    """The matrix of v ↦ E v(x − η G_ρ(x)) on the nodes.
+    Raises TypeError or ValueError if γ cannot be enumerated."""
     dim = periodic(chain).dim
     axis, x = torus_nodes(nodes, dim)
-    if chain.remembers: raise ValueError("the exact operators need a chain without memory, got source='previous'")
+    if chain.remembers:
+        raise ValueError("the exact operators need a chain without memory, got source='previous'")
     objective = with_pairs(chain.objective) if chain.batches == 2 else chain.objective
     support = gamma_support(objective, x, 1024, 0)
-    if not support.exact: raise ValueError(f"minibatches must be few enough to enumerate, got {chain.objective.law.count}")
+    if not support.exact:
+        raise ValueError(
+            f"minibatches must be few enough to enumerate, got {chain.objective.law.count}")
     y = chain.step(x, support.gammas).numpy()
     rows = [dirichlet(y[..., j, None] - axis, nodes) for j in range(dim)]
     P = rows[0] if dim == 1 else np.einsum("kia,kib->kiab", *rows).reshape(*y.shape[:2], -1)
@@ -153,8 +185,10 @@ def derivatives(nodes:int, dim:int) -> tuple[dict, dict]: # i -> D_i, and (i, j)
     gap = j[:, None] - j
     D = np.where(gap == 0, 0, .5 * (-1.)**gap / np.tan(np.where(gap == 0, 1, gap) * np.pi / nodes))
     if dim == 1: return {0: D}, {(0, 0): D @ D}
-    eye, both = np.eye(nodes), np.kron(D, D)
-    return {0: np.kron(D, eye), 1: np.kron(eye, D)}, {(0, 0): np.kron(D @ D, eye), (1, 1): np.kron(eye, D @ D), (0, 1): both, (1, 0): both}
+    eye = np.eye(nodes)
+    both = np.kron(D, D)
+    return ({0: np.kron(D, eye), 1: np.kron(eye, D)},
+            {(0, 0): np.kron(D @ D, eye), (1, 1): np.kron(eye, D @ D), (0, 1): both, (1, 0): both})
 
 # %% ../nbs/05b_weak_errors.ipynb #c06b06c4
 def generator(sde:SDE, # on a circle_problem or torus_problem
@@ -162,19 +196,27 @@ def generator(sde:SDE, # on a circle_problem or torus_problem
              ) -> np.ndarray: # (nodes^d, nodes^d)
     "The matrix of the SDE's generator, Eq. (4). Raises TypeError on another objective."
     dim = periodic(sde).dim
-    x, (D, DD) = torus_nodes(nodes, dim)[1], derivatives(nodes, dim)
+    x = torus_nodes(nodes, dim)[1]
+    D, DD = derivatives(nodes, dim)
     b, C = (v.detach().numpy() for v in (sde.drift(x), sde.covariance(x)))
     return sum(b[:, [i]] * D[i] for i in D) + sum(C[:, [i], j] * DD[i, j] for i, j in DD) / 2
 
 # %% ../nbs/05b_weak_errors.ipynb #9322a11e
 def together(chain:Chain, sde:SDE):
-    "Nothing, if the two can be compared: one learning rate, and no sweep; else a ValueError or TypeError"
-    if not isinstance(chain, Chain): raise TypeError(f"chain must be a Chain, got {type(chain).__name__}")
+    """Nothing, if the two can be compared: one learning rate, and no sweep;
+    else a ValueError or TypeError"""
+    if not isinstance(chain, Chain):
+        raise TypeError(f"chain must be a Chain, got {type(chain).__name__}")
     if not isinstance(sde, SDE): raise TypeError(f"sde must be an SDE, got {type(sde).__name__}")
-    if chain.shape or sde.shape: raise ValueError(f"one eta and one rho at a time, got sweeps of shape {chain.shape} and {sde.shape}")
+    if chain.shape or sde.shape:
+        raise ValueError(
+            f"one eta and one rho at a time, got sweeps of shape {chain.shape} and {sde.shape}")
     if chain.objective.dim != sde.objective.dim:
-        raise ValueError(f"chain and sde must have the same dimension, got {chain.objective.dim} and {sde.objective.dim}")
-    if float(chain.eta) != float(sde.eta): raise ValueError(f"chain and sde must share eta, got {chain.eta} and {sde.eta}")
+        raise ValueError(
+            f"chain and sde must have the same dimension, "
+            f"got {chain.objective.dim} and {sde.objective.dim}")
+    if float(chain.eta) != float(sde.eta):
+        raise ValueError(f"chain and sde must share eta, got {chain.eta} and {sde.eta}")
 
 @contextmanager
 def one_thread():
@@ -187,27 +229,38 @@ def one_thread():
 def periodic_error(algorithm, problem, eta, t_end, test, dim, nodes, **settings) -> float:
     "What `circle_error` and `torus_error` share"
     if not isinstance(problem, TrigonometricSum) or problem.dim != dim:
-        raise TypeError(f"problem must be a {('circle', 'torus')[dim - 1]}_problem, got {type(problem).__name__}")
-    return exact_error(Chain(algorithm, problem, eta), SDE(algorithm, problem, eta, **settings), t_end, test, nodes)
+        raise TypeError(
+            f"problem must be a {('circle', 'torus')[dim - 1]}_problem, "
+            f"got {type(problem).__name__}")
+    return exact_error(Chain(algorithm, problem, eta), SDE(algorithm, problem, eta, **settings),
+                       t_end, test, nodes)
 
 # %% ../nbs/05b_weak_errors.ipynb #cf8d2939
 def exact_difference(chain:Chain, # the algorithm
                      sde:SDE, # its model, or any other
                      t_end:float, # a whole number of steps eta
                      test:Callable, # φ, a function of arrays of angles, one for each dimension
-                     nodes:int|None=None # along each axis, even; 96 on the circle and 20 on the torus if None
-                    ) -> tuple[Tensor, np.ndarray]: # starts (nodes^d, d), and E φ(x_k) − E φ(X_t) from each
-    "The weak error (1) at `t_end` from every node, exactly. Raises ValueError or TypeError if the two do not belong together."
+                     nodes:int|None=None # on an axis, even; 96 on the circle, 20 on the torus if None
+                    ) -> tuple[Tensor, np.ndarray]: # starts (nodes^d, d), and the error from each
+    """The weak error (1) at `t_end` from every node, exactly.
+    Raises ValueError or TypeError if the two do not belong together."""
     together(chain, sde)
-    steps, dim = step_count(chain.eta, t_end), periodic(chain).dim
+    steps = step_count(chain.eta, t_end)
+    dim = periodic(chain).dim
     if nodes is None: nodes = 96 if dim == 1 else 20
     x = torus_nodes(nodes, dim)[1]
     values = np.asarray(test(*x.numpy().T), dtype=float)
-    if values.shape != (len(x),): raise ValueError(f"test must return one number for each of {len(x)} nodes, got shape {values.shape}")
-    if not np.isfinite(values).all(): raise ValueError("test must be finite at every node, got infinite or NaN values")
+    if values.shape != (len(x),):
+        raise ValueError(
+            f"test must return one number for each of {len(x)} nodes, got shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError("test must be finite at every node, got infinite or NaN values")
     with one_thread():
-        P, L, v = (torch.from_numpy(array) for array in (chain_operator(chain, nodes), generator(sde, nodes), values))
-        return x, (torch.linalg.matrix_power(P, steps) @ v - torch.linalg.matrix_exp(t_end * L) @ v).numpy()
+        P, L, v = (torch.from_numpy(array)
+                   for array in (chain_operator(chain, nodes), generator(sde, nodes), values))
+        algorithm = torch.linalg.matrix_power(P, steps) @ v
+        model = torch.linalg.matrix_exp(t_end * L) @ v
+        return x, (algorithm - model).numpy()
 
 # %% ../nbs/05b_weak_errors.ipynb #cf6f64fd
 def exact_error(chain:Chain, # the algorithm
@@ -216,7 +269,8 @@ def exact_error(chain:Chain, # the algorithm
                 test:Callable, # as in exact_difference
                 nodes:int|None=None # as in exact_difference
                ) -> float:
-    "The largest weak error at `t_end`, in absolute value, over all starts at the nodes. Raises as `exact_difference`."
+    """The largest weak error at `t_end`, in absolute value, over all starts at the nodes.
+    Raises as `exact_difference`."""
     return float(np.abs(exact_difference(chain, sde, t_end, test, nodes)[1]).max())
 
 # %% ../nbs/05b_weak_errors.ipynb #93e8688e
@@ -228,8 +282,10 @@ def circle_error(algorithm:Algorithm, # any, on both sides
                  expansion:str="first", noise:str="factor", order:int=1, # of the SDE
                  nodes:int=96 # on the circle, even
                 ) -> float:
-    "The exact weak error of an algorithm's own SDE: sup over starts of |E φ(x_k) − E φ(X_t)|. Raises ValueError or TypeError on bad input."
-    return periodic_error(algorithm, problem, eta, t_end, test, 1, nodes, expansion=expansion, noise=noise, order=order)
+    """The exact weak error of an algorithm's own SDE: sup over starts of |E φ(x_k) − E φ(X_t)|.
+    Raises ValueError or TypeError on bad input."""
+    return periodic_error(algorithm, problem, eta, t_end, test, 1, nodes, expansion=expansion,
+                          noise=noise, order=order)
 
 def torus_error(algorithm:Algorithm, # any, on both sides
                 problem:TrigonometricSum, # a torus_problem
@@ -239,20 +295,27 @@ def torus_error(algorithm:Algorithm, # any, on both sides
                 expansion:str="first", noise:str="factor", order:int=1, # of the SDE
                 nodes:int=20 # along each axis, even
                ) -> float:
-    "The exact weak error of an algorithm's own SDE on the 2-torus, as `circle_error`. Raises ValueError or TypeError on bad input."
-    return periodic_error(algorithm, problem, eta, t_end, test, 2, nodes, expansion=expansion, noise=noise, order=order)
+    """The exact weak error of an algorithm's own SDE on the 2-torus, as `circle_error`.
+    Raises ValueError or TypeError on bad input."""
+    return periodic_error(algorithm, problem, eta, t_end, test, 2, nodes, expansion=expansion,
+                          noise=noise, order=order)
 
 # %% ../nbs/05b_weak_errors.ipynb #f5886ab1
 def linear_system(process:Chain|SDE) -> tuple[np.ndarray, np.ndarray]: # F and C, (d, d)
-    "F and C of Eq. (5). Raises TypeError or ValueError unless the process is that of SGD or USAM on a Quadratic."
-    if type(one_process(process).algorithm) not in (SGD, USAM) or not isinstance(process.objective, Quadratic):
+    """F and C of Eq. (5).
+    Raises TypeError or ValueError unless the process is that of SGD or USAM on a Quadratic."""
+    if (type(one_process(process).algorithm) not in (SGD, USAM)
+        or not isinstance(process.objective, Quadratic)):
         what = f"{process.algorithm!r} on {type(process.objective).__name__}"
         raise TypeError(f"moments are exact for SGD or USAM on a Quadratic, got {what}")
     H = process.objective.H
     def array(v): return v.double().cpu().numpy()
     def eye(n): return torch.eye(n, dtype=H.dtype, device=H.device)
-    if isinstance(process, SDE): return array(process.drift(eye(len(H))).T), array(process.covariance(torch.zeros_like(H[0])))
-    m, k = process.start(H[0]).shape[-1], process.noise_dim
+    if isinstance(process, SDE):
+        C = process.covariance(torch.zeros_like(H[0]))
+        return array(process.drift(eye(len(H))).T), array(C)
+    m = process.start(H[0]).shape[-1]
+    k = process.noise_dim
     F = process.advance(eye(m), lambda: H.new_zeros(m, k), [process.eta])
     B = process.advance(H.new_zeros(k, m), lambda: eye(k), [process.eta])
     return array(F.T), array(B.T @ B)
@@ -263,9 +326,12 @@ def of_positions(process, V:Tensor) -> Tensor: # (m, m) -> (d, d)
 
 def repeated(F:np.ndarray, C:np.ndarray, n:int) -> tuple[np.ndarray, np.ndarray]:
     "n steps of x⁺ = Fx + noise as one such step, by repeated squaring"
-    power, V = np.eye(len(F)), np.zeros_like(F)
+    power = np.eye(len(F))
+    V = np.zeros_like(F)
     while n:
-        if n % 2: power, V = F @ power, F @ V @ F.T + C
+        if n % 2:
+            power = F @ power
+            V = F @ V @ F.T + C
         F, C, n = F @ F, F @ C @ F.T + C, n // 2
     return power, V
 
@@ -274,14 +340,18 @@ def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
                    x0:Tensor, # start, (d,)
                    t_end:float # end time; for a Chain, a whole number of steps
                   ) -> tuple[Tensor, Tensor]: # mean (d,) and covariance (d, d)
-    "Exact mean and covariance at `t_end`, Eq. (5). Raises TypeError or ValueError on another process, start or time."
+    """Exact mean and covariance at `t_end`, Eq. (5).
+    Raises TypeError or ValueError on another process, start or time."""
     F, C = linear_system(process)
-    d, m = process.objective.dim, len(F)
-    if process.objective.check(x0, "x0").shape != (d,): raise ValueError(f"x0 must have shape ({d},), got {tuple(x0.shape)}")
+    d = process.objective.dim
+    m = len(F)
+    if process.objective.check(x0, "x0").shape != (d,):
+        raise ValueError(f"x0 must have shape ({d},), got {tuple(x0.shape)}")
     check_finite("x0", x0)
     if isinstance(process, Chain): n = step_count(process.eta, t_end)
     else:
-        n = 2**max(0, int(np.ceil(np.log2(np.abs(F).sum(1).max() * float(check_positive("t_end", t_end)) + 1e-300))))
+        size = np.abs(F).sum(1).max() * float(check_positive("t_end", t_end))
+        n = 2**max(0, int(np.ceil(np.log2(size + 1e-300))))
         block = scipy.linalg.expm(np.block([[-F, C], [np.zeros_like(F), F.T]]) * t_end / n)
         F = block[m:, m:].T
         C = F @ block[:m, m:]
@@ -291,22 +361,32 @@ def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
 # %% ../nbs/05b_weak_errors.ipynb #8c5b086b
 def stationary_covariance(process:Chain|SDE # of SGD or USAM, on a Quadratic
                          ) -> Tensor: # (d, d)
-    "The covariance that Eq. (5) keeps, by Lyapunov's equation. Raises ValueError if there is none, TypeError on another process."
+    """The covariance that Eq. (5) keeps, by Lyapunov's equation.
+    Raises ValueError if there is none, TypeError on another process."""
     F, C = linear_system(process)
-    discrete, lam = isinstance(process, Chain), np.linalg.eigvals(F)
+    discrete = isinstance(process, Chain)
+    lam = np.linalg.eigvals(F)
     worst = np.abs(lam).max() if discrete else lam.real.max()
     if worst >= (1 if discrete else 0):
-        need = "0 < ηλ(1+ρλ) < 2 for every eigenvalue λ of H" if discrete else "a drift that pulls back in every direction"
-        raise ValueError(f"a stationary covariance needs {need}, got a {'multiplier' if discrete else 'rate'} of {worst:.6g}")
-    V = scipy.linalg.solve_discrete_lyapunov(F, C) if discrete else scipy.linalg.solve_continuous_lyapunov(F, -C)
+        need = ("0 < ηλ(1+ρλ) < 2 for every eigenvalue λ of H" if discrete
+                else "a drift that pulls back in every direction")
+        raise ValueError(
+            f"a stationary covariance needs {need}, "
+            f"got a {'multiplier' if discrete else 'rate'} of {worst:.6g}")
+    V = (scipy.linalg.solve_discrete_lyapunov(F, C) if discrete
+         else scipy.linalg.solve_continuous_lyapunov(F, -C))
     return of_positions(process, torch.from_numpy(V).to(process.objective.H))
 
 # %% ../nbs/05b_weak_errors.ipynb #35e4479d
 class Coupled(Process):
-    "A chain (or none) and its SDE at steps h and 2h, on the same noise: a state is the three points in a row"
+    """A chain (or none) and its SDE at steps h and 2h, on the same noise:
+    a state is the three points in a row"""
     def __init__(self, chain:Chain|None, sde:SDE):
-        self.chain, self.sde, self.parts = chain, sde, 3 if chain else 2
-        self.eta, self.noise_dim = float(sde.eta), sde.noise_dim
+        self.chain = chain
+        self.sde = sde
+        self.parts = 3 if chain else 2
+        self.eta = float(sde.eta)
+        self.noise_dim = sde.noise_dim
     def check(self, x0, name="x0"): return self.sde.check(x0, name)
     def start(self, x): return torch.cat([x] * self.parts, -1)
     def split(self, state:Tensor) -> tuple: return state.unflatten(-1, (self.parts, -1)).unbind(-2)
@@ -315,11 +395,13 @@ class Coupled(Process):
     def advance(self, state:Tensor, draw, steps:list # equal and even in number
                ) -> Tensor:
         "All of them, where the coarse integration takes two draws as one"
-        xi, (*x, fine, coarse) = [draw() for _ in steps], self.split(state)
+        xi = [draw() for _ in steps]
+        *x, fine, coarse = self.split(state)
         pairs = [(a + b) / 2**.5 for a, b in zip(xi[::2], xi[1::2])]
         def advanced(process, x, xi, steps): return process.advance(x, iter(xi).__next__, steps)
         ends = [advanced(self.chain, x[0], xi, steps)] if self.chain else []
-        ends += [advanced(self.sde, fine, xi, steps), advanced(self.sde, coarse, pairs, [2 * steps[0]] * len(pairs))]
+        ends += [advanced(self.sde, fine, xi, steps),
+                 advanced(self.sde, coarse, pairs, [2 * steps[0]] * len(pairs))]
         return torch.cat(ends, -1)
 
 # %% ../nbs/05b_weak_errors.ipynb #e2b4d339
@@ -327,25 +409,41 @@ def one_number(test:Callable) -> Callable:
     "`test` as numbers, made to raise a ValueError unless it returns one for each path"
     def checked(x):
         value = torch.as_tensor(test(x))
-        if value.shape == x.shape[:-1]: return value if value.is_floating_point() else value.double()
-        raise ValueError(f"test must return one number for each path, shape {tuple(x.shape[:-1])}, got {tuple(value.shape)}")
+        if value.shape == x.shape[:-1]:
+            return value if value.is_floating_point() else value.double()
+        raise ValueError(
+            f"test must return one number for each path, shape {tuple(x.shape[:-1])}, "
+            f"got {tuple(value.shape)}")
     return checked
 
 def paired_run(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable) -> tuple:
     "Times, difference, its standard error, Euler's part, and diverged paths, on common noise"
     both = Coupled(chain, sde)
-    def values(z): return (lambda x, fine, coarse: (test(x) - 2 * test(fine) + test(coarse), test(coarse) - test(fine)))(*both.split(z))
-    e = run(both, x0, {"difference": lambda z: values(z)[0], "euler": lambda z: values(z)[1]})
+    def difference(z):
+        x, fine, coarse = both.split(z)
+        return test(x) - 2 * test(fine) + test(coarse)
+    def euler(z):
+        _, fine, coarse = both.split(z)
+        return test(coarse) - test(fine)
+    e = run(both, x0, {"difference": difference, "euler": euler})
     return e.times, e.mean["difference"], e.sem["difference"], e.mean["euler"], e.n_diverged
 
-def independent_run(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable, seed:int) -> tuple:
+def independent_run(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable,
+                    seed:int) -> tuple:
     "The same from independent runs"
-    both, fresh = Coupled(None, sde), int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
-    def values(z): return (lambda fine, coarse: (2 * test(fine) - test(coarse), test(coarse) - test(fine)))(*both.split(z))
+    both = Coupled(None, sde)
+    fresh = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+    def extrapolated(z):
+        fine, coarse = both.split(z)
+        return 2 * test(fine) - test(coarse)
+    def euler(z):
+        fine, coarse = both.split(z)
+        return test(coarse) - test(fine)
     a = run(chain, x0, {"test": test}, dt=None)
-    b = run(both, x0, {"test": lambda z: values(z)[0], "euler": lambda z: values(z)[1]}, seed=fresh)
+    b = run(both, x0, {"test": extrapolated, "euler": euler}, seed=fresh)
     sem = (a.sem["test"]**2 + b.sem["test"]**2).sqrt()
-    return a.times, a.mean["test"] - b.mean["test"], sem, b.mean["euler"], a.n_diverged + b.n_diverged
+    return (a.times, a.mean["test"] - b.mean["test"], sem, b.mean["euler"],
+            a.n_diverged + b.n_diverged)
 
 # %% ../nbs/05b_weak_errors.ipynb #10baa95a
 @dataclass
@@ -363,9 +461,12 @@ class WeakError:
 
     def paths_for(self, half_width:float # of the wanted 95 % interval
                  ) -> int:
-        "How many paths narrow the interval to ± `half_width`. Raises ValueError if it is not positive."
+        """How many paths narrow the interval to ± `half_width`.
+        Raises ValueError if it is not positive."""
         n = self.n_paths - self.n_diverged
-        return max(2, int(np.ceil(n * (1.96 * self.sem / check_positive("half_width", half_width))**2)))
+        return max(2,
+                   int(np.ceil(n
+                               * (1.96 * self.sem / check_positive("half_width", half_width))**2)))
 
 # %% ../nbs/05b_weak_errors.ipynb #a24c671e
 def weak_error(chain:Chain, # the algorithm
@@ -378,17 +479,25 @@ def weak_error(chain:Chain, # the algorithm
                every:int|None=None, # record every so many eta; about twenty times in all if None
                *, substeps:int=4 # Euler steps of the SDE within one eta, even
               ) -> WeakError:
-    "The weak error (1), simulated, on common noise if additive. Raises ValueError or TypeError, DivergenceError if no path stays finite."
+    """The weak error (1), simulated, on common noise if additive.
+    Raises ValueError or TypeError, DivergenceError if no path stays finite."""
     together(chain, sde)
     d = chain.objective.dim
-    if chain.objective.check(x0, "x0").shape != (d,): raise ValueError(f"x0 must have shape ({d},), got {tuple(x0.shape)}")
-    if check_int("substeps", substeps, least=2) % 2: raise ValueError(f"substeps must be even, got {substeps}")
+    if chain.objective.check(x0, "x0").shape != (d,):
+        raise ValueError(f"x0 must have shape ({d},), got {tuple(x0.shape)}")
+    if check_int("substeps", substeps, least=2) % 2:
+        raise ValueError(f"substeps must be even, got {substeps}")
     every = max(1, step_count(chain.eta, t_end) // 20) if every is None else every
-    settings = dict(every=every, seed=check_int("seed", seed, least=0), dt=float(sde.eta) / substeps)
-    run = lambda process, x, observe, **other: simulate(process, x, t_end, n_paths, observe=observe, **settings | other)
-    paired = all(isinstance(p.objective, Additive) for p in (chain, sde)) and sde.noise_dim == chain.noise_dim
+    settings = dict(every=every, seed=check_int("seed", seed, least=0),
+                    dt=float(sde.eta) / substeps)
+    def run(process, x, observe, **other):
+        return simulate(process, x, t_end, n_paths, observe=observe, **settings | other)
+    paired = (all(isinstance(p.objective, Additive) for p in (chain, sde))
+              and sde.noise_dim == chain.noise_dim)
     method, more = (paired_run, ()) if paired else (independent_run, (seed,))
     times, mean, sem, euler, dead = method(chain, sde, x0, one_number(test), run, *more)
-    curve = pd.DataFrame({"time": times, "difference": mean, "sem": sem, "ci_low": mean - 1.96 * sem, "ci_high": mean + 1.96 * sem})
+    curve = pd.DataFrame({"time": times, "difference": mean, "sem": sem,
+                          "ci_low": mean - 1.96 * sem, "ci_high": mean + 1.96 * sem})
     end = {k: float(curve[k].iloc[-1]) for k in ("difference", "ci_low", "ci_high", "sem")}
-    return WeakError(**end, curve=curve, euler=float(euler[-1]), n_paths=n_paths, n_diverged=int(dead), paired=paired)
+    return WeakError(**end, curve=curve, euler=float(euler[-1]), n_paths=n_paths,
+                     n_diverged=int(dead), paired=paired)

@@ -6,7 +6,7 @@
 __all__ = ['experiment', 'measure', 'verdicts', 'plot']
 
 # %% ../../nbs/experiments/bench.ipynb #b320ddd8
-import argparse, json, math, platform, subprocess, sys, time
+import argparse, functools, json, math, platform, subprocess, sys, time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Callable
@@ -32,82 +32,110 @@ from ..weak_approximation import weak_order
 from ..weak_errors import circle_error, circle_problem
 
 # %% ../../nbs/experiments/bench.ipynb #883abd93
-SIZES = {"full": dict(d=20, paths=10_000, steps=1_000, replicas=100, train=200, times=100), "small": dict(d=20, paths=200, steps=20, replicas=4, train=4, times=2)}
+SIZES = {"full": dict(d=20, paths=10_000, steps=1_000, replicas=100, train=200, times=100),
+         "small": dict(d=20, paths=200, steps=20, replicas=4, train=4, times=2)}
 ETA, RHO, SIGMA = .01, .1, .1 # as in benchmarks/peers.py
 KINDS = {kind.__name__: kind for kind in (USAM, DNSAM, SAM)}
 
 def ensemble(kind, dtype:torch.dtype, size:dict, every:int|None=None) -> Callable:
     "The public `simulate` on a quadratic"
     d, steps = size["d"], size["steps"]
-    objective = Quadratic(torch.diag(torch.tensor([.5 + i / d for i in range(d)], dtype=dtype)), sigma=SIGMA)
-    start, sde = torch.ones(d, dtype=dtype), SDE(kind(RHO), objective, ETA)
-    return lambda: simulate(sde, start, steps * ETA, size["paths"], every=every or steps, observe={"f": objective.loss})
+    objective = Quadratic(torch.diag(torch.tensor([.5 + i / d for i in range(d)], dtype=dtype)),
+                          sigma=SIGMA)
+    start = torch.ones(d, dtype=dtype)
+    sde = SDE(kind(RHO), objective, ETA)
+    return lambda: simulate(sde, start, steps * ETA, size["paths"], every=every or steps,
+                            observe={"f": objective.loss})
 
 def replicas(batch_size:int, size:dict) -> Callable:
     "Discrete SAM on the breast cancer network, without weight decay as in the peers"
     net = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Sigmoid(), torch.nn.Linear(20, 1))
     X, y = cancer()
-    objective = FiniteSum.from_module(net, lambda out, t: torch.nn.functional.softplus(-t * out[..., 0]).mean(), X, y, batch_size=batch_size)
+    objective = FiniteSum.from_module(net,
+                                      lambda out, t: torch.nn.functional.softplus(
+                                          -t * out[..., 0]).mean(), X, y, batch_size=batch_size)
     chain = Chain(SAM(.05), objective, .1)
-    return lambda: simulate(chain, objective.x0, size["train"] * .1, size["replicas"], every=size["train"], observe={"norm": lambda x: x.norm(dim=-1)})
+    return lambda: simulate(chain, objective.x0, size["train"] * .1, size["replicas"],
+                            every=size["train"], observe={"norm": lambda x: x.norm(dim=-1)})
 
 def cancer() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_breast_cancer
     X, y = load_breast_cancer(return_X_y=True)
-    return torch.from_numpy((X - X.mean(0)) / X.std(0)).float(), torch.from_numpy(2. * y - 1).float()
+    return (torch.from_numpy((X - X.mean(0)) / X.std(0)).float(),
+            torch.from_numpy(2. * y - 1).float())
 
 # %% ../../nbs/experiments/bench.ipynb #b7a60437
 def tumours(hidden:int, batch_size:int=1) -> FiniteSum:
     "569 samples and a network of two linear layers"
-    net = torch.nn.Sequential(torch.nn.Linear(30, hidden), torch.nn.Sigmoid(), torch.nn.Linear(hidden, 1))
-    return FiniteSum.from_module(net, lambda out, t: torch.nn.functional.softplus(-t * out[..., 0]).mean(), *cancer(), batch_size=batch_size)
+    net = torch.nn.Sequential(torch.nn.Linear(30, hidden), torch.nn.Sigmoid(),
+                              torch.nn.Linear(hidden, 1))
+    def loss(out, t): return torch.nn.functional.softplus(-t * out[..., 0]).mean()
+    return FiniteSum.from_module(net, loss, *cancer(), batch_size=batch_size)
 
 def pictures() -> FiniteSum:
     "As many digits, and a network with convolutions"
     X, y = digits(torch.float32)
-    return FiniteSum.from_module(conv_net(8, 64, dtype=torch.float32), torch.nn.functional.cross_entropy, X[:569], y[:569])
+    return FiniteSum.from_module(conv_net(8, 64, dtype=torch.float32),
+                                 torch.nn.functional.cross_entropy, X[:569], y[:569])
 
 class Transformer(torch.nn.Module):
-    "A transformer on the rows of a picture, of torch's own layers, with a parameter for their places"
+    """A transformer on the rows of a picture, of torch's own layers, with a parameter for their
+    places"""
     def __init__(self, width:int):
         super().__init__()
-        block = lambda: torch.nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
-        self.read, self.place, self.blocks = torch.nn.Linear(8, width), torch.nn.Parameter(.02 * torch.randn(8, width)), torch.nn.Sequential(block(), block())
+        layer = functools.partial(torch.nn.TransformerEncoderLayer, dropout=0.0, batch_first=True)
+        def block(): return layer(width, 4, 4 * width)
+        self.read = torch.nn.Linear(8, width)
+        self.place = torch.nn.Parameter(.02 * torch.randn(8, width))
+        self.blocks = torch.nn.Sequential(block(), block())
         self.out = torch.nn.Linear(width, 10)
-    def forward(self, x): return self.out(self.blocks(self.read(x.reshape(-1, 8, 8)) + self.place).mean(1))
+    def forward(self, x):
+        return self.out(self.blocks(self.read(x.reshape(-1, 8, 8)) + self.place).mean(1))
 
 def transformer(width:int) -> FiniteSum:
     "The same digits, read by a transformer"
     X, y = digits(torch.float32)
-    return FiniteSum.from_module(Transformer(width), torch.nn.functional.cross_entropy, X[:569], y[:569], chunk=128)
+    return FiniteSum.from_module(Transformer(width), torch.nn.functional.cross_entropy, X[:569],
+                                 y[:569], chunk=128)
 
 def sample_gradients(objective:FiniteSum) -> Callable:
     "The gradients of all samples, some at a time, and each let go again"
     network, x = objective.network, objective.x0
-    one = torch.func.vmap(torch.func.grad(lambda params, i: network.losses(params, i[None])[0]), (None, 0))
+    one = torch.func.vmap(torch.func.grad(lambda params, i: network.losses(params, i[None])[0]),
+                          (None, 0))
     def run():
         for s in objective.slices(x): one(network.named(x), torch.arange(s.start, s.stop))
     return run
 
 # %% ../../nbs/experiments/bench.ipynb #68d37801
 def noise_step(kind, objective:FiniteSum, dense:bool=False, gradient:bool=False) -> Callable:
-    "One Euler step of an SDE, with an epoch of minibatches where it has to draw some; or the noise by a d×d matrix and its root; or one weighted gradient"
-    sde, x = SDE(kind(RHO), objective, .05, draws=math.ceil(objective.n / objective.law.batch_size)), objective.x0[None]
+    """One Euler step of an SDE, with an epoch of minibatches where it has to draw some;
+    or the noise by a d×d matrix and its root; or one weighted gradient"""
+    sde = SDE(kind(RHO), objective, .05, draws=math.ceil(objective.n / objective.law.batch_size))
+    x = objective.x0[None]
     xi = torch.randn(1, sde.noise_dim, generator=torch.Generator().manual_seed(0))
     if gradient: return lambda: objective.weighted_grad(x, xi)
-    if dense: return lambda: psd_root("a", noise_covariance(kind(RHO), objective, x)) @ torch.ones(objective.dim, 1)
+    def by_matrix():
+        a = noise_covariance(kind(RHO), objective, x)
+        return psd_root("a", a) @ torch.ones(objective.dim, 1)
+    if dense: return by_matrix
     return lambda: sde.step(x, xi, .05)
 
 def operators():
     "Orders of three algorithms on the circle, from ten step lengths each"
-    problem, etas = circle_problem([.3, -.2, .5], [1., .6, -.8], [1, 2, 1], [0., .7, 2.]), [.4 / k for k in (4, 6, 8, 12, 16, 24, 32, 48, 64, 96)]
-    return [weak_order(etas, [circle_error(kind(eta**.5), problem, eta, .4, np.cos) for eta in etas]) for kind in KINDS.values()]
+    problem = circle_problem([.3, -.2, .5], [1., .6, -.8], [1, 2, 1], [0., .7, 2.])
+    etas = [.4 / k for k in (4, 6, 8, 12, 16, 24, 32, 48, 64, 96)]
+    return [weak_order(etas,
+                       [circle_error(kind(eta**.5), problem, eta, .4, np.cos) for eta in etas])
+            for kind in KINDS.values()]
 
-def importing(what:str) -> Callable: return lambda: subprocess.run([sys.executable, "-c", f"import {what}"], check=True)
+def importing(what:str) -> Callable:
+    return lambda: subprocess.run([sys.executable, "-c", f"import {what}"], check=True)
 
 # %% ../../nbs/experiments/bench.ipynb #247a2bd0
 def repeated(job:Callable, times:int, before:int=0) -> Callable:
-    "A job done several times, as in a simulation, after some that do not count; its time is that of one"
+    """A job done several times, as in a simulation, after some that do not count;
+    its time is that of one"""
     recorder = Recorder()
     def run(n=times):
         with recording(recorder):
@@ -119,27 +147,42 @@ def repeated(job:Callable, times:int, before:int=0) -> Callable:
 def own_jobs(size:dict) -> dict: # contestant -> a function that builds the job
     "samsde's contestants"
     names = {"float32": torch.float32, "float64": torch.float64}
-    jobs = {f"{kind}, {n}": lambda k=k, t=t: ensemble(k, t, size) for n, t in names.items() for kind, k in KINDS.items()}
+    jobs = {f"{kind}, {n}": lambda k=k, t=t: ensemble(k, t, size) for n, t in names.items()
+            for kind, k in KINDS.items()}
     jobs |= {"USAM, float32, recording": lambda: ensemble(USAM, torch.float32, size, 10)}
     jobs |= {f"replicas, B = {b}": lambda b=b: replicas(b, size) for b in (1, 32)}
     full = size is SIZES["full"]
-    hidden, width, before, few = ({641: 20, 2561: 80}, 64, Recorder.patience, 5) if full else ({97: 3}, 4, 0, 1)
+    hidden = {641: 20, 2561: 80} if full else {97: 3} # d -> hidden units
+    width, before, few = (64, Recorder.patience, 5) if full else (4, 0, 1)
     losses = {f"d = {d}": (lambda h=h: tumours(h), size["times"]) for d, h in hidden.items()}
-    losses |= {"convolutions": (pictures, size["times"]), "transformer": (lambda: transformer(width), few)}
+    losses |= {"convolutions": (pictures, size["times"]),
+               "transformer": (lambda: transformer(width), few)}
     for name, (loss, times) in losses.items():
-        jobs |= {f"step, {kind}, {name}": lambda k=k, loss=loss, n=times: repeated(noise_step(k, loss()), n, before) for kind, k in KINDS.items()}
-        jobs |= {f"gradient, {name}": lambda loss=loss, n=times: repeated(noise_step(USAM, loss(), gradient=True), n, before)}
-    jobs |= {f"dense, d = {d}": lambda h=h: noise_step(USAM, tumours(h), dense=True) for d, h in hidden.items()}
-    jobs |= {f"step, {kind}, B = 32": lambda k=k: repeated(noise_step(k, tumours(max(hidden.values()), 32)), size["times"], before) for kind, k in KINDS.items()}
-    jobs |= {"sample gradients, transformer": lambda: repeated(sample_gradients(transformer(width)), few)}
-    return jobs | {"operators": lambda: operators} | {f"import {what}": lambda what=what: importing(what) for what in ("torch", "samsde", "samsde.sde")}
+        jobs |= {f"step, {kind}, {name}": lambda k=k, loss=loss, n=times: repeated(
+            noise_step(k, loss()), n, before) for kind, k in KINDS.items()}
+        jobs |= {f"gradient, {name}": lambda loss=loss, n=times: repeated(
+            noise_step(USAM, loss(), gradient=True), n, before)}
+    jobs |= {f"dense, d = {d}": lambda h=h: noise_step(USAM, tumours(h), dense=True)
+             for d, h in hidden.items()}
+    def minibatches(k):
+        step = noise_step(k, tumours(max(hidden.values()), 32))
+        return repeated(step, size["times"], before)
+    jobs |= {f"step, {kind}, B = 32": lambda k=k: minibatches(k) for kind, k in KINDS.items()}
+    def by_samples(): return repeated(sample_gradients(transformer(width)), few)
+    jobs |= {"sample gradients, transformer": by_samples}
+    return (jobs | {"operators": lambda: operators}
+            | {f"import {what}": lambda what=what: importing(what)
+               for what in ("torch", "samsde", "samsde.sde")})
 
 # %% ../../nbs/experiments/bench.ipynb #b123a084
 class Peers:
-    "The contestants of an environment, in a process of its own. Raises ArithmeticError where one fails."
+    """The contestants of an environment, in a process of its own.
+    Raises ArithmeticError where one fails."""
     def __init__(self, python:str, env:str):
         script = Path(samsde.__file__).parents[1] / "benchmarks" / "peers.py"
-        self.process = subprocess.Popen([python, str(script), env], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen([python, str(script), env], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                        text=True)
     def seconds(self, name:str, size:str) -> float:
         print(json.dumps(dict(name=name, size=size)), file=self.process.stdin, flush=True)
         answer = json.loads(self.process.stdout.readline() or '{"error": "it ended"}')
@@ -147,9 +190,12 @@ class Peers:
         return answer["seconds"]
     def close(self): self.process.stdin.close(), self.process.wait()
 
-PEERS = {"torch": ["torchsde, iid, float32", "torchsde, iid, float64", "torchsde, default, float32", "limit, float32", "limit, float64",
+PEERS = {"torch": ["torchsde, iid, float32", "torchsde, iid, float64", "torchsde, default, float32",
+                   "limit, float32", "limit, float64",
                    *(f"replica {way}, B = {b}" for way in ("loop", "vmap") for b in (1, 32)),
-                   *(f"{kind}, {net}" for kind in ("samsde", "two steps of SGD", "pytorch_optimizer") for net in ("large", "tiny"))],
+                   *(f"{kind}, {net}"
+                     for kind in ("samsde", "two steps of SGD", "pytorch_optimizer")
+                     for net in ("large", "tiny"))],
          "jax": ["diffrax, float32", "jax scan, float32"]}
 
 # %% ../../nbs/experiments/bench.ipynb #18e0a160
@@ -162,7 +208,8 @@ def measure(quick:bool=False, # a small size, for correctness only
     name = "small" if quick else "full"
     own = {contestant: build() for contestant, build in own_jobs(SIZES[name]).items()}
     peers = {"torch": Peers(sys.executable, "torch")} | ({"jax": Peers(jax, "jax")} if jax else {})
-    order = [(None, contestant) for contestant in own] + [(env, contestant) for env in peers for contestant in PEERS[env]]
+    order = ([(None, contestant) for contestant in own]
+             + [(env, contestant) for env in peers for contestant in PEERS[env]])
     rows = []
     with tqdm(total=len(order) * (rounds + 1), desc="bench", disable=not progress) as bar:
         for r in range(rounds + 1):
@@ -179,29 +226,51 @@ def measure(quick:bool=False, # a small size, for correctness only
 
 # %% ../../nbs/experiments/bench.ipynb #d0a279a5
 TARGETS = [ # claim, slower, faster, bound, is it a lower bound of slower / faster?
-    ("An ensemble in single precision is at least 1.7 times as fast as torchsde with independent increments.", "torchsde, iid, float32", "USAM, float32", 1.7, True),
-    ("It is at least 8 times as fast as torchsde's default.", "torchsde, default, float32", "USAM, float32", 8, True),
-    ("It is at least 3.5 times as fast as diffrax.", "diffrax, float32", "USAM, float32", 3.5, True),
+    ("An ensemble in single precision is at least 1.7 times as fast as torchsde with independent "
+     "increments.", "torchsde, iid, float32", "USAM, float32", 1.7, True),
+    ("It is at least 8 times as fast as torchsde's default.", "torchsde, default, float32",
+     "USAM, float32", 8, True),
+    ("It is at least 3.5 times as fast as diffrax.", "diffrax, float32", "USAM, float32", 3.5,
+     True),
     ("It takes at most 1.25 times the limit.", "USAM, float32", "limit, float32", 1.25, False),
-    ("In double precision it is at least twice as fast as torchsde with independent increments.", "torchsde, iid, float64", "USAM, float64", 2, True),
-    ("In double precision it takes at most 1.25 times the limit.", "USAM, float64", "limit, float64", 1.25, False),
-    ("DNSAM takes at most 1.5 times as long as USAM.", "DNSAM, float32", "USAM, float32", 1.5, False),
+    ("In double precision it is at least twice as fast as torchsde with independent increments.",
+     "torchsde, iid, float64", "USAM, float64", 2, True),
+    ("In double precision it takes at most 1.25 times the limit.", "USAM, float64",
+     "limit, float64", 1.25, False),
+    ("DNSAM takes at most 1.5 times as long as USAM.", "DNSAM, float32", "USAM, float32", 1.5,
+     False),
     ("SAM takes at most 1.5 times as long as USAM.", "SAM, float32", "USAM, float32", 1.5, False),
-    ("Recording every ten steps costs at most a tenth.", "USAM, float32, recording", "USAM, float32", 1.1, False),
-    ("Replicas of SAM with B = 1 are at least 100 times as fast as a loop with pytorch_optimizer.", "replica loop, B = 1", "replicas, B = 1", 100, True),
-    ("With B = 32 they are at least 50 times as fast as the loop.", "replica loop, B = 32", "replicas, B = 32", 50, True),
-    ("With B = 1 they are at least twice as fast as torch.func.vmap.", "replica vmap, B = 1", "replicas, B = 1", 2, True),
-    ("With B = 32 they are at least twice as fast as torch.func.vmap.", "replica vmap, B = 32", "replicas, B = 32", 2, True),
-    ("A step on 569 samples is at least 50 times as fast as the dense route at d = 641.", "dense, d = 641", "step, USAM, d = 641", 50, True),
-    ("It is at least 1,000 times as fast at d = 2,561.", "dense, d = 2561", "step, USAM, d = 2561", 1000, True),
-    *((f"A step of {kind} costs at most three weighted gradients (d = 2,561).", f"step, {kind}, d = 2561", "gradient, d = 2561", 3, False) for kind in KINDS),
-    *((f"A step of {kind} costs at most three weighted gradients (convolutions).", f"step, {kind}, convolutions", "gradient, convolutions", 3, False) for kind in KINDS),
-    *((f"A step of {kind} costs at most three weighted gradients (B = 32).", f"step, {kind}, B = 32", "gradient, d = 2561", 3, False) for kind in KINDS),
-    *((f"A step of {kind} on a transformer costs at most 1.3 times its sample gradients.", f"step, {kind}, transformer", "sample gradients, transformer", 1.3, False) for kind in KINDS),
-    ("The SAM optimizer takes at most 1.05 times two steps of SGD on a large network.", "samsde, large", "two steps of SGD, large", 1.05, False),
-    ("It takes at most 1.05 times two steps of SGD on a tiny network.", "samsde, tiny", "two steps of SGD, tiny", 1.05, False),
-    ("It is at least 1.3 times as fast as pytorch_optimizer on a tiny network.", "pytorch_optimizer, tiny", "samsde, tiny", 1.3, True),
-    ("Importing samsde takes at most 1.2 times as long as importing torch.", "import samsde.sde", "import torch", 1.2, False),
+    ("Recording every ten steps costs at most a tenth.", "USAM, float32, recording",
+     "USAM, float32", 1.1, False),
+    ("Replicas of SAM with B = 1 are at least 100 times as fast as a loop with pytorch_optimizer.",
+     "replica loop, B = 1", "replicas, B = 1", 100, True),
+    ("With B = 32 they are at least 50 times as fast as the loop.", "replica loop, B = 32",
+     "replicas, B = 32", 50, True),
+    ("With B = 1 they are at least twice as fast as torch.func.vmap.", "replica vmap, B = 1",
+     "replicas, B = 1", 2, True),
+    ("With B = 32 they are at least twice as fast as torch.func.vmap.", "replica vmap, B = 32",
+     "replicas, B = 32", 2, True),
+    ("A step on 569 samples is at least 50 times as fast as the dense route at d = 641.",
+     "dense, d = 641", "step, USAM, d = 641", 50, True),
+    ("It is at least 1,000 times as fast at d = 2,561.", "dense, d = 2561", "step, USAM, d = 2561",
+     1000, True),
+    *((f"A step of {kind} costs at most three weighted gradients (d = 2,561).",
+       f"step, {kind}, d = 2561", "gradient, d = 2561", 3, False) for kind in KINDS),
+    *((f"A step of {kind} costs at most three weighted gradients (convolutions).",
+       f"step, {kind}, convolutions", "gradient, convolutions", 3, False) for kind in KINDS),
+    *((f"A step of {kind} costs at most three weighted gradients (B = 32).",
+       f"step, {kind}, B = 32", "gradient, d = 2561", 3, False) for kind in KINDS),
+    *((f"A step of {kind} on a transformer costs at most 1.3 times its sample gradients.",
+       f"step, {kind}, transformer", "sample gradients, transformer", 1.3, False)
+      for kind in KINDS),
+    ("The SAM optimizer takes at most 1.05 times two steps of SGD on a large network.",
+     "samsde, large", "two steps of SGD, large", 1.05, False),
+    ("It takes at most 1.05 times two steps of SGD on a tiny network.", "samsde, tiny",
+     "two steps of SGD, tiny", 1.05, False),
+    ("It is at least 1.3 times as fast as pytorch_optimizer on a tiny network.",
+     "pytorch_optimizer, tiny", "samsde, tiny", 1.3, True),
+    ("Importing samsde takes at most 1.2 times as long as importing torch.", "import samsde.sde",
+     "import torch", 1.2, False),
 ]
 
 def ratio(table:pd.DataFrame, slower:str, faster:str) -> pd.Series|None: # a number for each round
@@ -216,37 +285,49 @@ def verdicts(table:pd.DataFrame # from measure
     found = []
     for claim, slower, faster, bound, least in TARGETS:
         r = ratio(table, slower, faster)
-        if r is None: found.append(Verdict(claim, "undecided", f"0 rounds of {slower} and {faster}"))
+        if r is None:
+            found.append(Verdict(claim, "undecided", f"0 rounds of {slower} and {faster}"))
         else:
             met = r.median() >= bound if least else r.median() <= bound
-            found.append(Verdict(claim, "holds" if met else "does not hold", f"{slower} / {faster}: {r.median():.3g} ({r.min():.3g} to {r.max():.3g} in {len(r)} rounds)"))
+            found.append(Verdict(claim, "holds" if met else "does not hold",
+                                 f"{slower} / {faster}: {r.median():.3g} ({r.min():.3g} to "
+                                 f"{r.max():.3g} in {len(r)} rounds)"))
     seconds = table[table.contestant == "operators"].seconds
-    return Verdicts([*found, Verdict("Three orders on the circle, from ten step lengths each, take under 2 s.", "holds" if seconds.median() < 2 else "does not hold",
-                            f"{seconds.median():.2f} s ({seconds.min():.2f} to {seconds.max():.2f})")])
+    return Verdicts([*found,
+                     Verdict("Three orders on the circle, from ten step lengths each, "
+                             "take under 2 s.",
+                             "holds" if seconds.median() < 2 else "does not hold",
+                            f"{seconds.median():.2f} s ({seconds.min():.2f} to "
+                            f"{seconds.max():.2f})")])
 
 # %% ../../nbs/experiments/bench.ipynb #1e0a9b45
 def plot(table:pd.DataFrame): # -> matplotlib Figure
     "Ratios against their targets, with the range over rounds: right of 1 is better than the target"
     import matplotlib.pyplot as plt
     rows = [(f"{slower} / {faster} {'≥' if least else '≤'} {bound:,g}", r, bound, least)
-            for _, slower, faster, bound, least in TARGETS if (r := ratio(table, slower, faster)) is not None]
+            for _, slower, faster, bound, least in TARGETS
+            if (r := ratio(table, slower, faster)) is not None]
     fig, ax = plt.subplots(figsize=(5, 1 + .4 * len(rows)), layout="constrained")
     for k, (name, r, bound, least) in enumerate(reversed(rows)):
-        ax.text(0, k + .25, name, transform=ax.get_yaxis_transform(), size="small", # above its line, so that a phone has room for both
+        # above its line, so that a phone has room for both
+        ax.text(0, k + .25, name, transform=ax.get_yaxis_transform(), size="small",
                 bbox=dict(facecolor="w", edgecolor="none", pad=.5))
         good = r / bound if least else bound / r
         ax.plot([good.min(), good.max()], [k, k], color="0.4", lw=1)
-        ax.plot(good.median(), k, "o", color=colours["SAM"] if good.median() >= 1 else colours["DNSAM"])
+        ax.plot(good.median(), k, "o",
+                color=colours["SAM"] if good.median() >= 1 else colours["DNSAM"])
     ax.axvline(1, color="k", lw=1)
     ax.set(xscale="log", yticks=[], ylim=(-.5, len(rows)), xlabel="times better than the target")
-    limits, ticks = ax.get_xlim(), [.01, .1, .2, .5, 1, 2, 5, 10, 100]
+    limits = ax.get_xlim()
+    ticks = [.01, .1, .2, .5, 1, 2, 5, 10, 100]
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
     ax.minorticks_off()
     ax.spines.left.set_visible(False)
     ax.set_xlim(limits)
     return fig
 
-experiment = Experiment("bench", "how fast is samsde, and against what?", measure, plot, verdicts, "about fifteen minutes")
+experiment = Experiment("bench", "how fast is samsde, and against what?", measure, plot, verdicts,
+                        "about fifteen minutes")
 
 # %% ../../nbs/experiments/bench.ipynb #ab9027da
 def main(arguments=None) -> int:
@@ -255,7 +336,8 @@ def main(arguments=None) -> int:
     parser.add_argument("--quick", action="store_true", help="a small size, for correctness only")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
     parser.add_argument("--jax", help="a Python with JAX and diffrax (default: without them)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder for the results (default: benchmarks)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"),
+                        help="folder for the results (default: benchmarks)")
     options = parser.parse_args(arguments)
     table = measure(options.quick, options.rounds, options.jax, progress=sys.stderr.isatty())
     found = verdicts(table)
@@ -269,8 +351,12 @@ def report(table:pd.DataFrame, found:Verdicts) -> str:
     "The results as Markdown: targets, medians and quartiles, machine, versions"
     seconds = table.groupby("contestant")["seconds"]
     rows = [f"| {name} | {m:.3g} | {low:.3g} to {high:.3g} |" for name, m, low, high in
-            zip(seconds.median().index, seconds.median(), seconds.quantile(.25), seconds.quantile(.75))]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("samsde", "torch", "torchsde", "pytorch_optimizer", "numpy"))
-    machine = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
-    return "\n".join(["# Benchmark", "", f"{machine}; {versions}. {table['round'].max()} rounds.", "", found._repr_markdown_(), "",
+            zip(seconds.median().index, seconds.median(), seconds.quantile(.25),
+                seconds.quantile(.75))]
+    versions = ", ".join(f"{name} {version(name)}"
+                         for name in ("samsde", "torch", "torchsde", "pytorch_optimizer", "numpy"))
+    machine = (f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, "
+               f"Python {platform.python_version()}")
+    return "\n".join(["# Benchmark", "", f"{machine}; {versions}. {table['round'].max()} rounds.",
+                      "", found._repr_markdown_(), "",
                       "| contestant | median (s) | quartiles (s) |", "|---|---|---|", *rows, ""])

@@ -30,12 +30,16 @@ def relative_error(algorithm:Tensor, # mean (or spread) of the statistic of the 
     "Eq. (1), over the first axis"
     return (algorithm - model).abs().amax(0) / algorithm.abs().mean(0)
 
-STATISTICS = {"mean": lambda m: m[..., 0], "spread": lambda m: (m[..., 1] - m[..., 0]**2).clamp(min=0).sqrt()} # of means of φ and φ²
+# of means of φ and φ²
+STATISTICS = {"mean": lambda m: m[..., 0],
+              "spread": lambda m: (m[..., 1] - m[..., 0]**2).clamp(min=0).sqrt()}
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #65f498ed
 class MeanField(SDE):
-    "The SDE with the drift −E ∇f(x + ρu), estimated in every step by one pair ±Z, the noise of another path"
-    def __init__(self, algorithm, objective, eta): super().__init__(algorithm, objective, eta, expansion="exact")
+    """The SDE with the drift −E ∇f(x + ρu), estimated in every step by one pair ±Z, the noise of
+    another path"""
+    def __init__(self, algorithm, objective, eta):
+        super().__init__(algorithm, objective, eta, expansion="exact")
     def advance(self, x:Tensor, draw, steps:list) -> Tensor:
         if isinstance(self.objective, Quadratic): return super().advance(x, draw, steps)
         x = self.over_sweep(x)
@@ -59,7 +63,8 @@ def radii(eta:float) -> list:
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #300a46ab
 def score(chain, model, own, column:int, statistic:str) -> dict:
-    "Error of a model at one ρ, and its excess over the own SDE's, with standard errors, over the runs that stayed finite in all"
+    """Error of a model at one ρ, and its excess over the own SDE's, with standard errors, over
+    the runs that stayed finite in all"""
     ensembles = [(e, min(column, e.alive.shape[1] - 1)) for e in (chain, model, own)]
     alive = torch.stack([e.alive[:, k] for e, k in ensembles]).all(0)
     runs = dict(runs=int(alive.sum()), diverged=int((~alive).sum()))
@@ -67,7 +72,8 @@ def score(chain, model, own, column:int, statistic:str) -> dict:
     phi = [e.paths["statistic"].double()[:, alive, k].cpu() for e, k in ensembles]
     a, m, o = (torch.stack([p, p**2], -1) for p in phi)
     def error(a, m): return relative_error(*map(STATISTICS[statistic], (a, m)))
-    (value, se), (excess, excess_se) = jackknife(error, a, m), jackknife(lambda a, m, o: error(a, m) - error(a, o), a, m, o)
+    value, se = jackknife(error, a, m)
+    excess, excess_se = jackknife(lambda a, m, o: error(a, m) - error(a, o), a, m, o)
     return dict(error=value, se=se, excess=excess, excess_se=excess_se, **runs)
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #e8e78435
@@ -81,48 +87,65 @@ def error_vs_rho(problem:Problem,
                  substeps:int=2, # Euler steps of an SDE within one η
                  models=tuple(MODELS), # names
                  progress:bool=False # show a progress bar
-                ) -> pd.DataFrame: # problem, algorithm, model, eta, rho, statistic, error, se, excess, excess_se, runs, diverged
-    "Error of each model of each algorithm at each ρ, and its excess over the own SDE's. Raises ValueError on bad input."
-    eta, runs = check_scalar("eta", eta), check_int("runs", runs, least=3)
+                ) -> pd.DataFrame: # a row for each model, algorithm, rho and statistic
+    """Error of each model of each algorithm at each ρ, and its excess over the own SDE's,
+    with standard errors, runs, and how many diverged. Raises ValueError on bad input."""
+    eta = check_scalar("eta", eta)
+    runs = check_int("runs", runs, least=3)
     algorithms = [one_of("algorithm", name, ALGORITHMS) for name in algorithms]
-    models = dict.fromkeys(["own SDE", *(one_of("model", name, MODELS) for name in models)]) # the others are compared to the own SDE
-    rhos = [float(check_positive("rho", r, zero=True)) for r in (radii(eta) if rhos is None else rhos)]
-    if not rhos or len(set(rhos)) < len(rhos): raise ValueError(f"rhos must be different radii, at least one, got {rhos}")
-    if eta > (t_end := t_end or problem.t_end): raise ValueError(f"eta must be at most the time of a run, {t_end:g}, got {eta:g}")
-    objective, rho = problem.objective, torch.tensor(rhos, dtype=torch.float64).to(problem.x0)
-    if not torch.isfinite(rho).all(): raise ValueError(f"rhos must be finite in {problem.x0.dtype}, got {rhos}")
+    # the others are compared to the own SDE
+    models = dict.fromkeys(["own SDE", *(one_of("model", name, MODELS) for name in models)])
+    rhos = [float(check_positive("rho", r, zero=True))
+            for r in (radii(eta) if rhos is None else rhos)]
+    if not rhos or len(set(rhos)) < len(rhos):
+        raise ValueError(f"rhos must be different radii, at least one, got {rhos}")
+    if eta > (t_end := t_end or problem.t_end):
+        raise ValueError(f"eta must be at most the time of a run, {t_end:g}, got {eta:g}")
+    objective = problem.objective
+    rho = torch.tensor(rhos, dtype=torch.float64).to(problem.x0)
+    if not torch.isfinite(rho).all():
+        raise ValueError(f"rhos must be finite in {problem.x0.dtype}, got {rhos}")
     steps = round(t_end / eta)
-    settings = dict(t_end=steps * eta, n_paths=runs, dt=eta / substeps, seed=seed, share=True, keep=True,
-                    observe={"statistic": problem.statistic}, every=max(1, steps // 100))
+    settings = dict(t_end=steps * eta, n_paths=runs, dt=eta / substeps, seed=seed, share=True,
+                    keep=True, observe={"statistic": problem.statistic},
+                    every=max(1, steps // 100))
     rows = []
-    bar = tqdm(total=len(models) * len(algorithms) + 1, desc=problem.name, unit="ensemble", disable=not progress)
+    bar = tqdm(total=len(models) * len(algorithms) + 1, desc=problem.name, unit="ensemble",
+               disable=not progress)
     def run(process, x0=problem.x0):
         bar.update()
         with warnings.catch_warnings(): # divergence is in the table
             warnings.simplefilter("ignore", UserWarning)
             return simulate(process, x0, **settings)
-    shared = run(SDE(SGD(), objective, eta), problem.x0.expand(runs, 1, -1)) if "SGD's SDE" in models else None
+    shared = (run(SDE(SGD(), objective, eta), problem.x0.expand(runs, 1, -1))
+              if "SGD's SDE" in models else None)
     for name in algorithms:
         algorithm = ALGORITHMS[name](rho)
         chain = run(Chain(algorithm, objective, eta))
-        ensembles = {model: shared if model == "SGD's SDE" else run(MODELS[model](algorithm, objective, eta)) for model in models}
-        rows += [dict(problem=problem.name, algorithm=name, model=model, eta=eta, rho=r, statistic=statistic,
+        ensembles = {model: shared if model == "SGD's SDE"
+                     else run(MODELS[model](algorithm, objective, eta)) for model in models}
+        rows += [dict(problem=problem.name, algorithm=name, model=model, eta=eta, rho=r,
+                      statistic=statistic,
                       **score(chain, ensemble, ensembles["own SDE"], j, statistic))
-                 for statistic in STATISTICS for model, ensemble in ensembles.items() for j, r in enumerate(rhos)]
+                 for statistic in STATISTICS for model, ensemble in ensembles.items()
+                 for j, r in enumerate(rhos)]
     bar.close()
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #28875f36
 def name_axes(axes, used:list, label:str, legends:int):
-    "Labels at the left and below, and a legend: where a place in the grid is free, there, else in the first panels"
-    at = lambda ax: ax.get_subplotspec()
+    """Labels at the left and below, and a legend:
+    where a place in the grid is free, there, else in the first panels"""
+    def at(ax): return ax.get_subplotspec()
     for ax in used:
         if at(ax).is_first_col(): ax.set_ylabel(label)
-        if not any(at(o).colspan == at(ax).colspan and at(o).rowspan.start > at(ax).rowspan.start for o in used):
+        if not any(at(o).colspan == at(ax).colspan and at(o).rowspan.start > at(ax).rowspan.start
+                   for o in used):
             ax.set_xlabel("radius $\\rho$")
             ax.tick_params(labelbottom=True)
     for ax in axes.flat[len(used):]: ax.set_axis_off()
-    if len(used) < axes.size: axes.flat[-1].legend(*used[0].get_legend_handles_labels(), loc="center", fontsize="medium")
+    if len(used) < axes.size:
+        axes.flat[-1].legend(*used[0].get_legend_handles_labels(), loc="center", fontsize="medium")
     else:
         for ax in used[:legends]: ax.legend(fontsize=8)
 
@@ -131,64 +154,88 @@ def plot(table:pd.DataFrame, # from error_vs_rho(...)
          axes=None, # a grid of one for each problem and algorithm, (problems, algorithms)
          statistic:str="mean" # or "spread"
         ):
-    "Error against ρ on a log scale, a row of panels for each problem, or two columns for one algorithm; returns the axes"
+    """Error against ρ on a log scale, a row of panels for each problem, or two columns for one
+    algorithm; returns the axes"""
     import matplotlib.pyplot as plt
     table = table[table.statistic == statistic]
     problems, algorithms = (list(table[c].unique()) for c in ("problem", "algorithm"))
     if axes is None:
-        alone, panels = len(algorithms) == 1, len(problems) * len(algorithms)
+        alone = len(algorithms) == 1
+        panels = len(problems) * len(algorithms)
         columns = min(2, panels) if alone else len(algorithms)
         rows = -(-panels // columns)
-        axes = plt.subplots(rows, columns, figsize=(.4 + 3 * columns, .6 + 2.5 * rows), sharex=True, sharey=False if alone else "row", squeeze=False, layout="constrained")[1]
+        axes = plt.subplots(rows, columns, figsize=(.4 + 3 * columns, .6 + 2.5 * rows), sharex=True,
+                            sharey=False if alone else "row", squeeze=False,
+                            layout="constrained")[1]
     used = dict(zip(product(problems, algorithms), axes.flat))
     for (problem, algorithm), part in table.groupby(["problem", "algorithm"]):
         ax = used[problem, algorithm]
-        looks = {"own SDE": dict(color=colours[algorithm], marker="o", ms=7, lw=2), "Σ only": dict(color="k", marker="x", ls=":"),
-                 "SGD's SDE": dict(color=colours["SGD"], marker="s", ls="--"), "exact mean field": dict(color=colours[algorithm], marker="^", ls="-.", mfc="w")}
+        looks = {"own SDE": dict(color=colours[algorithm], marker="o", ms=7, lw=2),
+                 "Σ only": dict(color="k", marker="x", ls=":"),
+                 "SGD's SDE": dict(color=colours["SGD"], marker="s", ls="--"),
+                 "exact mean field": dict(color=colours[algorithm], marker="^", ls="-.", mfc="w")}
         for model, curve in part.groupby("model"):
-            ax.errorbar(curve.rho, curve.error, 2 * curve.se, label=model, ms=looks[model].pop("ms", 5), capsize=2, **looks[model])
+            ax.errorbar(curve.rho, curve.error, 2 * curve.se, label=model,
+                        ms=looks[model].pop("ms", 5), capsize=2, **looks[model])
         root = part.eta.iloc[0]**.5
         ax.axvline(root, color="0.6", lw=1, zorder=0)
-        ax.annotate(" $\\rho=\\sqrt{\\eta}$", (root, .02), xycoords=("data", "axes fraction"), color="0.4", fontsize=9)
+        ax.annotate(" $\\rho=\\sqrt{\\eta}$", (root, .02), xycoords=("data", "axes fraction"),
+                    color="0.4", fontsize=9)
         linear = part.rho[part.rho > 0].min()
         if linear > 0: ax.set_xscale("symlog", linthresh=linear, linscale=.5)
-        ax.set(xlim=(-linear / 4 if linear > 0 else None, None), yscale="log", title=f"{algorithm}, {problem}")
-    name_axes(axes, list(used.values()), "relative error" + " of the spread" * (statistic == "spread"), len(algorithms))
+        ax.set(xlim=(-linear / 4 if linear > 0 else None, None), yscale="log",
+               title=f"{algorithm}, {problem}")
+    name_axes(axes, list(used.values()),
+              "relative error" + " of the spread" * (statistic == "spread"), len(algorithms))
     return axes
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #d9fa21f3
 def compared(table:pd.DataFrame, rho:str, # "root" or "largest"
              statistic:str="mean"
-            ) -> pd.DataFrame: # a row for each problem and algorithm; columns (error, excess or excess_se, model)
-    "Errors of the models at one ρ, and their excess over the own SDE's; pairs of runs that diverged are left out"
+            ) -> pd.DataFrame: # by problem and algorithm; columns (error, excess, excess_se; model)
+    """Errors of the models at one ρ, and their excess over the own SDE's;
+    pairs of runs that diverged are left out"""
     moved = table[(table.statistic == statistic) & (table.rho > 0) & table.error.notna()]
     if moved.empty: return moved
     root = moved.eta.iloc[0]**.5
     if rho == "root": moved = moved[moved.rho == moved.rho.iloc[(moved.rho - root).abs().argmin()]]
-    else: moved = moved[moved.rho == moved.groupby(["problem", "algorithm"])["rho"].transform("max")]
-    return moved.pivot(index=["problem", "algorithm"], columns="model", values=["error", "excess", "excess_se"])
+    else:
+        moved = moved[moved.rho == moved.groupby(["problem", "algorithm"])["rho"].transform("max")]
+    return moved.pivot(index=["problem", "algorithm"], columns="model",
+                       values=["error", "excess", "excess_se"])
 
-def contest(wide:pd.DataFrame, model:str, other:str) -> pd.DataFrame: # columns ratio, worse, better, same
-    "By what factor `model` is worse than `other`, one of them the own SDE; beyond four standard errors, or the same within 10 %"
+def contest(wide:pd.DataFrame, model:str, other:str
+           ) -> pd.DataFrame: # columns ratio, worse, better, same
+    """By what factor `model` is worse than `other`, one of them the own SDE;
+    beyond four standard errors, or the same within 10 %"""
     error, excess, se = wide["error"], wide["excess"], wide["excess_se"]
-    gap, noise = excess[model] - excess[other], 4 * (se[model]**2 + se[other]**2)**.5 # 0 for the own SDE
-    return pd.DataFrame({"ratio": error[model] / error[other], "worse": gap > noise, "better": gap < -noise, "same": gap.abs() + noise < .1 * error[other]})
+    # 0 for the own SDE
+    gap = excess[model] - excess[other]
+    noise = 4 * (se[model]**2 + se[other]**2)**.5
+    return pd.DataFrame({"ratio": error[model] / error[other], "worse": gap > noise,
+                         "better": gap < -noise, "same": gap.abs() + noise < .1 * error[other]})
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #2b9d8a46
 def judged(claim:str, wide:pd.DataFrame, model:str, other:str) -> Verdict:
     "The verdict on a claim that `model` is worse than `other`"
     if wide.empty or not {model, other} <= set(wide["error"].columns):
-        return Verdict(claim, "undecided", "nothing to compare: no run with ρ > 0 stayed finite in both.")
+        return Verdict(claim, "undecided",
+                       "nothing to compare: no run with ρ > 0 stayed finite in both.")
     result = contest(wide.dropna(), model, other)
     worse, better = result[result.worse], result[result.better]
     if len(worse) == len(result): verdict = "holds"
     elif len(worse): verdict = "holds with a condition"
     else: verdict = "does not hold" if (result.better | result.same).all() else "undecided"
-    named = lambda part: ", ".join(f"{algorithm} on {problem} ({part.ratio[problem, algorithm]:.3g})" for problem, algorithm in part.index)
-    few = lambda part: f", {named(part)}" if 0 < len(part) <= len(result) / 2 else ""
-    low, high = result.ratio.min(), result.ratio.max()
-    text = f"The error of {model} is {low:.3g}" + (f" to {high:.3g}" if len(result) > 1 else "") + f" times that of {other}"
-    text += (f": larger in {(result.ratio > 1).sum()} of {len(result)} cases, beyond four standard errors in {len(worse)}{few(worse)}; "
+    def named(part):
+        return ", ".join(f"{algorithm} on {problem} ({part.ratio[problem, algorithm]:.3g})"
+                         for problem, algorithm in part.index)
+    def few(part): return f", {named(part)}" if 0 < len(part) <= len(result) / 2 else ""
+    low = result.ratio.min()
+    high = result.ratio.max()
+    text = (f"The error of {model} is {low:.3g}" + (f" to {high:.3g}" if len(result) > 1 else "")
+            + f" times that of {other}")
+    text += (f": larger in {(result.ratio > 1).sum()} of {len(result)} cases, "
+             f"beyond four standard errors in {len(worse)}{few(worse)}; "
              f"smaller beyond them in {len(better)}{few(better)}.")
     return Verdict(claim, verdict, text)
 
@@ -196,12 +243,19 @@ def judged(claim:str, wide:pd.DataFrame, model:str, other:str) -> Verdict:
 def verdicts(table:pd.DataFrame # from measure or error_vs_rho
             ) -> Verdicts:
     "The paper's claims about these curves, and two beyond"
-    root, largest, spread = compared(table, "root"), compared(table, "largest"), compared(table, "root", "spread")
+    root = compared(table, "root")
+    largest = compared(table, "largest")
+    spread = compared(table, "root", "spread")
     return Verdicts([
-        judged("Each algorithm is closer to its own SDE than to SGD's (at ρ ≈ √η).", root, "SGD's SDE", "own SDE"),
-        judged("The covariance term matters: with Σ as the only noise the model is worse (at ρ ≈ √η).", root, "Σ only", "own SDE"),
-        judged("Beyond the paper: it matters to the spread of the runs (at ρ ≈ √η).", spread, "Σ only", "own SDE"),
-        judged("Beyond the paper: where ρ is large, the first-order drift is what fails, and the exact mean field does better.", largest, "own SDE", "exact mean field")])
+        judged("Each algorithm is closer to its own SDE than to SGD's (at ρ ≈ √η).", root,
+               "SGD's SDE", "own SDE"),
+        judged("The covariance term matters: "
+               "with Σ as the only noise the model is worse (at ρ ≈ √η).", root, "Σ only",
+               "own SDE"),
+        judged("Beyond the paper: it matters to the spread of the runs (at ρ ≈ √η).", spread,
+               "Σ only", "own SDE"),
+        judged("Beyond the paper: where ρ is large, the first-order drift is what fails, "
+               "and the exact mean field does better.", largest, "own SDE", "exact mean field")])
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #2f5fccf8
 def measure(quick:bool=False, # fewer runs, for a first look
@@ -214,22 +268,29 @@ def measure(quick:bool=False, # fewer runs, for a first look
             runs:int|None=None # of each algorithm and model; 16, or 4 if quick
            ) -> pd.DataFrame: # as error_vs_rho
     "Errors of all models of all algorithms on all problems. Raises ValueError on bad input."
-    tables, eta = [], check_scalar("eta", eta)
+    tables = []
+    eta = check_scalar("eta", eta)
     for name in problems: one_of("problem", name, PROBLEMS)
-    if not problems or not algorithms: raise ValueError(f"problems and algorithms must not be empty, got {problems} and {algorithms}")
+    if not problems or not algorithms:
+        raise ValueError(
+            f"problems and algorithms must not be empty, got {problems} and {algorithms}")
     rhos = [radii(eta)[k] for k in (0, 4, 6)] if quick and rhos is None else rhos
     for name in problems:
         problem = PROBLEMS[name](dtype, device)
-        tables.append(error_vs_rho(problem, algorithms, eta, rhos, runs or (4 if quick else 16), seed,
+        tables.append(error_vs_rho(problem, algorithms, eta, rhos, runs or (4 if quick else 16),
+                                   seed,
                                    problem.t_end / 8 if quick else None, progress=progress))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #840e2063
 def show(table:pd.DataFrame) -> str:
-    "The table as text: a row for each problem, algorithm and ρ; error ± standard error of each model"
-    cell = lambda row: f"{row.error:.3g} ± {row.se:.1g}" if pd.notna(row.error) else "no finite run"
+    """The table as text: a row for each problem, algorithm and ρ;
+    error ± standard error of each model"""
+    def cell(row):
+        return f"{row.error:.3g} ± {row.se:.1g}" if pd.notna(row.error) else "no finite run"
     table = table[table.statistic == "mean"]
-    wide = table.assign(text=table.apply(cell, axis=1)).pivot(index=["problem", "algorithm", "rho"], columns="model", values="text")
+    wide = table.assign(text=table.apply(cell, axis=1))
+    wide = wide.pivot(index=["problem", "algorithm", "rho"], columns="model", values="text")
     order = [table[c].unique() for c in ("problem", "algorithm", "rho")]
     wide = wide.loc[pd.MultiIndex.from_product(order), list(table.model.unique())]
     lost = table.diverged.sum()
@@ -237,5 +298,6 @@ def show(table:pd.DataFrame) -> str:
             + wide.rename_axis(["problem", "algorithm", "ρ"]).rename_axis(None, axis=1).to_string()
             + (f"\n{lost} pairs of runs diverged and are left out" if lost else ""))
 
-experiment = Experiment("error_vs_rho", "how well does each SDE track its algorithm as ρ grows?", measure, lambda table: plot(table)[0][0].figure,
+experiment = Experiment("error_vs_rho", "how well does each SDE track its algorithm as ρ grows?",
+                        measure, lambda table: plot(table)[0][0].figure,
                         verdicts, "about three minutes", show)

@@ -24,40 +24,54 @@ from ..saddle_attraction import kappa
 
 # %% ../../nbs/experiments/escape.ipynb #7c686949
 class Saddle(Additive):
-    "½ Σ λ_i x_i² + (q/4) Σ x_i⁴ with Gaussian noise; minima around the saddle if q > 0. Raises ValueError or TypeError on bad input."
+    """½ Σ λ_i x_i² + (q/4) Σ x_i⁴ with Gaussian noise; minima around the saddle if q > 0.
+    Raises ValueError or TypeError on bad input."""
     def __init__(self, lam:Tensor, # eigenvalues, (d,)
                  quartic:float=0.0, # q
                  sigma:float=0.0 # standard deviation of each coordinate of the gradient noise
                 ):
         if not isinstance(lam, Tensor) or not lam.is_floating_point() or lam.ndim != 1:
-            raise TypeError(f"lam must be a floating-point tensor of shape (d,), got {getattr(lam, 'shape', type(lam).__name__)}")
+            raise TypeError(
+                f"lam must be a floating-point tensor of shape (d,), "
+                f"got {getattr(lam, 'shape', type(lam).__name__)}")
         super().__init__(len(check_finite("lam", lam)), sigma)
-        self.lam, self.quartic, self.dtype = lam, float(check_positive("quartic", quartic, zero=True)), lam.dtype
-    def loss(self, x:Tensor) -> Tensor: return (self.lam * self.check(x)**2 / 2 + self.quartic * x**4 / 4).sum(-1)
-    def grad(self, x:Tensor) -> Tensor: return self.lam * self.check(x) + (self.quartic * x**3 if self.quartic else 0)
+        self.lam = lam
+        self.quartic = float(check_positive("quartic", quartic, zero=True))
+        self.dtype = lam.dtype
+    def loss(self, x:Tensor) -> Tensor:
+        return (self.lam * self.check(x)**2 / 2 + self.quartic * x**4 / 4).sum(-1)
+    def grad(self, x:Tensor) -> Tensor:
+        return self.lam * self.check(x) + (self.quartic * x**3 if self.quartic else 0)
 
 # %% ../../nbs/experiments/escape.ipynb #0aacff9b
-def spaced(a:float, b:float, n:int) -> Tensor: return torch.logspace(math.log10(a), math.log10(b), n, dtype=torch.float64)
+def spaced(a:float, b:float, n:int) -> Tensor:
+    return torch.logspace(math.log10(a), math.log10(b), n, dtype=torch.float64)
 
 SPECTRA = {"d = 2": (torch.tensor([1., -.5], dtype=torch.float64), .1),
-           "d = 20": (torch.cat([torch.linspace(.1, 1, 16, dtype=torch.float64), -torch.linspace(.2, .8, 4, dtype=torch.float64)]), .1),
+           "d = 20": (torch.cat([torch.linspace(.1, 1, 16, dtype=torch.float64),
+                                 -torch.linspace(.2, .8, 4, dtype=torch.float64)]), .1),
            "d = 400, balanced": (torch.cat([spaced(.01, 1, 380), -spaced(.1, .5, 20)]), .1),
            "d = 400, sharp and mild": (torch.cat([spaced(.01, 1, 380), -spaced(.05, .1, 20)]), .2)}
 
 def mildest(lam:Tensor # eigenvalues, (d,), one of them negative
            ) -> float: # λ*, the smallest modulus of a negative one
-    if not (lam < 0).any(): raise ValueError(f"lam must have a negative eigenvalue, got {lam.min():g} as its smallest")
+    if not (lam < 0).any():
+        raise ValueError(f"lam must have a negative eigenvalue, got {lam.min():g} as its smallest")
     return -lam[lam < 0].max().item()
 
-def saddle(dtype=torch.float64, device="cpu", spectrum:str="d = 2", quartic:float=0.0, sigma:float=0.0) -> Problem:
-    "A saddle with one of SPECTRA. It starts where each direction has the same share of ‖Hx‖ = 0.03 λ*. Raises ValueError on another name."
+def saddle(dtype=torch.float64, device="cpu", spectrum:str="d = 2", quartic:float=0.0,
+           sigma:float=0.0) -> Problem:
+    """A saddle with one of SPECTRA. It starts where each direction has the same share of ‖Hx‖ =
+    0.03 λ*. Raises ValueError on another name."""
     lam = SPECTRA[one_of("spectrum", spectrum, SPECTRA)][0]
     x0 = .03 * mildest(lam) / (len(lam)**.5 * lam)
-    return Problem(f"saddle, {spectrum}", Saddle(lam.to(device, dtype), quartic, sigma), x0.to(device, dtype), t_end=40 / mildest(lam))
+    return Problem(f"saddle, {spectrum}", Saddle(lam.to(device, dtype), quartic, sigma),
+                   x0.to(device, dtype), t_end=40 / mildest(lam))
 
 # %% ../../nbs/experiments/escape.ipynb #34a035fd
 class Autoencoder(Additive):
-    "½ tr (I − W₂W₁) C (I − W₂W₁)ᵀ with Gaussian noise; a point holds W₁ (k × m), then W₂ (m × k), row by row"
+    """½ tr (I − W₂W₁) C (I − W₂W₁)ᵀ with Gaussian noise;
+    a point holds W₁ (k × m), then W₂ (m × k), row by row"""
     def __init__(self, C:Tensor, # second moments of the data, (m, m)
                  hidden:int, # k
                  sigma:float=0.0 # standard deviation of each coordinate of the gradient noise
@@ -65,7 +79,8 @@ class Autoencoder(Additive):
         super().__init__(2 * check_int("hidden", hidden) * len(check_symmetric("C", C)), sigma)
         self.C, self.hidden, self.dtype = C, hidden, C.dtype
     def weights(self, x:Tensor) -> tuple[Tensor, Tensor]: # (..., k, m), (..., m, k)
-        m, (first, second) = len(self.C), self.check(x).chunk(2, dim=-1)
+        m = len(self.C)
+        first, second = self.check(x).chunk(2, dim=-1)
         return first.unflatten(-1, (self.hidden, m)), second.unflatten(-1, (m, self.hidden))
     def loss(self, x:Tensor) -> Tensor:
         W1, W2 = self.weights(x)
@@ -84,7 +99,9 @@ class Autoencoder(Additive):
 # %% ../../nbs/experiments/escape.ipynb #06944697
 def sphere(n:int, d:int, seed:int) -> Tensor:
     "n random directions in d dimensions, (n, d), in double precision"
-    return torch.nn.functional.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+    seeded = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, d, generator=seeded, dtype=torch.float64)
+    return torch.nn.functional.normalize(z, dim=-1)
 
 def autoencoder(dtype=torch.float64, device="cpu", hidden:int=8, # k
                 sigma:float=0.0, # standard deviation of each coordinate of the gradient noise
@@ -96,7 +113,8 @@ def autoencoder(dtype=torch.float64, device="cpu", hidden:int=8, # k
     Y = torch.from_numpy(load_digits().data).double() / 16
     if centred: Y = Y - Y.mean(0)
     objective = Autoencoder((Y.T @ Y / len(Y)).to(device, dtype), hidden, sigma)
-    return Problem("autoencoder", objective, (check_positive("radius", radius) * sphere(1, objective.dim, seed)[0]).to(device, dtype), t_end=20.)
+    x0 = check_positive("radius", radius) * sphere(1, objective.dim, seed)[0]
+    return Problem("autoencoder", objective, x0.to(device, dtype), t_end=20.)
 
 # %% ../../nbs/experiments/escape.ipynb #d1b20aeb
 def remains(lam:np.ndarray, rho:float, eta:float, s:float, r:float) -> float:
@@ -110,14 +128,20 @@ def floor(algorithm:Algorithm, # SAM or DNSAM
           sigma:float=0.0, # standard deviation s of the noise in each coordinate
           extra:float=0.0 # norm of a gradient that is there anyway
          ) -> float:
-    "r₀, the norm of the gradient that is left at a saddle, Eq. (6). Raises TypeError for other algorithms, ValueError if they diverge."
-    if type(algorithm) not in (SAM, DNSAM): raise TypeError(f"only SAM and DNSAM have a floor, got {algorithm!r}")
-    rho, lam = float(algorithm.rho), lam.double().cpu().numpy()
-    if eta * lam.max() >= 2: raise ValueError(f"eta times the largest eigenvalue must be below 2, got {eta * lam.max():g}")
+    """r₀, the norm of the gradient that is left at a saddle, Eq. (6).
+    Raises TypeError for other algorithms, ValueError if they diverge."""
+    if type(algorithm) not in (SAM, DNSAM):
+        raise TypeError(f"only SAM and DNSAM have a floor, got {algorithm!r}")
+    rho = float(algorithm.rho)
+    lam = lam.double().cpu().numpy()
+    if eta * lam.max() >= 2:
+        raise ValueError(
+            f"eta times the largest eigenvalue must be below 2, got {eta * lam.max():g}")
     hovering = max((eta * rho * lam**2 / (2 - eta * lam)).max(), extra)
     if sigma == 0: return float(hovering)
-    if type(algorithm) is SAM: return max(float(hovering), math.hypot(sigma / kappa(len(lam)), extra))
-    excess = lambda r: r**2 - extra**2 - remains(lam, rho, eta, sigma, r)
+    if type(algorithm) is SAM:
+        return max(float(hovering), math.hypot(sigma / kappa(len(lam)), extra))
+    def excess(r): return r**2 - extra**2 - remains(lam, rho, eta, sigma, r)
     high = hovering
     while not excess(high) > 0: high *= 2
     return brentq(lambda r: max(excess(r), -1e9), hovering * (1 - 1e-9), high)
@@ -127,8 +151,10 @@ def noise_threshold(algorithm:Algorithm, # SAM or DNSAM
                     lam:Tensor, # eigenvalues, (d,)
                     eta:float # learning rate η
                    ) -> float:
-    "The largest s that leaves the algorithm at the saddle, where its floor is ρλ*: 0 if its own steps set it free, inf if no noise does"
-    rho, star = float(algorithm.rho), mildest(lam)
+    """The largest s that leaves the algorithm at the saddle, where its floor is ρλ*:
+    0 if its own steps set it free, inf if no noise does"""
+    rho = float(algorithm.rho)
+    star = mildest(lam)
     if floor(algorithm, lam, eta) >= rho * star: return 0.
     if type(algorithm) is SAM: return rho * star * kappa(len(lam))
     per_noise = remains(lam.double().cpu().numpy(), rho, eta, 1., rho * star)
@@ -144,8 +170,12 @@ def leaving_time(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
                  t_max:float=1e4 # give up here, with inf
                 ) -> float:
     "When the directions of no positive curvature reach `distance` by Eq. (4); inf if none grows"
-    rho, mu, t = float(algorithm.rho), -lam[lam <= 0].double().cpu().numpy(), 0.
-    steepness = {SGD: lambda y: 0., USAM: lambda y: 1.}.get(type(algorithm), lambda y: 1 / floor(algorithm, lam, eta, sigma, y))
+    rho = float(algorithm.rho)
+    mu = -lam[lam <= 0].double().cpu().numpy()
+    t = 0.
+    steepness = {SGD: lambda y: 0.,
+                 USAM: lambda y: 1.}.get(type(algorithm),
+                                         lambda y: 1 / floor(algorithm, lam, eta, sigma, y))
     square = np.full_like(mu, size**2)
     while t < t_max:
         if square.sum() >= distance**2: return t
@@ -153,8 +183,10 @@ def leaving_time(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
         rate = np.log(abs(1 + eta * mu * one).clip(1e-3)) / eta
         if rate.max() <= 0: return math.inf
         h = .02 / rate.max()
-        gathered = np.where(abs(rate * h) > 1e-9, np.expm1(2 * rate * h) / (2 * rate + (rate == 0)), h)
-        square, t = square * np.exp(2 * rate * h) + eta * (sigma * one)**2 * gathered, t + h
+        gathered = np.where(abs(rate * h) > 1e-9, np.expm1(2 * rate * h) / (2 * rate + (rate == 0)),
+                            h)
+        square = square * np.exp(2 * rate * h) + eta * (sigma * one)**2 * gathered
+        t = t + h
     return math.inf
 
 # %% ../../nbs/experiments/escape.ipynb #e57fdf34
@@ -166,10 +198,13 @@ class Stopped(Chain):
                 ):
         super().__init__(algorithm, objective, eta)
         self.left = left
-    def draw(self, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor: # no time is spent on numbers that are not used
-        if self.objective.law.silent: return torch.zeros(*shape, self.objective.dim, dtype=dtype, device=device)
+    def draw(self, shape:tuple, generator=None, *, dtype=None, device=None
+            ) -> Tensor: # no time is spent on numbers that are not used
+        if self.objective.law.silent:
+            return torch.zeros(*shape, self.objective.dim, dtype=dtype, device=device)
         return super().draw(shape, generator, dtype=dtype, device=device)
-    def advance(self, x:Tensor, draw, steps:list) -> Tensor: return torch.where(self.left(x)[..., None], x, super().advance(x, draw, steps))
+    def advance(self, x:Tensor, draw, steps:list) -> Tensor:
+        return torch.where(self.left(x)[..., None], x, super().advance(x, draw, steps))
 
 # %% ../../nbs/experiments/escape.ipynb #02c489d5
 def first_exits(algorithm:Algorithm, objective, # as in Chain
@@ -184,10 +219,12 @@ def first_exits(algorithm:Algorithm, objective, # as in Chain
     chain = Stopped(algorithm, objective, eta, left)
     with warnings.catch_warnings(): # a path that jumps to infinity has left
         warnings.simplefilter("ignore", UserWarning)
-        runs = simulate(chain, x0, round(t_end / eta) * eta, len(x0), seed=seed, observe={"left": left}, every=every, keep=True)
+        runs = simulate(chain, x0, round(t_end / eta) * eta, len(x0), seed=seed,
+                        observe={"left": left}, every=every, keep=True)
     out = runs.paths["left"]
     out[-1] |= ~runs.alive
-    return torch.where(out.any(0).cpu(), runs.times[out.double().argmax(0).cpu()], torch.inf), runs.final
+    return (torch.where(out.any(0).cpu(), runs.times[out.double().argmax(0).cpu()], torch.inf),
+            runs.final)
 
 # %% ../../nbs/experiments/escape.ipynb #e757b03f
 def starts(lam:Tensor, # eigenvalues, (d,)
@@ -199,8 +236,10 @@ def starts(lam:Tensor, # eigenvalues, (d,)
           ) -> Tensor: # (n, factors, d), double
     "Starting points at ‖Hx‖ = factor·ρλ*"
     y = sphere(n, len(lam), seed)
-    if direction == "mildest": y = torch.nn.functional.normalize((lam == -mildest(lam)) + .1 * y, dim=-1)
-    return y[:, None] * rho * mildest(lam) * torch.tensor(factors, dtype=torch.float64)[:, None] / lam
+    if direction == "mildest":
+        y = torch.nn.functional.normalize((lam == -mildest(lam)) + .1 * y, dim=-1)
+    return (y[:, None] * rho * mildest(lam) * torch.tensor(factors, dtype=torch.float64)[:, None]
+            / lam)
 
 def held(algorithm:Algorithm, objective:Saddle,
          eta:float, # learning rate η
@@ -211,5 +250,6 @@ def held(algorithm:Algorithm, objective:Saddle,
         ) -> Tensor: # (runs, ...)
     "Which paths have not left for good by t = span/λ*"
     y = objective.lam.clamp(max=0) # of the gradient, the part in the negative directions
-    left = lambda x: torch.linalg.vector_norm(y * x, dim=-1) >= -rho * y.min()
-    return first_exits(algorithm, objective, eta, x0, span / mildest(objective.lam), left, seed, every=10**6)[0].isinf()
+    def left(x): return torch.linalg.vector_norm(y * x, dim=-1) >= -rho * y.min()
+    return first_exits(algorithm, objective, eta, x0, span / mildest(objective.lam), left, seed,
+                       every=10**6)[0].isinf()

@@ -28,13 +28,15 @@ class Verdict:
     measured: str # the numbers, with standard errors, and the condition if there is one
 
     def __post_init__(self):
-        if self.verdict not in VERDICTS: raise ValueError(f"verdict must be one of {', '.join(VERDICTS)}, got {self.verdict!r}")
+        if self.verdict not in VERDICTS:
+            raise ValueError(f"verdict must be one of {', '.join(VERDICTS)}, got {self.verdict!r}")
 
 class Verdicts(list):
     "A list of verdicts that prints as text, and shows as a table in a notebook"
-    def __str__(self) -> str: return "\n\n".join(f"{v.claim}\n  {v.verdict.upper()}: {v.measured}" for v in self)
+    def __str__(self) -> str:
+        return "\n\n".join(f"{v.claim}\n  {v.verdict.upper()}: {v.measured}" for v in self)
     def _repr_markdown_(self) -> str:
-        cell = lambda text: text.replace("|", "\\|").replace("\n", " ")
+        def cell(text): return text.replace("|", "\\|").replace("\n", " ")
         rows = [f"| {cell(v.claim)} | {cell(v.measured)} | **{v.verdict}** |" for v in self]
         return "\n".join(["| claim | measured | verdict |", "|---|---|---|", *rows])
 
@@ -46,7 +48,8 @@ def plus_minus(value:float, # an estimate
     if not math.isfinite(value): return "no number"
     if not se > 0 or not math.isfinite(se): return f"{value:.4g}"
     digits = 1 - math.floor(math.log10(se))
-    if max(abs(value), se) >= 1e5 or max(abs(value), se) < 1e-3: return f"{value:.{max(0, digits + exponent(value))}e} ± {se:.1e}"
+    if max(abs(value), se) >= 1e5 or max(abs(value), se) < 1e-3:
+        return f"{value:.{max(0, digits + exponent(value))}e} ± {se:.1e}"
     return f"{value:.{max(0, digits)}f} ± {se:.{max(0, digits)}f}"
 
 def exponent(value:float) -> int: return math.floor(math.log10(abs(value))) if value else 0
@@ -55,7 +58,8 @@ def exponent(value:float) -> int: return math.floor(math.log10(abs(value))) if v
 def jackknife(estimate, # a function of means, (T,), (T,) -> (); must take more axes behind
               *samples:Tensor # (T, runs) each
              ) -> tuple[float, float]:
-    "An estimate from means over runs, and its standard error by leaving out one run at a time. Raises ValueError on a single run."
+    """An estimate from means over runs, and its standard error by leaving out one run at a time.
+    Raises ValueError on a single run."""
     n = samples[0].shape[1]
     if n < 2: raise ValueError(f"jackknife needs at least 2 runs, got {n}")
     left_out = estimate(*[(s.sum(1, keepdim=True) - s) / (n - 1) for s in samples])
@@ -68,7 +72,8 @@ class Experiment:
     "An experiment: its name is that of its module, of its notebook and of `samsde reproduce NAME`"
     name: str
     question: str # one line
-    measure: Callable # (quick, seed, dtype, device, progress, and options of its own) -> pandas DataFrame
+    # (quick, seed, dtype, device, progress, and options of its own) -> pandas DataFrame
+    measure: Callable
     plot: Callable # table -> matplotlib Figure
     verdicts: Callable # table -> Verdicts
     full: str # how long the full setting takes on two cores, in words
@@ -93,12 +98,15 @@ def picture(parts:dict, # name -> draw(figure, table), and how many rows of pane
             table:pd.DataFrame, # from measure
             part:str|None=None # its name, for one part alone
            ): # matplotlib Figure
-    "All parts of an experiment's picture, two beside each other, or one. Raises ValueError on a part that there isn't."
+    """All parts of an experiment's picture, two beside each other, or one.
+    Raises ValueError on a part that there isn't."""
     import matplotlib.pyplot as plt
-    if part is not None and part not in parts: raise ValueError(f"part must be one of {', '.join(parts)}, got {part!r}")
+    if part is not None and part not in parts:
+        raise ValueError(f"part must be one of {', '.join(parts)}, got {part!r}")
     chosen = [*parts.values()] if part is None else [parts[part]]
     columns = min(2, len(chosen))
-    heights = [max(rows for _, rows in chosen[k:k + columns]) for k in range(0, len(chosen), columns)]
+    heights = [max(rows for _, rows in chosen[k:k + columns])
+               for k in range(0, len(chosen), columns)]
     figure = plt.figure(figsize=(6.4 * columns, 2.5 * sum(heights) + .9 * len(heights)))
     figure.set_layout_engine("constrained", h_pad=.07)
     places = figure.subfigures(len(heights), columns, height_ratios=heights, squeeze=False).flat
@@ -112,5 +120,6 @@ def legend(figure, # a Figure, or one part of it
            columns:int=3 # of labels
           ):
     "One legend below all panels of a figure, each label once"
-    entries = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    entries = {label: handle for ax in figure.axes
+               for handle, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)

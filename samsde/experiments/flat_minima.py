@@ -17,23 +17,27 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from tqdm.auto import tqdm
 
-from ..algorithm import Algorithm, Chain, DNSAM, Process, SAM, SGD, USAM
+from ..algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Process
 from ..machinery.style import colours
 from ..diagnosis import largest_eigenvalue
 from ..ensemble import simulate
-from .experiment import Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus
-from .two_valleys import FACTS, chain_facts, coefficients, constant, critical, minibatches, sde_facts
+from .experiment import (
+    Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus)
+from .two_valleys import (
+    FACTS, chain_facts, coefficients, constant, critical, minibatches, sde_facts)
 from ..machinery.checks import check_int, per_path
 from ..objective import FiniteSum, NoisyLoss, gradient
 from ..sde import SDE
 
 # %% ../../nbs/experiments/flat_minima.ipynb #507c123a
-def halves(dtype=torch.float64, device="cpu", seed:int=0) -> list: # (X, y) to train on, (X, y) held out
+def halves(dtype=torch.float64, device="cpu", seed:int=0
+          ) -> list: # (X, y) to train on, (X, y) held out
     "The breast cancer data in two random halves: standardised features, labels ±1"
     X, y = (torch.from_numpy(a).double() for a in load_breast_cancer(return_X_y=True))
     order = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed))
     X, y, half = ((X - X.mean(0)) / X.std(0))[order], (2 * y - 1)[order], len(X) // 2
-    return [(a.to(device, dtype), b.to(device, dtype)) for a, b in ((X[:half], y[:half]), (X[half:], y[half:]))]
+    return [(a.to(device, dtype), b.to(device, dtype))
+            for a, b in ((X[:half], y[:half]), (X[half:], y[half:]))]
 
 def sigmoid(z:Tensor) -> tuple: # the function and its first two derivatives
     a = torch.sigmoid(z)
@@ -58,7 +62,8 @@ class Forward(NamedTuple):
     output: Tensor # of the network, (..., n)
 
 class Backward(NamedTuple):
-    "Gradients of the sample losses by the output, the hidden units and the second layer, and along the point itself"
+    """Gradients of the sample losses by the output, the hidden units and the second layer, and
+    along the point itself"""
     loss: Tensor # (..., n)
     X: Tensor # (..., n, p)
     r: Tensor # (..., n)
@@ -68,7 +73,8 @@ class Backward(NamedTuple):
 
 # %% ../../nbs/experiments/flat_minima.ipynb #c6bb2ff5
 class Network(FiniteSum):
-    "One hidden layer with logistic loss and decay·‖x‖², at flat parameters. All methods take points (..., d) without a loop over paths."
+    """One hidden layer with logistic loss and decay·‖x‖², at flat parameters.
+    All methods take points (..., d) without a loop over paths."""
     def __init__(self, X:Tensor, # inputs, (n, p)
                  y:Tensor, # labels ±1, (n,)
                  batch_size:int=1, # B
@@ -76,19 +82,28 @@ class Network(FiniteSum):
                  activation:str="sigmoid", # or "tanh"
                  decay:float=0. # factor of ‖x‖² in each sample loss
                 ):
-        self.X, self.y, self.hidden, self.activation, self.decay = X, y, hidden, ACTIVATIONS[activation], decay
-        super().__init__(self.each, len(X), hidden * (X.shape[1] + 2) + 1, batch_size, select=self.each)
+        self.X = X
+        self.y = y
+        self.hidden = hidden
+        self.activation = ACTIVATIONS[activation]
+        self.decay = decay
+        super().__init__(self.each, len(X), hidden * (X.shape[1] + 2) + 1, batch_size,
+                         select=self.each)
         self.dtype = X.dtype
     def forward(self, x:Tensor, i=slice(None)) -> Forward:
-        h, p, X = self.hidden, self.X.shape[1], self.X[i]
+        h = self.hidden
+        p = self.X.shape[1]
+        X = self.X[i]
         W, b, v, c = x.split([h * p, h, h, 1], -1)
-        z, v = W.unflatten(-1, (h, p)) @ X.mT + b[..., None], v[..., None]
+        z = W.unflatten(-1, (h, p)) @ X.mT + b[..., None]
+        v = v[..., None]
         a, slope, bend = self.activation(z)
         return Forward(X, self.y[i], v, z, a, slope, bend, (v * a).sum(-2) + c)
     def data_losses(self, x, i=slice(None)):
         p = self.forward(x, i)
         return softplus(-p.y * p.output)
-    def each(self, x, i=slice(None)): return self.data_losses(x, i) + self.decay * (x * x).sum(-1, keepdim=True)
+    def each(self, x, i=slice(None)):
+        return self.data_losses(x, i) + self.decay * (x * x).sum(-1, keepdim=True)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #d344b1e9
 def curvature(net:Network, x:Tensor # (..., d)
@@ -98,7 +113,8 @@ def curvature(net:Network, x:Tensor # (..., d)
     wrong = torch.sigmoid(-p.y * p.output)[..., None, :]
     q, r = wrong * (1 - wrong), -p.y * wrong
     k = q * (p.v * p.slope)**2 + r * p.v * p.bend
-    return torch.cat([(k @ p.X.square()).flatten(-2) / net.n, k.mean(-1), (q * p.a**2).mean(-1), q.mean(-1)], -1)
+    return torch.cat([(k @ p.X.square()).flatten(-2) / net.n, k.mean(-1), (q * p.a**2).mean(-1),
+                      q.mean(-1)], -1)
 
 def sharpness(net:Network, x:Tensor) -> Tensor: # (...)
     "The largest eigenvalue of the Hessian of the data loss"
@@ -108,20 +124,27 @@ def sharpness(net:Network, x:Tensor) -> Tensor: # (...)
 def starts(net:Network, n:int, # number of points
            seed:int=0) -> Tensor: # (n, d)
     "Gaussian weights of variance one over the fan-in"
-    h, p, generator = net.hidden, net.X.shape[1], torch.Generator().manual_seed(seed)
-    spread = torch.cat([torch.full((m,), k**-.5, dtype=torch.float64) for m, k in [(h * p, p), (h, p), (h, h), (1, h)]])
+    h = net.hidden
+    p = net.X.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.cat([torch.full((m,), k**-.5, dtype=torch.float64)
+                        for m, k in [(h * p, p), (h, p), (h, h), (1, h)]])
     return (spread * torch.randn(n, net.dim, generator=generator, dtype=torch.float64)).to(net.X)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #b46059de
-QUANTITIES = ("training loss", "trace", "largest eigenvalue", "scaled trace", "test loss", "test accuracy")
+QUANTITIES = ("training loss", "trace", "largest eigenvalue", "scaled trace", "test loss",
+              "test accuracy")
 
 def measures(net:Network, held:Network, # the data held out
              x:Tensor # (..., d)
             ) -> Tensor: # (..., 6)
     "All QUANTITIES at every point"
-    diagonal, test = curvature(net, x), held.forward(x)
-    return torch.stack([net.data_losses(x).mean(-1), diagonal.sum(-1), sharpness(net, x), (x * x * diagonal).sum(-1),
-                        held.data_losses(x).mean(-1), (test.y * test.output > 0).to(x).mean(-1)], -1)
+    diagonal = curvature(net, x)
+    test = held.forward(x)
+    return torch.stack([net.data_losses(x).mean(-1), diagonal.sum(-1), sharpness(net, x),
+                        (x * x * diagonal).sum(-1),
+                        held.data_losses(x).mean(-1), (test.y * test.output > 0).to(x).mean(-1)],
+                       -1)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #13dae038
 def backward(net:Network, x:Tensor, i=slice(None)) -> Backward:
@@ -129,25 +152,39 @@ def backward(net:Network, x:Tensor, i=slice(None)) -> Backward:
     p = net.forward(x, i)
     r = -p.y * torch.sigmoid(-p.y * p.output)
     e = r[..., None, :] * p.v * p.slope
-    return Backward(softplus(-p.y * p.output), p.X, r, e, r[..., None, :] * p.a, (e * p.z).sum(-2) + r * p.output)
+    return Backward(softplus(-p.y * p.output), p.X, r, e, r[..., None, :] * p.a,
+                    (e * p.z).sum(-2) + r * p.output)
 
-def norms(net:Network, x:Tensor) -> tuple: # f_k, ‖g_k‖² and g_k·ḡ, (..., n) each, and ‖ḡ‖², (..., 1)
+def norms(net:Network, x:Tensor
+         ) -> tuple: # f_k, ‖g_k‖² and g_k·ḡ, (..., n) each, and ‖ḡ‖², (..., 1)
     "Of all samples, with weight decay"
-    k, c, square = backward(net, x), 2 * net.decay, (x * x).sum(-1, keepdim=True)
-    W, (b, v, o) = k.e @ k.X / net.n, (t.mean(-1, keepdim=True) for t in (k.e, k.s, k.r))
+    k = backward(net, x)
+    c = 2 * net.decay
+    square = (x * x).sum(-1, keepdim=True)
+    W = k.e @ k.X / net.n
+    b, v, o = (t.mean(-1, keepdim=True) for t in (k.e, k.s, k.r))
     own = k.r**2 + (k.s**2).sum(-2) + (k.e**2).sum(-2) * (1 + (k.X**2).sum(-1))
     along = k.r * o + (k.s * v).sum(-2) + (k.e * (W @ k.X.mT + b)).sum(-2)
-    own, along = own + 2 * c * k.radial + c**2 * square, along + c * (k.radial + k.radial.mean(-1, keepdim=True)) + c**2 * square
+    own = own + 2 * c * k.radial + c**2 * square
+    along = along + c * (k.radial + k.radial.mean(-1, keepdim=True)) + c**2 * square
     return k.loss + net.decay * square, own, along, along.mean(-1, keepdim=True)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #731bafad
 class Regularized(FiniteSum):
-    "The losses (1) of a network: SGD's SDE for them is the SDE of USAM or DNSAM for the network's, and at B = 1 of SAM"
-    def __init__(self, net:Network, algorithm:Algorithm, # its rho may be a tensor with a value for each path
-                 tau:float|None=None # weight of the noise part; that of the network's batch size if None
+    """The losses (1) of a network:
+    SGD's SDE for them is the SDE of USAM or DNSAM for the network's, and at B = 1 of SAM"""
+    def __init__(self, net:Network,
+                 algorithm:Algorithm, # its rho may be a tensor with a value for each path
+                 # weight of the noise part; that of the network's batch size if None
+                 tau:float|None=None
                 ):
-        self.net, self.algorithm, self.tau = net, algorithm, net.law.tau if tau is None else tau
-        if isinstance(algorithm, SAM) and self.tau != 1: raise ValueError(f"SAM's SDE has no losses of its own for batches of {net.law.batch_size}, only for B = 1")
+        self.net = net
+        self.algorithm = algorithm
+        self.tau = net.law.tau if tau is None else tau
+        if isinstance(algorithm, SAM) and self.tau != 1:
+            raise ValueError(
+                f"SAM's SDE has no losses of its own for batches of {net.law.batch_size}, "
+                f"only for B = 1")
         super().__init__(self.losses, net.n, net.dim, net.law.batch_size)
         self.dtype = net.dtype
     def losses(self, x:Tensor) -> Tensor:
@@ -156,15 +193,19 @@ class Regularized(FiniteSum):
         if isinstance(self.algorithm, SAM): return f + rho * own.sqrt()
         if isinstance(self.algorithm, DNSAM): rho = rho / full.detach().sqrt()
         return f + rho / 2 * (self.tau * own + (1 - self.tau) * (2 * along - full))
-    def some(self, x, s): return self.losses(x)[..., s] # of all paths together, since each has a radius
+    def some(self, x, s):
+        return self.losses(x)[..., s] # of all paths together, since each has a radius
 
 # %% ../../nbs/experiments/flat_minima.ipynb #aab95507
 def batch_norms(net:Network, x:Tensor, i:Tensor # K minibatches of B, (..., K, B)
                ) -> tuple[Tensor, Tensor]: # f_B and ‖g_B‖, (..., K)
     "The losses of minibatches and the norms of their gradients, with weight decay"
-    k, c, square = backward(net, x, i.flatten(-2)), 2 * net.decay, (x * x).sum(-1, keepdim=True)
-    cut = lambda t: t.unflatten(-1, i.shape[-2:])
-    e, (s, r, radial, loss) = cut(k.e).movedim(-3, -2), (cut(t).mean(-1) for t in (k.s, k.r, k.radial, k.loss))
+    k = backward(net, x, i.flatten(-2))
+    c = 2 * net.decay
+    square = (x * x).sum(-1, keepdim=True)
+    def cut(t): return t.unflatten(-1, i.shape[-2:])
+    e = cut(k.e).movedim(-3, -2)
+    s, r, radial, loss = (cut(t).mean(-1) for t in (k.s, k.r, k.radial, k.loss))
     W = e @ k.X.unflatten(-2, i.shape[-2:]) / i.shape[-1]
     own = (W**2).sum((-2, -1)) + (e.mean(-1)**2).sum(-1) + (s**2).sum(-2) + r**2
     return loss + net.decay * square, (own + 2 * c * radial + c**2 * square).sqrt()
@@ -172,17 +213,24 @@ def batch_norms(net:Network, x:Tensor, i:Tensor # K minibatches of B, (..., K, B
 class DrawnSDE(Process):
     "SAM's SDE for any batch size, its expectations over `draws` fresh minibatches a step"
     def __init__(self, net:Network, algorithm:SAM, eta:float, draws:int=8):
-        self.objective, self.rho, self.eta, self.draws, self.shape, self.noise_dim = net, algorithm.rho, eta, draws, (), draws
+        self.objective = net
+        self.rho = algorithm.rho
+        self.eta = eta
+        self.draws = draws
+        self.shape = ()
+        self.noise_dim = draws
     def check(self, x0, name="x0"): return self.objective.check(x0, name)
     def draw(self, shape, generator=None, *, dtype=None, device=None) -> tuple:
         i = self.objective.law.draw((*shape, self.draws), generator, device=device)
         return i, torch.randn(*shape, self.draws, generator=generator, dtype=dtype, device=device)
     def step(self, x:Tensor, drawn:tuple, dt:float) -> Tensor:
         net, (i, xi) = self.objective, drawn
-        w, rho = (self.eta * dt / (self.draws - 1))**.5 * (xi - xi.mean(-1, keepdim=True)), per_path(self.rho, x)
+        w = (self.eta * dt / (self.draws - 1))**.5 * (xi - xi.mean(-1, keepdim=True))
+        rho = per_path(self.rho, x)
         def weighted(z):
             f, norm = batch_norms(net, z, i)
-            return dt * (net.each(z).mean(-1, keepdim=True) + rho * norm.mean(-1, keepdim=True)).sum(-1) + (w * (f + rho * norm)).sum(-1)
+            return (dt * (net.each(z).mean(-1, keepdim=True) + rho
+                          * norm.mean(-1, keepdim=True)).sum(-1) + (w * (f + rho * norm)).sum(-1))
         return x - gradient(weighted, x)
     def advance(self, x:Tensor, draw, steps:list) -> Tensor:
         for h in steps: x = self.step(x, draw(), h)
@@ -198,7 +246,8 @@ def train(process, x0:Tensor, # (runs, d)
     "The points of all runs at the recorded times"
     with warnings.catch_warnings(): # divergence is counted in the table
         warnings.simplefilter("ignore", UserWarning)
-        e = simulate(process, x0[:, None].expand(-1, members, -1), t_end, len(x0), dt=dt, seed=seed, observe={"x": lambda x: x}, every=every,
+        e = simulate(process, x0[:, None].expand(-1, members, -1), t_end, len(x0), dt=dt, seed=seed,
+                     observe={"x": lambda x: x}, every=every,
                      share=True, keep=True)
     return torch.where(e.alive[..., None], e.paths["x"], torch.nan)
 
@@ -212,58 +261,84 @@ def at_loss(losses:Tensor, values:Tensor, # over time, (T, ...)
     "The value when the loss first comes down to `loss`"
     below = losses <= loss
     k = below.int().argmax(0)
-    pick = lambda t, j: torch.take_along_dim(t, j.clamp(min=0)[None], 0)[0]
+    def pick(t, j): return torch.take_along_dim(t, j.clamp(min=0)[None], 0)[0]
     share = (pick(losses, k - 1) - loss) / (pick(losses, k - 1) - pick(losses, k))
-    return torch.where(below.any(0) & (k > 0), pick(values, k - 1) + share * (pick(values, k) - pick(values, k - 1)), torch.nan)
+    return torch.where(below.any(0) & (k > 0),
+                       pick(values, k - 1) + share * (pick(values, k) - pick(values, k - 1)),
+                       torch.nan)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #204aeac9
 def by_start(seeds:int, *values:Tensor) -> list: # (..., runs) each -> (..., starts)
-    "Means over the runs of each start, of those runs where all `values` are numbers; starts without any are left out"
+    """Means over the runs of each start, of those runs where all `values` are numbers;
+    starts without any are left out"""
     fine = torch.stack([v.isfinite().reshape(-1, v.shape[-1]).all(0) for v in values]).all(0)
-    means = [torch.where(fine, v, torch.nan).double().unflatten(-1, (-1, seeds)).nanmean(-1) for v in values]
+    means = [torch.where(fine, v, torch.nan).double().unflatten(-1, (-1, seeds)).nanmean(-1)
+             for v in values]
     some = fine.unflatten(-1, (-1, seeds)).any(-1)
     return [m[..., some].cpu() for m in means]
 
 def estimated(estimate, *samples:Tensor) -> tuple: # value and standard error
-    return jackknife(estimate, *samples) if samples[0].shape[1] > 2 else (float("nan"), float("nan"))
+    return (jackknife(estimate, *samples) if samples[0].shape[1] > 2
+            else (float("nan"), float("nan")))
 
-def compared(seeds:int, loss:Tensor, end:Tensor, base:Tensor, losses:Tensor|None=None, curve:Tensor|None=None) -> dict:
-    "One quantity at the end, (runs,): its mean, and its change against `base` and against a curve (T, runs) at equal loss"
+def compared(seeds:int, loss:Tensor, end:Tensor, base:Tensor, losses:Tensor|None=None,
+             curve:Tensor|None=None) -> dict:
+    """One quantity at the end, (runs,):
+    its mean, and its change against `base` and against a curve (T, runs) at equal loss"""
     ends, bases = by_start(seeds, torch.stack([loss, end]), base[None])
     value, se = estimated(lambda e: e[1], ends)
     change, change_se = estimated(lambda e, b: e[1] / b[0] - 1, ends, bases)
     matched, matched_se = float("nan"), float("nan")
     if curve is not None:
         ends, losses, curve = by_start(seeds, torch.stack([loss, end]), losses, curve)
-        matched, matched_se = estimated(lambda e, l, c: e[1] / at_loss(l, c, e[0]) - 1, ends, losses, curve)
-    return dict(value=value, se=se, change=change, change_se=change_se, matched=matched, matched_se=matched_se, runs=int((end + base).isfinite().sum()))
+        matched, matched_se = estimated(lambda e, l, c: e[1] / at_loss(l, c, e[0]) - 1, ends,
+                                        losses, curve)
+    return dict(value=value, se=se, change=change, change_se=change_se, matched=matched,
+                matched_se=matched_se, runs=int((end + base).isfinite().sum()))
 
 # %% ../../nbs/experiments/flat_minima.ipynb #1df485e7
 class Study:
-    "Training a network under one kind of noise, by algorithms and by their SDEs, from the same starts"
-    def __init__(self, net:Network, held:Network, sigma:float=0., # of additive noise; 0: minibatches of the network's size
+    """Training a network under one kind of noise, by algorithms and by their SDEs, from the same
+    starts"""
+    def __init__(self, net:Network, held:Network,
+                 sigma:float=0., # of additive noise; 0: minibatches of the network's size
                  n:int=16, seeds:int=2, t_end:float=60., eta:float=.1, seed:int=0):
-        self.net, self.held, self.sigma, self.seeds, self.eta, self.seed = net, held, sigma, seeds, eta, seed
+        self.net = net
+        self.held = held
+        self.sigma = sigma
+        self.seeds = seeds
+        self.eta = eta
+        self.seed = seed
         self.every = round(t_end / eta / RECORDS) # steps between two records
         self.t_end = self.every * RECORDS * eta
         self.objective = NoisyLoss(lambda x: net.each(x).mean(), net.dim, sigma) if sigma else net
         self.x0 = starts(net, n, seed).repeat_interleave(seeds, 0)
         self.noise = f"σ = {sigma:g}" if sigma else f"B = {net.law.batch_size}"
-    def run(self, process, members:int=1, times:int=1) -> Tensor: # the last WINDOW of records, or moving means of all if times > 1
+    def run(self, process, members:int=1, times:int=1
+           ) -> Tensor: # the last WINDOW of records, or moving means of all if times > 1
         dt = self.eta / 2 if self.sigma or not isinstance(process, Chain) else None
         x = train(process, self.x0, members, times * self.t_end, self.seed, self.every, dt)
-        few = max(1, 64 // (members * len(self.x0))) # records at a time, such that they stay in the cache
-        m = torch.cat([measures(self.net, self.held, z) for z in (x if times > 1 else x[-WINDOW:]).split(few)])
+        # records at a time, such that they stay in the cache
+        few = max(1, 64 // (members * len(self.x0)))
+        m = torch.cat([measures(self.net, self.held, z)
+                       for z in (x if times > 1 else x[-WINDOW:]).split(few)])
         return moving_mean(m) if times > 1 else m.mean(0)
     def sde(self, algorithm:Algorithm, tau:float|None=None):
         if self.sigma: return SDE(algorithm, self.objective, self.eta)
-        if isinstance(algorithm, SAM) and self.net.law.batch_size > 1: return DrawnSDE(self.net, algorithm, self.eta)
-        return SDE(SGD(), Regularized(self.net, USAM(0.) if isinstance(algorithm, SGD) else algorithm, tau), self.eta)
-    def rows(self, algorithm:str, rho:float, model:str, end:Tensor, base:Tensor, curve:Tensor|None=None) -> list:
-        "A row for each quantity: its level, its change against SGD at the same time, and at the same training loss"
+        if isinstance(algorithm, SAM) and self.net.law.batch_size > 1:
+            return DrawnSDE(self.net, algorithm, self.eta)
+        return SDE(SGD(),
+                   Regularized(self.net, USAM(0.) if isinstance(algorithm, SGD) else algorithm,
+                               tau), self.eta)
+    def rows(self, algorithm:str, rho:float, model:str, end:Tensor, base:Tensor,
+             curve:Tensor|None=None) -> list:
+        """A row for each quantity:
+        its level, its change against SGD at the same time, and at the same training loss"""
         about = dict(part="network", noise=self.noise, algorithm=algorithm, rho=rho, model=model)
-        against = lambda j: () if curve is None else (curve[..., 0], curve[..., j])
-        return [about | dict(quantity=q) | compared(self.seeds, end[:, 0], end[:, j], base[:, j], *against(j)) for j, q in enumerate(QUANTITIES)]
+        def against(j): return () if curve is None else (curve[..., 0], curve[..., j])
+        return [about | dict(quantity=q)
+                | compared(self.seeds, end[:, 0], end[:, j], base[:, j], *against(j))
+                for j, q in enumerate(QUANTITIES)]
 
 # %% ../../nbs/experiments/flat_minima.ipynb #21e726e0
 ALGORITHMS = {a.__name__: a for a in (USAM, DNSAM, SAM)}
@@ -282,29 +357,39 @@ def study(s:Study, radii:tuple, models:bool, # SDEs too?
     if models: plain = run(s.sde(SGD()))[:, 0]
     if models: rows += s.rows("SGD", 0., PLAIN, plain, base)
     for name, kind in ALGORITHMS.items():
-        kinds = {"algorithm": Chain(kind(rho), s.objective, s.eta)} | ({OWN: s.sde(kind(rho))} if models else {})
+        kinds = ({"algorithm": Chain(kind(rho), s.objective, s.eta)}
+                 | ({OWN: s.sde(kind(rho))} if models else {}))
         if models and kind is USAM and not s.sigma: kinds[SHORT] = s.sde(kind(rho), 0.)
         for model, process in kinds.items():
-            ends, chain = run(process, len(radii)), model == "algorithm"
-            for j, r in enumerate(radii): rows += s.rows(name, r, model, ends[:, j], base if chain else plain, curve if chain else None)
+            ends = run(process, len(radii))
+            chain = model == "algorithm"
+            for j, r in enumerate(radii):
+                rows += s.rows(name, r, model, ends[:, j], base if chain else plain,
+                               curve if chain else None)
     return rows
 
 # %% ../../nbs/experiments/flat_minima.ipynb #aa140e1b
-RADII = {"SGD": (0.,), "USAM": (.02, .05, .1, .15), "SAM": (.05, .1, .2, .3, .4), "DNSAM": (.01, .02, .05)}
+RADII = {"SGD": (0.,), "USAM": (.02, .05, .1, .15), "SAM": (.05, .1, .2, .3, .4),
+         "DNSAM": (.01, .02, .05)}
 
 def valleys(sigmas:tuple, bar, eta:float=.05, points:int=901) -> list:
-    "The rows of the two valleys, for both kinds of noise; DNSAM's SDE is left out, its noise is infinite at every critical point"
+    """The rows of the two valleys, for both kinds of noise;
+    DNSAM's SDE is left out, its noise is infinite at every critical point"""
     line, grid = (torch.linspace(-4, 5, n, dtype=torch.float64) for n in (4501, points))
     rows = []
     for noise, sigma in [(kind, s) for s in sigmas for kind in (constant, minibatches)]:
-        objective, name = noise(sigma), f"{'constant' if noise is constant else 'minibatches'}, σ = {sigma:g}"
+        objective = noise(sigma)
+        name = f"{'constant' if noise is constant else 'minibatches'}, σ = {sigma:g}"
         at = critical(objective, line)
         for algorithm, radii in RADII.items():
             for rho in radii:
-                process, facts = ({"SGD": SGD} | ALGORITHMS)[algorithm](*([rho] if rho else [])), {}
+                process = ({"SGD": SGD} | ALGORITHMS)[algorithm](*([rho] if rho else []))
+                facts = {}
                 facts["algorithm"] = chain_facts(process, objective, eta, grid)
-                if algorithm != "DNSAM": facts[OWN] = sde_facts(*coefficients(process, objective, line), eta, line, at)
-                rows += [dict(part="valleys", noise=name, algorithm=algorithm, rho=rho, model=model, quantity=q, value=v, se=0.)
+                if algorithm != "DNSAM":
+                    facts[OWN] = sde_facts(*coefficients(process, objective, line), eta, line, at)
+                rows += [dict(part="valleys", noise=name, algorithm=algorithm, rho=rho, model=model,
+                              quantity=q, value=v, se=0.)
                          for model, values in facts.items() for q, v in zip(FACTS, values)]
             bar.update()
     return rows
@@ -314,39 +399,55 @@ def measure(quick:bool=False, # one network, few starts, a short training
             seed:int=0, # of starting points and noise
             dtype=torch.float64, device="cpu",
             progress:bool=False # show a progress bar
-           ) -> pd.DataFrame: # columns part, problem, noise, algorithm, rho, model, quantity, value, se, change, …
-    "Curvature at the end of training, against SGD's at equal time and at equal training loss, for algorithms and SDEs; and the two valleys"
+           ) -> pd.DataFrame: # a row for each part, problem, noise, algorithm, rho and quantity
+    """Curvature at the end of training, against SGD's at equal time and at equal training loss,
+    for algorithms and SDEs; and the two valleys"""
     seed = check_int("seed", seed, least=0)
     (X, y), (X_held, y_held) = halves(dtype, device)
     size = dict(n=4, seeds=2, t_end=18.) if quick else dict(n=16, seeds=2, t_end=60.)
-    plans = [("sigmoid", 0., (1, 64, .05) if quick else (1, 8, 64, .05), (.1, .4) if quick else (.05, .1, .2, .4), True)]
-    if not quick: plans += [(*kind, (1, 64, .05), (.1,), False) for kind in (("tanh", 0.), ("sigmoid", .001), ("sigmoid", .05))]
-    sigmas, rows = (3.,) if quick else (3., 2.), []
-    ensembles = sum(4 + models * (4 + (noise >= 1)) for *_, noises, _, models in plans for noise in noises)
+    plans = [("sigmoid", 0., (1, 64, .05) if quick else (1, 8, 64, .05),
+              (.1, .4) if quick else (.05, .1, .2, .4), True)]
+    if not quick:
+        plans += [(*kind, (1, 64, .05), (.1,), False)
+                  for kind in (("tanh", 0.), ("sigmoid", .001), ("sigmoid", .05))]
+    sigmas = (3.,) if quick else (3., 2.)
+    rows = []
+    ensembles = sum(4 + models * (4 + (noise >= 1)) for *_, noises, _, models in plans
+                    for noise in noises)
     with tqdm(total=ensembles + 8 * len(sigmas), desc="flat_minima", disable=not progress) as bar:
         for activation, decay, noises, radii, models in plans:
             for noise in noises:
-                kind = dict(activation=activation, decay=decay, batch_size=noise if noise >= 1 else 1)
-                s = Study(Network(X, y, **kind), Network(X_held, y_held, **kind), noise if noise < 1 else 0., seed=seed, **size)
-                rows += [dict(problem=f"{activation}, decay {decay:g}") | row for row in study(s, radii, models, bar)]
-        rows += [dict(problem="two valleys") | row for row in valleys(sigmas, bar, points=601 if quick else 901)]
+                kind = dict(activation=activation, decay=decay,
+                            batch_size=noise if noise >= 1 else 1)
+                s = Study(Network(X, y, **kind), Network(X_held, y_held, **kind),
+                          noise if noise < 1 else 0., seed=seed, **size)
+                rows += [dict(problem=f"{activation}, decay {decay:g}") | row
+                         for row in study(s, radii, models, bar)]
+        rows += [dict(problem="two valleys") | row
+                 for row in valleys(sigmas, bar, points=601 if quick else 901)]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #22db28f9
 def pick(table:pd.DataFrame, **where) -> pd.DataFrame:
     "The rows in which every named column has the given value, or one of a tuple of values"
-    for column, value in where.items(): table = table[table[column].isin(value if isinstance(value, tuple) else (value,))]
+    for column, value in where.items():
+        table = table[table[column].isin(value if isinstance(value, tuple) else (value,))]
     return table
 
 def draw_network(ax, rows:pd.DataFrame, column:str):
     "Change of the trace against ρ, in percent, for one kind of noise"
     for name in ALGORITHMS:
-        for model, look in [("algorithm", dict(marker="o", ms=4)), (OWN, dict(marker="s", ms=5, mfc="none", ls="--")), (SHORT, dict(ls=":", lw=1))]:
+        for model, look in [("algorithm", dict(marker="o", ms=4)),
+                            (OWN, dict(marker="s", ms=5, mfc="none", ls="--")),
+                            (SHORT, dict(ls=":", lw=1))]:
             curve = pick(rows, algorithm=name, model=model).dropna(subset=column)
-            if len(curve): ax.errorbar(curve.rho, 100 * curve[column], 200 * curve[f"{column}_se"], color=colours[name], capsize=2, label=f"{name}, {model}", **look)
+            if len(curve):
+                ax.errorbar(curve.rho, 100 * curve[column], 200 * curve[f"{column}_se"],
+                            color=colours[name], capsize=2, label=f"{name}, {model}", **look)
     ax.axhline(0, color=colours["SGD"], lw=1)
     ticks = sorted(rows.rho[rows.rho > 0].unique())
-    ax.set(xscale="log", xticks=ticks, xticklabels=[f"{r:g}" for r in ticks], xlabel="radius $\\rho$")
+    ax.set(xscale="log", xticks=ticks, xticklabels=[f"{r:g}" for r in ticks],
+           xlabel="radius $\\rho$")
     ax.minorticks_off()
 
 def draw_valleys(ax, rows:pd.DataFrame):
@@ -355,16 +456,20 @@ def draw_valleys(ax, rows:pd.DataFrame):
     for name in ALGORITHMS:
         for model, look in [("algorithm", dict(marker="o", ms=4)), (OWN, dict(ls="--"))]:
             curve = pd.concat([pick(plain, model=model), pick(rows, algorithm=name, model=model)])
-            if len(curve) > 1: ax.plot(curve.rho, curve.value, color=colours[name], label=f"{name}, {model}", **look)
+            if len(curve) > 1:
+                ax.plot(curve.rho, curve.value, color=colours[name], label=f"{name}, {model}",
+                        **look)
     ax.axhline(pick(plain, model="algorithm").value.item(), color=colours["SGD"], lw=1)
     ax.set(xlabel="radius $\\rho$", ylim=(0, 1))
 
 # %% ../../nbs/experiments/flat_minima.ipynb #ef86bca8
 def panels(quantity:str, label:str):
-    "A part of the picture: draw(figure, table), with a panel for each kind of noise, and its rows of panels"
+    """A part of the picture:
+    draw(figure, table), with a panel for each kind of noise, and its rows of panels"""
     network = quantity not in FACTS
     def draw(figure, table):
-        rows = pick(table, part="network", quantity="trace") if network else pick(table, part="valleys", quantity=quantity)
+        rows = (pick(table, part="network", quantity="trace") if network
+                else pick(table, part="valleys", quantity=quantity))
         rows = pick(rows, problem=rows.problem.iloc[0])
         for ax, noise in zip_longest(figure.subplots(2, 2, sharey=True).flat, rows.noise.unique()):
             if noise is None:
@@ -377,47 +482,64 @@ def panels(quantity:str, label:str):
         legend(figure)
     return draw, 2
 
-PARTS = {"equal time": panels("change", "change of the trace, %"), "equal loss": panels("matched", "change of the trace, %"),
-         "time in the sharp valley": panels(FACTS[0], "share of time"), "sharp valley first": panels(FACTS[1], "probability")}
+PARTS = {"equal time": panels("change", "change of the trace, %"),
+         "equal loss": panels("matched", "change of the trace, %"),
+         "time in the sharp valley": panels(FACTS[0], "share of time"),
+         "sharp valley first": panels(FACTS[1], "probability")}
 
 # %% ../../nbs/experiments/flat_minima.ipynb #497601e2
 def plot(table:pd.DataFrame, # from measure
          part:str|None=None # one of PARTS, for it alone
         ): # matplotlib Figure
-    "Change of the trace at equal time and at equal loss, and two probabilities of the valleys, a panel for each kind of noise"
+    """Change of the trace at equal time and at equal loss, and two probabilities of the valleys,
+    a panel for each kind of noise"""
     return picture(PARTS, table, part)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #fb62a121
 def listed(rows:pd.DataFrame, column:str="change") -> str:
     "Changes in percent with their standard errors"
-    return ", ".join(f"{r.algorithm} {plus_minus(100 * r[column], 100 * r[column + '_se'])} %" for _, r in rows.iterrows())
+    return ", ".join(f"{r.algorithm} {plus_minus(100 * r[column], 100 * r[column + '_se'])} %"
+                     for _, r in rows.iterrows())
 
-def lower(rows:pd.DataFrame, column:str="change") -> pd.Series: return rows[column] < -4 * rows[f"{column}_se"]
+def lower(rows:pd.DataFrame, column:str="change") -> pd.Series:
+    return rows[column] < -4 * rows[f"{column}_se"]
 
 def share_of(fine:pd.Series) -> str:
     "A verdict from how many of several cases are as claimed"
     return "holds" if fine.all() else "holds with a condition" if fine.any() else "does not hold"
 
 # %% ../../nbs/experiments/flat_minima.ipynb #3e285316
-def flatter(m:pd.DataFrame, few:str, constant:str, rho:float) -> list: # the smallest batches, and constant noise
+def flatter(m:pd.DataFrame, few:str, constant:str, rho:float
+           ) -> list: # the smallest batches, and constant noise
     "Verdicts on the ends: flatter, at equal loss too, in any measure, and better on data held out"
-    at = lambda quantity, noise=few, **which: pick(m, quantity=quantity, noise=noise, rho=rho, **which)
-    traces, still, other = at("trace"), pick(m, quantity="trace", noise=few, algorithm="SGD"), at("trace", constant)
-    ratio, many = other.change.to_numpy() / traces.change.to_numpy(), m.noise.unique()[-2]
+    def at(quantity, noise=few, **which):
+        return pick(m, quantity=quantity, noise=noise, rho=rho, **which)
+    traces = at("trace")
+    still = pick(m, quantity="trace", noise=few, algorithm="SGD")
+    other = at("trace", constant)
+    ratio = other.change.to_numpy() / traces.change.to_numpy()
+    many = m.noise.unique()[-2]
     weak = ", ".join(f"{name} {r:.2f}" for name, r in zip(traces.algorithm, ratio))
-    end = "does not hold" if not lower(traces).any() else "holds" if lower(traces).all() and (ratio > .2).all() else "holds with a condition"
+    end = ("does not hold" if not lower(traces).any() else "holds" if lower(traces).all()
+           and (ratio > .2).all() else "holds with a condition")
     test, largest, scaled = (at(q) for q in ("test loss", "largest eigenvalue", "scaled trace"))
     return [
         Verdict("SAM-type algorithms end in flatter regions than SGD.", end,
-                f"Trace at the same time, ρ = {rho:g}, {few}: {listed(traces)}; largest eigenvalue: {listed(largest)}. "
-                f"With constant noise, {constant}: {listed(other)}, so {weak} times what it is with minibatches."),
+                f"Trace at the same time, ρ = {rho:g}, {few}: {listed(traces)}; "
+                f"largest eigenvalue: {listed(largest)}. "
+                f"With constant noise, {constant}: {listed(other)}, "
+                f"so {weak} times what it is with minibatches."),
         Verdict("It is more than a sign of less training.", share_of(lower(traces, "matched")),
-                f"Trace at the same training loss: {listed(traces, 'matched')}; largest eigenvalue: {listed(largest, 'matched')}. "
+                f"Trace at the same training loss: {listed(traces, 'matched')}; "
+                f"largest eigenvalue: {listed(largest, 'matched')}. "
                 f"SGD against itself, the control: {listed(still, 'matched')}."),
-        Verdict("It does not depend on how flatness is measured.", share_of(pd.concat([lower(scaled), lower(at("scaled trace", many))])),
-                f"The scaled trace, which has no units: {listed(scaled)} at {few}, {listed(at('scaled trace', many))} at {many}."),
+        Verdict("It does not depend on how flatness is measured.",
+                share_of(pd.concat([lower(scaled), lower(at("scaled trace", many))])),
+                f"The scaled trace, which has no units: {listed(scaled)} at {few}, "
+                f"{listed(at('scaled trace', many))} at {many}."),
         Verdict("Flatter minima generalise better.", share_of(lower(test, "matched")),
-                f"Loss on data held out, {few}: {listed(test)} at the same time, but {listed(test, 'matched')} at the same training loss."),
+                f"Loss on data held out, {few}: {listed(test)} at the same time, "
+                f"but {listed(test, 'matched')} at the same training loss."),
     ]
 
 # %% ../../nbs/experiments/flat_minima.ipynb #04217a6d
@@ -428,37 +550,58 @@ def batches(m:pd.DataFrame, models:pd.DataFrame, rho:float) -> Verdict:
     first, last = rows[noises[0]], rows[noises[-1]]
     gap = last.change.to_numpy() - first.change.to_numpy()
     fine = pd.Series(gap > 4 * (last.change_se.to_numpy()**2 + first.change_se.to_numpy()**2)**.5)
-    usam = lambda rows: pick(rows, algorithm="USAM").change.item()
-    parts = {n: usam(rows[n]) - usam(pick(models, quantity="trace", noise=n, rho=rho, model=SHORT)) for n in noises}
-    return Verdict("The effect depends on the batch size, and the regulariser of the noise is the reason.", share_of(fine),
-                   "; ".join(f"{n}: {listed(rows[n])}" for n in noises) + ". USAM less what its SDE predicts without the noise part: "
-                   + ", ".join(f"{100 * p:.2f} % at {n}" for n, p in parts.items()) + "; theory: falls like 1/B.")
+    def usam(rows): return pick(rows, algorithm="USAM").change.item()
+    parts = {n: usam(rows[n]) - usam(pick(models, quantity="trace", noise=n, rho=rho, model=SHORT))
+             for n in noises}
+    return Verdict(
+        "The effect depends on the batch size, and the regulariser of the noise is the reason.",
+        share_of(fine),
+                   "; ".join(f"{n}: {listed(rows[n])}" for n in noises)
+        + ". USAM less what its SDE predicts without the noise part: "
+                   + ", ".join(f"{100 * p:.2f} % at {n}" for n, p in parts.items())
+        + "; theory: falls like 1/B.")
 
 # %% ../../nbs/experiments/flat_minima.ipynb #26dedb20
 def predicted(m:pd.DataFrame, models:pd.DataFrame) -> Verdict:
     "Do the SDEs predict the trace?"
-    both = pick(models, model=OWN, quantity="trace").merge(pick(m, quantity="trace"), on=["noise", "algorithm", "rho"], suffixes=("", "_true"))
-    gap, se = (both.change - both.change_true).abs(), (both.change_se**2 + both.change_se_true**2)**.5
+    both = pick(models, model=OWN,
+                quantity="trace").merge(pick(m, quantity="trace"), on=["noise", "algorithm", "rho"],
+                                        suffixes=("", "_true"))
+    gap = (both.change - both.change_true).abs()
+    se = (both.change_se**2 + both.change_se_true**2)**.5
     both["ratio"] = both.change / both.change_true
-    wide, least = 4 * se > .5 * both.change_true.abs(), both.rho.min() # too noisy to tell
+    # too noisy to tell
+    wide = 4 * se > .5 * both.change_true.abs()
+    least = both.rho.min()
     fine = (gap <= .25 * both.change_true.abs()) | (gap < 4 * se)
     told = fine[~(fine & wide)]
-    ratios = "; ".join(f"{noise}: " + ", ".join(f"{r.algorithm} {r.ratio:.2f}" for _, r in pick(part, rho=least).iterrows())
+    ratios = "; ".join(f"{noise}: "
+                       + ", ".join(f"{r.algorithm} {r.ratio:.2f}"
+                                   for _, r in pick(part, rho=least).iterrows())
                        for noise, part in both.groupby("noise", sort=False))
-    wrong = ", ".join(f"{r.algorithm} at {r.noise}, ρ = {r.rho:g} ({r.ratio:.2f})" for _, r in both[~fine].iterrows())
-    return Verdict("Each algorithm's own SDE predicts the curvature at the end.", share_of(told) if 2 * len(told) >= len(fine) else "undecided",
-                   f"Predicted change of the trace over the measured one at ρ = {least:g}: {ratios}. "
-                   f"Off by more than a quarter and four standard errors: {wrong or 'none'}; too noisy to tell in {len(fine) - len(told)} of {len(fine)} cases.")
+    wrong = ", ".join(f"{r.algorithm} at {r.noise}, ρ = {r.rho:g} ({r.ratio:.2f})"
+                      for _, r in both[~fine].iterrows())
+    return Verdict("Each algorithm's own SDE predicts the curvature at the end.",
+                   share_of(told) if 2 * len(told) >= len(fine) else "undecided",
+                   f"Predicted change of the trace over the measured one at ρ = {least:g}: "
+                   f"{ratios}. "
+                   f"Off by more than a quarter and four standard errors: {wrong or 'none'}; "
+                   f"too noisy to tell in {len(fine) - len(told)} of {len(fine)} cases.")
 
 def controls(m:pd.DataFrame, models:pd.DataFrame, noise:str) -> Verdict:
     "Do the wrong models fail?"
     rho = m.rho.max()
-    one = lambda rows, **which: pick(rows, quantity="trace", noise=noise, **which)
-    plain, true = one(models, model=PLAIN), one(m, rho=rho, algorithm="USAM")
+    def one(rows, **which): return pick(rows, quantity="trace", noise=noise, **which)
+    plain = one(models, model=PLAIN)
+    true = one(m, rho=rho, algorithm="USAM")
     own, short = (one(models, model=model, rho=rho, algorithm="USAM") for model in (OWN, SHORT))
-    fails = abs(plain.change.item()) < 4 * plain.change_se.item() and short.change.item() > own.change.item() / 4
-    return Verdict("SGD's SDE knows nothing of it, nor does a regulariser of the full gradient alone.", "holds" if fails else "does not hold",
-                   f"Trace of SGD's SDE against SGD's, {noise}: {listed(plain)}. At ρ = {rho:g}: {listed(true)}, its SDE {listed(own)}, "
+    fails = (abs(plain.change.item()) < 4 * plain.change_se.item()
+             and short.change.item() > own.change.item() / 4)
+    return Verdict(
+        "SGD's SDE knows nothing of it, nor does a regulariser of the full gradient alone.",
+        "holds" if fails else "does not hold",
+                   f"Trace of SGD's SDE against SGD's, {noise}: {listed(plain)}. At ρ = {rho:g}: "
+                   f"{listed(true)}, its SDE {listed(own)}, "
                    f"and without the noise part of the regulariser {listed(short)}.")
 
 # %% ../../nbs/experiments/flat_minima.ipynb #3d17e8ca
@@ -466,42 +609,64 @@ def valley(line:pd.DataFrame, kind:str) -> Verdict:
     "Is the flat valley preferred, under one kind of noise?"
     rows = pick(line, noise=[n for n in line.noise.unique() if n.startswith(kind)][-1])
     share, first = (pick(rows, quantity=fact, model="algorithm") for fact in FACTS[:2])
-    plain, own = pick(share, algorithm="SGD").value.item(), pick(rows, quantity=FACTS[0], model=OWN)
-    of = lambda table, name: f"{name} " + ", ".join(f"{v:.3f} ({rho:g})" for v, rho in zip(*(pick(table, algorithm=name)[c] for c in ("value", "rho"))))
-    every = lambda table, *names: "; ".join(of(table, name) for name in names)
-    return Verdict(f"SAM-type algorithms prefer the flat valley ({rows.noise.iloc[0]}).", share_of(pick(share, algorithm=tuple(ALGORITHMS)).value < plain),
-                   f"Share of time in the sharp valley, ρ in brackets: {every(share, 'SGD', *ALGORITHMS)}. SDEs: {every(own, 'SGD', 'USAM', 'SAM')}. "
-                   f"From the top, the sharp valley comes first with probability {every(first, 'SGD', *ALGORITHMS)}.")
+    plain = pick(share, algorithm="SGD").value.item()
+    own = pick(rows, quantity=FACTS[0], model=OWN)
+    def of(table, name):
+        rows = pick(table, algorithm=name)
+        values = [f"{v:.3f} ({rho:g})" for v, rho in zip(rows["value"], rows["rho"])]
+        return f"{name} " + ", ".join(values)
+    def every(table, *names): return "; ".join(of(table, name) for name in names)
+    return Verdict(f"SAM-type algorithms prefer the flat valley ({rows.noise.iloc[0]}).",
+                   share_of(pick(share, algorithm=tuple(ALGORITHMS)).value < plain),
+                   f"Share of time in the sharp valley, ρ in brackets: "
+                   f"{every(share, 'SGD', *ALGORITHMS)}. SDEs: {every(own, 'SGD', 'USAM', 'SAM')}. "
+                   f"From the top, the sharp valley comes first with probability "
+                   f"{every(first, 'SGD', *ALGORITHMS)}.")
 
 def agreement(line:pd.DataFrame) -> Verdict:
     "Does an SDE move the preference the way its algorithm does?"
-    share, keys = pick(line, quantity=FACTS[0]), ["noise", "algorithm", "rho"]
-    share = share.merge(pick(share, algorithm="SGD")[["noise", "model", "value"]], on=["noise", "model"], suffixes=("", "_sgd"))
+    share = pick(line, quantity=FACTS[0])
+    keys = ["noise", "algorithm", "rho"]
+    share = share.merge(pick(share, algorithm="SGD")[["noise", "model", "value"]],
+                        on=["noise", "model"], suffixes=("", "_sgd"))
     share["up"] = share.value > share.value_sgd
-    both = pick(share, model=OWN).merge(pick(share, model="algorithm"), on=keys, suffixes=("", "_true"))
+    both = pick(share, model=OWN).merge(pick(share, model="algorithm"), on=keys,
+                                        suffixes=("", "_true"))
     both = both[both.algorithm != "SGD"]
     fine = both.up == both.up_true
-    wrong = "; ".join(f"{name}, {noise}, ρ = " + ", ".join(f"{r:g}" for r in part.rho) for (noise, name), part in both[~fine].groupby(keys[:2], sort=False))
+    wrong = "; ".join(f"{name}, {noise}, ρ = " + ", ".join(f"{r:g}" for r in part.rho)
+                      for (noise, name), part in both[~fine].groupby(keys[:2], sort=False))
     return Verdict("The SDE captures which valley is preferred.", share_of(fine),
-                   f"It moves the share the way the algorithm does in {fine.sum()} of {len(fine)} cases. The other way: {wrong or 'never'}.")
+                   f"It moves the share the way the algorithm does in {fine.sum()} of {len(fine)} "
+                   f"cases. The other way: {wrong or 'never'}.")
 
 def elsewhere(network:pd.DataFrame, rho:float) -> list:
     "SAM on the other networks, if there are any"
     rows = pick(network, model="algorithm", quantity="trace", algorithm="SAM", rho=rho)
     if rows.problem.nunique() == 1: return []
-    text = "; ".join(f"{problem}: " + ", ".join(f"{r.noise} {plus_minus(100 * r.change, 100 * r.change_se)} %" for _, r in part.iterrows())
+    text = "; ".join(f"{problem}: "
+                     + ", ".join(f"{r.noise} {plus_minus(100 * r.change, 100 * r.change_se)} %"
+                                 for _, r in part.iterrows())
                      for problem, part in rows.groupby("problem", sort=False))
     fine = lower(rows[rows.noise.str.startswith("B")])
-    return [Verdict("Another activation, or weight decay, changes nothing.", share_of(fine), f"SAM's trace against SGD's at ρ = {rho:g}: {text}.")]
+    return [Verdict("Another activation, or weight decay, changes nothing.", share_of(fine),
+                    f"SAM's trace against SGD's at ρ = {rho:g}: {text}.")]
 
 # %% ../../nbs/experiments/flat_minima.ipynb #70ebcbf6
 def verdicts(table:pd.DataFrame) -> Verdicts: # from measure
     "What the table says of the paper's claims"
     network, line = pick(table, part="network"), pick(table, part="valleys")
     base = pick(network, problem=network.problem.iloc[0])
-    m, models, rho, noises = pick(base, model="algorithm"), base[base.model != "algorithm"], .1, base.noise.unique()
-    return Verdicts([*flatter(m, noises[0], noises[-1], rho), batches(m, models, rho), predicted(m, models), controls(m, models, noises[0]),
-                     *elsewhere(network, rho), valley(line, "constant"), valley(line, "minibatches"), agreement(line)])
+    m = pick(base, model="algorithm")
+    models = base[base.model != "algorithm"]
+    rho = .1
+    noises = base.noise.unique()
+    return Verdicts([*flatter(m, noises[0], noises[-1], rho), batches(m, models, rho),
+                     predicted(m, models), controls(m, models, noises[0]),
+                     *elsewhere(network, rho), valley(line, "constant"),
+                     valley(line, "minibatches"), agreement(line)])
 
-experiment = Experiment("flat_minima", "Does SAM end in flatter minima, at equal loss too, and do the SDEs predict it?",
+experiment = Experiment("flat_minima",
+                        "Does SAM end in flatter minima, at equal loss too, "
+                        "and do the SDEs predict it?",
                         measure, plot, verdicts, "about nine minutes")

@@ -27,31 +27,42 @@ from ..objective import FiniteSum
 from ..sde import SDE
 
 # %% ../../nbs/experiments/networks.ipynb #6d3a95fa
-def digits(dtype=torch.float64, device="cpu") -> tuple[Tensor, Tensor]: # (1797, 1, 8, 8) from -0.3 to 0.7, and (1797,), in random order
-    "Handwritten digits"
+def digits(dtype=torch.float64, device="cpu"
+          ) -> tuple[Tensor, Tensor]: # (1797, 1, 8, 8) from -0.3 to 0.7, and (1797,)
+    "Handwritten digits, in random order"
     X, y = load_digits(return_X_y=True)
     order = torch.randperm(len(X), generator=torch.Generator().manual_seed(0))
-    X, y = torch.from_numpy(X)[order].reshape(-1, 1, 8, 8) / 16 - .3, torch.from_numpy(y)[order]
+    X = torch.from_numpy(X)[order].reshape(-1, 1, 8, 8) / 16 - .3
+    y = torch.from_numpy(y)[order]
     return X.to(device, dtype), y.to(device)
 
-def conv_net(channels:int, hidden:int, pool:int=1, seed:int=0, dtype=torch.float64, device="cpu") -> nn.Sequential:
+def conv_net(channels:int, hidden:int, pool:int=1, seed:int=0, dtype=torch.float64,
+             device="cpu") -> nn.Sequential:
     "Two convolutions, a group normalisation, two linear layers"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.GroupNorm(2, channels), nn.Tanh(), nn.AvgPool2d(pool),
-                            nn.Conv2d(channels, 2 * channels, 3, padding=1, stride=2), nn.Tanh(), nn.Flatten(),
-                            nn.Linear(2 * channels * math.ceil(8 / pool / 2)**2, hidden), nn.Tanh(), nn.Linear(hidden, 10))
+        net = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.GroupNorm(2, channels),
+                            nn.Tanh(), nn.AvgPool2d(pool),
+                            nn.Conv2d(channels, 2 * channels, 3, padding=1, stride=2), nn.Tanh(),
+                            nn.Flatten(),
+                            nn.Linear(2 * channels * math.ceil(8 / pool / 2)**2, hidden), nn.Tanh(),
+                            nn.Linear(hidden, 10))
     return net.to(device, dtype)
 
 # %% ../../nbs/experiments/networks.ipynb #ba59586e
-SIZES = [(2, 6), (4, 24), (8, 64), (16, 144), (32, 400), (32, 1000)] # channels and hidden units, 10³ to 10⁶ parameters
+# channels and hidden units, 10³ to 10⁶ parameters
+SIZES = [(2, 6), (4, 24), (8, 64), (16, 144), (32, 400), (32, 1000)]
 KINDS = {"SGD": lambda rho: SGD(), "USAM": USAM, "DNSAM": DNSAM, "SAM": SAM}
 
 def resident(peak:bool=False) -> float:
     "Memory of this process in MB"
     import resource
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    try: return most if peak else int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
+    most = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            / (2**20 if sys.platform == "darwin" else 2**10))
+    try:
+        return (most if peak
+                else int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+                / 2**20)
     except OSError: return most
 
 def shortest(f:Callable, repeats:int=3, enough:float=20.) -> float:
@@ -65,41 +76,56 @@ def shortest(f:Callable, repeats:int=3, enough:float=20.) -> float:
 
 # %% ../../nbs/experiments/networks.ipynb #94b0feb2
 def step_of(kind:str, batch_size:int, size:list, route:str, chunk:int|None) -> dict:
-    "Seconds and memory of one Euler step on all digits, in single precision; to be run in a process of its own"
+    """Seconds and memory of one Euler step on all digits, in single precision;
+    to be run in a process of its own"""
     X, y = digits(torch.float32)
-    objective = FiniteSum.from_module(conv_net(*size, dtype=torch.float32), nn.CrossEntropyLoss(), X, y, batch_size=batch_size, chunk=chunk)
+    objective = FiniteSum.from_module(conv_net(*size, dtype=torch.float32), nn.CrossEntropyLoss(),
+                                      X, y, batch_size=batch_size, chunk=chunk)
     objective.way = route if route in ("samples", "signs") else None
-    x, algorithm = objective.x0[None], KINDS[kind](.1)
+    x = objective.x0[None]
+    algorithm = KINDS[kind](.1)
     sde = SDE(algorithm, objective, .05, draws=math.ceil(len(X) / batch_size), seed=None)
     xi = torch.randn(1, sde.noise_dim, generator=torch.Generator().manual_seed(0))
-    def step(): return sde.advance(x, lambda: xi, [.05]) if route != "dense" else psd_root("a", noise_covariance(algorithm, objective, x))
+    def step():
+        return (sde.advance(x, lambda: xi, [.05]) if route != "dense"
+                else psd_root("a", noise_covariance(algorithm, objective, x)))
     before = resident()
     seconds = shortest(step)
     memory = resident(peak=True) - before
-    return dict(d=objective.dim, seconds=seconds, memory=memory, gradient=shortest(lambda: objective.grad(x), 7))
+    return dict(d=objective.dim, seconds=seconds, memory=memory,
+                gradient=shortest(lambda: objective.grad(x), 7))
 
 def apart(*args) -> dict:
     "`step_of` in a new process. Raises ArithmeticError if that fails."
-    call = f"import json; from samsde.experiments.networks import step_of; print(json.dumps(step_of(*json.loads({json.dumps(args)!r}))))"
+    call = (f"import json; from samsde.experiments.networks import step_of; "
+            f"print(json.dumps(step_of(*json.loads({json.dumps(args)!r}))))")
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
-    if done.returncode: raise ArithmeticError(f"the measurement of {args} failed: {done.stderr.strip().splitlines()[-1]}")
+    if done.returncode:
+        raise ArithmeticError(
+            f"the measurement of {args} failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout)
 
 # %% ../../nbs/experiments/networks.ipynb #7a0f8e3c
 def cost_plans(quick:bool) -> list: # arguments of step_of
-    "Steps to be measured: all kinds against size; other routes as far as they go; memory against the chunk"
+    """Steps to be measured: all kinds against size; other routes as far as they go;
+    memory against the chunk"""
     sizes, kinds = (SIZES[1:3], ("USAM", "SAM")) if quick else (SIZES, KINDS)
     plans = [(kind, 1, size, "best", 256) for kind in kinds for size in sizes]
-    plans += [(kind, 32, size, "best", 256) for kind in ("USAM", "SAM") for size in sizes if not quick]
-    plans += [("USAM", 1, size, route, 256) for route in ("samples", "dense") for size in SIZES[quick:2]]
-    return plans + [("SAM", 1, sizes[-1], "best", chunk) for chunk in ((None, 64) if quick else (None, 1024, 64))]
+    plans += [(kind, 32, size, "best", 256) for kind in ("USAM", "SAM")
+              for size in sizes if not quick]
+    plans += [("USAM", 1, size, route, 256) for route in ("samples", "dense")
+              for size in SIZES[quick:2]]
+    return (plans + [("SAM", 1, sizes[-1], "best", chunk)
+                     for chunk in ((None, 64) if quick else (None, 1024, 64))])
 
 def cost_rows(quick:bool, tick:Callable) -> list: # of dicts
     rows = []
     for kind, batch_size, size, route, chunk in cost_plans(quick):
         found = apart(kind, batch_size, list(size), route, chunk)
-        base = dict(part="cost", algorithm=kind, model=route, batch_size=batch_size, chunk=chunk or 1797, d=found["d"], se=0., runs=1)
-        values = {"seconds": found["seconds"], "gradients": found["seconds"] / found["gradient"], "megabytes": found["memory"]}
+        base = dict(part="cost", algorithm=kind, model=route, batch_size=batch_size,
+                    chunk=chunk or 1797, d=found["d"], se=0., runs=1)
+        values = {"seconds": found["seconds"], "gradients": found["seconds"] / found["gradient"],
+                  "megabytes": found["memory"]}
         rows += [base | dict(statistic=name, value=value) for name, value in values.items()]
         tick()
     return rows
@@ -111,57 +137,77 @@ RADII = {"USAM": (.1, .3, 1.), "DNSAM": (.03, .1, .3), "SAM": (.05, .15, .5)}
 def watched(net:nn.Module, objective:FiniteSum, X:Tensor, y:Tensor # to test on
            ) -> Callable: # (..., d) -> (..., 4)
     "STATISTICS of a network at every point"
-    held = FiniteSum.from_module(net, lambda out, target: (out.argmax(-1) == target).to(out.dtype).mean() + 0 * out.sum(), X, y)
+    held = FiniteSum.from_module(net,
+                                 lambda out, target: (out.argmax(-1) == target).to(out.dtype).mean()
+                                 + 0 * out.sum(), X, y)
     def statistics(x):
         sharpness = largest_eigenvalue(objective.hvp, x)
-        return torch.stack([objective.loss(x), torch.linalg.vector_norm(x, dim=-1), sharpness, held.loss(x)], -1)
+        return torch.stack([objective.loss(x), torch.linalg.vector_norm(x, dim=-1), sharpness,
+                            held.loss(x)], -1)
     return statistics
 
 # %% ../../nbs/experiments/networks.ipynb #e8725441
-def training_rows(net:nn.Module, n:int, eta:float, steps:int, every:int, radii:dict, runs:int, seed:int, dtype, device, tick:Callable,
+def training_rows(net:nn.Module, n:int, eta:float, steps:int, every:int, radii:dict, runs:int,
+                  seed:int, dtype, device, tick:Callable,
                   part:str="training", watch=None, chunk:int|None=None) -> list: # of dicts
     "Statistics over time for SGD and each algorithm at each radius, and for their SDEs"
     X, y = digits(dtype, device)
-    objective = FiniteSum.from_module(net, nn.CrossEntropyLoss(), X[:n], y[:n], batch_size=32, chunk=chunk)
-    names, observe = watch(objective) if watch else (STATISTICS, watched(net, objective, X[n:], y[n:]))
+    objective = FiniteSum.from_module(net, nn.CrossEntropyLoss(), X[:n], y[:n], batch_size=32,
+                                      chunk=chunk)
+    names, observe = (watch(objective) if watch
+                      else (STATISTICS, watched(net, objective, X[n:], y[n:])))
     settings = dict(t_end=steps * eta, n_paths=runs, every=every, observe={"statistics": observe})
     rows = []
     for name, kind in KINDS.items():
         rhos = radii.get(name, (0.,))
         rho = torch.tensor(rhos, dtype=torch.float64).to(objective.x0)
         sde = SDE(kind(rho), objective, eta, draws=math.ceil(n / 32), seed=None)
-        for j, (model, process, dt) in enumerate([("algorithm", Chain(kind(rho), objective, eta), None), ("own SDE", sde, eta / 2)]):
+        for j, (model, process,
+                dt) in enumerate([("algorithm", Chain(kind(rho), objective, eta), None),
+                                  ("own SDE", sde, eta / 2)]):
             run = simulate(process, objective.x0, dt=dt, seed=2 * seed + j, **settings)
-            mean, se = (s["statistics"].reshape(len(run.times), len(rhos), -1).tolist() for s in (run.mean, run.sem))
+            mean, se = (s["statistics"].reshape(len(run.times), len(rhos), -1).tolist()
+                        for s in (run.mean, run.sem))
             lost = torch.as_tensor(run.n_diverged).reshape(-1).expand(len(rhos)).tolist()
-            rows += [dict(part=part, algorithm=name, rho=r, model=model, statistic=s, time=t, value=mean[k][i][m], se=se[k][i][m],
-                          runs=runs - lost[i], diverged=lost[i], d=objective.dim, batch_size=32, chunk=chunk or n)
-                     for k, t in enumerate(run.times.tolist()) for i, r in enumerate(rhos) for m, s in enumerate(names)]
+            rows += [dict(part=part, algorithm=name, rho=r, model=model, statistic=s, time=t,
+                          value=mean[k][i][m], se=se[k][i][m],
+                          runs=runs - lost[i], diverged=lost[i], d=objective.dim, batch_size=32,
+                          chunk=chunk or n)
+                     for k, t in enumerate(run.times.tolist()) for i, r in enumerate(rhos)
+                     for m, s in enumerate(names)]
             tick()
     return rows
 
 # %% ../../nbs/experiments/networks.ipynb #4622b67a
 def large_rows(quick:bool, seed:int, dtype, device, tick:Callable) -> list: # of dicts
     "The training loss and accuracy of a large network, for each algorithm and its SDE"
-    net, (X, y) = conv_net(*(SIZES[0] if quick else SIZES[-1]), dtype=dtype, device=device), digits(dtype, device)
-    held = FiniteSum.from_module(net, lambda out, target: (out.argmax(-1) == target).to(out.dtype).mean() + 0 * out.sum(), X[1500:], y[1500:])
-    watch = lambda objective: (("training loss", "test accuracy"), lambda x: torch.stack([objective.loss(x), held.loss(x)], -1))
-    return training_rows(net, 1500, .1, 4 if quick else 20, 2 if quick else 4, {"USAM": (.3,), "DNSAM": (.05,), "SAM": (.1,)}, 2 if quick else 4,
+    net = conv_net(*(SIZES[0] if quick else SIZES[-1]), dtype=dtype, device=device)
+    X, y = digits(dtype, device)
+    held = FiniteSum.from_module(net,
+                                 lambda out, target: (out.argmax(-1) == target).to(out.dtype).mean()
+                                 + 0 * out.sum(), X[1500:], y[1500:])
+    def watch(objective):
+        return (("training loss", "test accuracy"),
+                lambda x: torch.stack([objective.loss(x), held.loss(x)], -1))
+    return training_rows(net, 1500, .1, 4 if quick else 20, 2 if quick else 4,
+                         {"USAM": (.3,), "DNSAM": (.05,), "SAM": (.1,)}, 2 if quick else 4,
                          seed, dtype, device, tick, "large", watch, 256)
 
 # %% ../../nbs/experiments/networks.ipynb #33b868df
 def measure(quick:bool=False, # smaller networks, fewer runs, a shorter training
             seed:int=0, # of the minibatches and the noise
-            dtype=torch.float32, device="cpu", # of the runs; costs are measured in single precision on the CPU
+            dtype=torch.float32,
+            device="cpu", # of the runs; costs are measured in single precision on the CPU
             progress:bool=False # show a progress bar
-           ) -> pd.DataFrame: # part, algorithm, model, rho, statistic, time, value, se, runs, diverged, d, batch_size, chunk
+           ) -> pd.DataFrame: # a row for each number, with what it belongs to
     "Costs of SDE steps, and training against its SDEs"
     seed = check_int("seed", seed, least=0)
     with tqdm(total=len(cost_plans(quick)) + 16, desc="networks", disable=not progress) as bar:
         rows = cost_rows(quick, bar.update)
         net = conv_net(6, 16, pool=2, dtype=dtype, device=device)
         radii = {name: rhos[-1:] for name, rhos in RADII.items()} if quick else RADII
-        rows += training_rows(net, 256, .2, 6 if quick else 90, 3 if quick else 15, radii, 3 if quick else 32, seed, dtype, device, bar.update)
+        rows += training_rows(net, 256, .2, 6 if quick else 90, 3 if quick else 15, radii,
+                              3 if quick else 32, seed, dtype, device, bar.update)
         rows += large_rows(quick, seed, dtype, device, bar.update)
     return pd.DataFrame(rows)
 
@@ -169,32 +215,43 @@ def measure(quick:bool=False, # smaller networks, fewer runs, a shorter training
 def cost_panel(ax, table:pd.DataFrame, statistic:str, label:str):
     "Seconds or megabytes of a step against the number of parameters"
     part = table[(table.part == "cost") & (table.statistic == statistic)]
-    for (kind, B), rows in part[(part.model == "best") & (part.chunk == 256)].groupby(["algorithm", "batch_size"]):
+    for (kind,
+         B), rows in part[(part.model == "best")
+                          & (part.chunk == 256)].groupby(["algorithm", "batch_size"]):
         rows = rows.sort_values("d")
-        ax.plot(rows.d, rows.value, "o-" if B == 1 else "s--", ms=4, color=colours[kind], label=f"{kind}, $B={B}$")
+        ax.plot(rows.d, rows.value, "o-" if B == 1 else "s--", ms=4, color=colours[kind],
+                label=f"{kind}, $B={B}$")
     for route, marker in (("samples", "x"), ("dense", "+")):
         rows = part[part.model == route].sort_values("d")
         ax.plot(rows.d, rows.value, marker + ":k", label=f"USAM, $B=1$, {route}")
     ax.set(xscale="log", yscale="log", xlabel="parameters $d$", ylabel=label)
 
 def curves(ax, rows:pd.DataFrame, name:str=""):
-    "One statistic over time, of an algorithm (solid, with its 95 % interval) and of its SDE (dashed), a shade for each radius"
+    """One statistic over time, of an algorithm (solid, with its 95 % interval) and of its SDE
+    (dashed), a shade for each radius"""
     for shade, (rho, own) in zip((.4, .7, 1.), rows.groupby("rho")):
         for model, look in (("algorithm", "-"), ("own SDE", "--")):
             m = own[own.model == model].sort_values("time")
             label = f"{name}$\\rho={rho:g}$" if model == "algorithm" else "_"
-            ax.plot(m.time, m.value, look, color=colours[m.algorithm.iloc[0]], alpha=shade, label=label)
-            if model == "algorithm": ax.fill_between(m.time, m.value - 1.96 * m.se, m.value + 1.96 * m.se, color=colours[m.algorithm.iloc[0]], alpha=.2, lw=0)
+            ax.plot(m.time, m.value, look, color=colours[m.algorithm.iloc[0]], alpha=shade,
+                    label=label)
+            if model == "algorithm":
+                ax.fill_between(m.time, m.value - 1.96 * m.se, m.value + 1.96 * m.se,
+                                color=colours[m.algorithm.iloc[0]], alpha=.2, lw=0)
 
 # %% ../../nbs/experiments/networks.ipynb #2259cc57
 def draw_costs(figure, table:pd.DataFrame):
-    for ax, statistic, label in zip(figure.subplots(1, 2), ("seconds", "megabytes"), ("seconds a step", "memory of a step (MB)")): cost_panel(ax, table, statistic, label)
+    for ax, statistic, label in zip(figure.subplots(1, 2), ("seconds", "megabytes"),
+                                    ("seconds a step", "memory of a step (MB)")):
+        cost_panel(ax, table, statistic, label)
     legend(figure)
 
 def draw_large(figure, table:pd.DataFrame):
     large = table[table.part == "large"]
     for ax, statistic in zip(figure.subplots(1, 2), ("training loss", "test accuracy")):
-        for name in KINDS: curves(ax, large[(large.algorithm == name) & (large.statistic == statistic)], f"{name}, ")
+        for name in KINDS:
+            curves(ax, large[(large.algorithm == name) & (large.statistic == statistic)],
+                   f"{name}, ")
         ax.set(xlabel="time $k\\eta$", ylabel=statistic, title=f"{large.d.iloc[0]:,.0f} parameters")
     legend(figure, 2)
 
@@ -210,24 +267,32 @@ def training(statistic:str):
             if ax.get_subplotspec().is_last_row(): ax.set_xlabel("time $k\\eta$")
     return draw, 2
 
-PARTS = {"costs": (draw_costs, 1), "large": (draw_large, 1), **{statistic: training(statistic) for statistic in STATISTICS}}
+PARTS = {"costs": (draw_costs, 1), "large": (draw_large, 1),
+         **{statistic: training(statistic) for statistic in STATISTICS}}
 
 # %% ../../nbs/experiments/networks.ipynb #f18fc8c5
 def plot(table:pd.DataFrame, # from measure
          part:str|None=None # one of PARTS, for it alone
         ): # matplotlib Figure
-    "Costs against d, a large network, and training by four algorithms: solid with 95 % intervals, their SDEs dashed"
+    """Costs against d, a large network, and training by four algorithms:
+    solid with 95 % intervals, their SDEs dashed"""
     return picture(PARTS, table, part)
 
 # %% ../../nbs/experiments/networks.ipynb #e8dbd69f
-def gaps(table:pd.DataFrame, other:str="own SDE") -> pd.DataFrame: # a row for each algorithm, ρ, statistic and time; columns percent, se, z
+def gaps(table:pd.DataFrame, other:str="own SDE"
+        ) -> pd.DataFrame: # a row for each algorithm, ρ, statistic and time; columns percent, se, z
     "By how much a model is off an algorithm: its own SDE, or SGD's"
     rows = table[table.time > 0].set_index(["algorithm", "rho", "statistic", "time"])
     m = rows[rows.model == "algorithm"]
     if other == "own SDE": model = rows[rows.model == "own SDE"].loc[m.index]
-    else: model = rows[rows.model == "own SDE"].loc[[("SGD", 0., *index[2:]) for index in m.index]].set_index(m.index)
-    gap, se = model.value - m.value, (model.se**2 + m.se**2)**.5
-    return pd.DataFrame(dict(percent=100 * gap / m.value, se=100 * se / m.value.abs(), z=gap / se)).reset_index()
+    else:
+        model = rows[rows.model
+                     == "own SDE"].loc[[("SGD", 0., *index[2:])
+                                        for index in m.index]].set_index(m.index)
+    gap = model.value - m.value
+    se = (model.se**2 + m.se**2)**.5
+    return pd.DataFrame(dict(percent=100 * gap / m.value, se=100 * se / m.value.abs(),
+                             z=gap / se)).reset_index()
 
 def worst(rows:pd.DataFrame) -> pd.Series: return rows.loc[rows.percent.abs().idxmax()]
 def parted(rows:pd.DataFrame) -> bool: return ((rows.z.abs() > 4) & (rows.percent.abs() > 5)).any()
@@ -242,25 +307,45 @@ def costs(table:pd.DataFrame) -> list:
     "Verdicts on time, memory and the dense route"
     cost = table[table.part == "cost"]
     best = cost[(cost.model == "best") & (cost.chunk == 256)]
-    of = lambda statistic, rows=best: {key: part for key, part in rows[rows.statistic == statistic].groupby(["algorithm", "batch_size"])}
-    told = lambda parts, say: listed({f"{kind}, B = {B}:": say(rows.sort_values("d")) for (kind, B), rows in parts.items()})
+    def of(statistic):
+        rows = best[best.statistic == statistic]
+        return dict(iter(rows.groupby(["algorithm", "batch_size"])))
+    def told(parts, say):
+        return listed({f"{kind}, B = {B}:": say(rows.sort_values("d"))
+                       for (kind, B), rows in parts.items()})
     seconds, gradients, memory = (of(s) for s in ("seconds", "gradients", "megabytes"))
-    linear = max(slope(rows) for rows in seconds.values()) < 1.1 and max(rows.value.max() for rows in gradients.values()) < 20
-    bounded = {chunk: rows.value.item() for chunk, rows in cost[(cost.statistic == "megabytes") & (cost.algorithm == "SAM") & (cost.batch_size == 1)
-                                                                 & (cost.d == cost.d.max())].groupby("chunk")}
-    routes = cost[(cost.algorithm == "USAM") & (cost.batch_size == 1) & (cost.statistic == "seconds")].pivot_table(index="d", columns="model", values="value").dropna()
+    linear = (max(slope(rows) for rows in seconds.values()) < 1.1
+              and max(rows.value.max() for rows in gradients.values()) < 20)
+    single = cost[cost.batch_size == 1]
+    largest = single[(single.statistic == "megabytes") & (single.algorithm == "SAM")
+                     & (single.d == cost.d.max())]
+    bounded = {chunk: rows.value.item() for chunk, rows in largest.groupby("chunk")}
+    routes = single[(single.algorithm == "USAM") & (single.statistic == "seconds")]
+    routes = routes.pivot_table(index="d", columns="model", values="value").dropna()
     last = routes.iloc[-1]
+    def first_to_last(rows): return f"{rows.value.iloc[0]:.1f} to {rows.value.iloc[-1]:.1f}"
+    def power(rows): return f"{slope(rows):.2f}"
+    small = max(slope(rows) for rows in memory.values()) < 1.1
+    by_chunk = bounded[64] < .6 * max(bounded.values())
     return [
-        Verdict("A step of the SDE costs a few gradients, however large the network.", "holds" if linear else "does not hold",
-                f"Time of a step in gradients on all samples, smallest to largest network ({best.d.min():,.0f} to {best.d.max():,.0f} parameters): "
-                f"{told(gradients, lambda rows: f'{rows.value.iloc[0]:.1f} to {rows.value.iloc[-1]:.1f}')}. Time grows like d to the power "
-                f"{told(seconds, lambda rows: f'{slope(rows):.2f}')} (three largest)."),
-        Verdict("Its memory is bounded by the chunk, and linear in d.", "holds" if max(slope(rows) for rows in memory.values()) < 1.1 and bounded[64] < .6 * max(bounded.values()) else "does not hold",
-                f"Megabytes at {best.d.max():,.0f} parameters, chunk 256: {told(memory, lambda rows: f'{rows.value.iloc[-1]:.0f}')}; SAM, by chunk: "
-                f"{listed({f'{chunk:g}:': f'{value:.0f}' for chunk, value in bounded.items()})}. A d×d matrix has {4e-6 * best.d.max()**2:,.0f}. Grows like d to the power "
-                f"{told(memory, lambda rows: f'{slope(rows):.2f}')}."),
-        Verdict("The dense route does not get there.", "holds" if last["dense"] > 4 * last["best"] else "does not hold",
-                f"At {routes.index[-1]:,.0f} parameters a step takes {last['best']:.2g} s by norms, {last['samples']:.2g} s by samples, {last['dense']:.2g} s with a d×d matrix and its root.")]
+        Verdict("A step of the SDE costs a few gradients, however large the network.",
+                "holds" if linear else "does not hold",
+                f"Time of a step in gradients on all samples, "
+                f"smallest to largest network ({best.d.min():,.0f} to {best.d.max():,.0f} "
+                f"parameters): {told(gradients, first_to_last)}. "
+                f"Time grows like d to the power {told(seconds, power)} (three largest)."),
+        Verdict("Its memory is bounded by the chunk, and linear in d.",
+                "holds" if small and by_chunk else "does not hold",
+                f"Megabytes at {best.d.max():,.0f} parameters, chunk 256: "
+                f"{told(memory, lambda rows: f'{rows.value.iloc[-1]:.0f}')}; SAM, by chunk: "
+                f"{listed({f'{chunk:g}:': f'{value:.0f}' for chunk, value in bounded.items()})}. "
+                f"A d×d matrix has {4e-6 * best.d.max()**2:,.0f}. Grows like d to the power "
+                f"{told(memory, power)}."),
+        Verdict("The dense route does not get there.",
+                "holds" if last["dense"] > 4 * last["best"] else "does not hold",
+                f"At {routes.index[-1]:,.0f} parameters a step takes {last['best']:.2g} s by "
+                f"norms, {last['samples']:.2g} s by samples, "
+                f"{last['dense']:.2g} s with a d×d matrix and its root.")]
 
 # %% ../../nbs/experiments/networks.ipynb #e4532b44
 def tracks(table:pd.DataFrame) -> Verdict:
@@ -268,27 +353,43 @@ def tracks(table:pd.DataFrame) -> Verdict:
     rows = gaps(table[table.part == "large"])
     rows = rows[(rows.statistic == "training loss") & (rows.time == rows.time.max())]
     good = (rows.z.abs() < 4) | (rows.percent.abs() < 2)
-    return Verdict(f"The SDE of a network with {table[table.part == 'large'].d.max():,.0f} parameters follows its training.",
-                   "holds" if good.all() else "holds with a condition" if good.any() else "does not hold",
-                   f"Training loss of the SDE against the algorithm's after t = {rows.time.iloc[0]:g}, {table[table.part == 'large'].runs.max()} runs: "
-                   + listed({f"{r.algorithm}, ρ = {r.rho:g}:": f"{plus_minus(r.percent, r.se)} %" for r in rows.itertuples()}) + ".")
+    return Verdict(
+        f"The SDE of a network with {table[table.part == 'large'].d.max():,.0f} parameters follows "
+        f"its training.",
+                   "holds" if good.all() else "holds with a condition" if good.any()
+        else "does not hold",
+                   f"Training loss of the SDE against the algorithm's after t = "
+                   f"{rows.time.iloc[0]:g}, {table[table.part == 'large'].runs.max()} runs: "
+                   + listed({f"{r.algorithm}, ρ = {r.rho:g}:": f"{plus_minus(r.percent, r.se)} %"
+                             for r in rows.itertuples()}) + ".")
 
 def parting(table:pd.DataFrame) -> list:
     "Up to which radius are the SDEs models of training?"
     own, sgd = (gaps(table[table.part == "training"], model) for model in ("own SDE", "SGD's SDE"))
     def parts(g): # (algorithm, ρ) -> statistics in which they part
-        return {key: [s for s in STATISTICS if parted(rows[rows.statistic == s])] for key, rows in g.groupby(["algorithm", "rho"])}
-    where, control, said = parts(own), parts(sgd), {}
+        return {key: [s for s in STATISTICS if parted(rows[rows.statistic == s])]
+                for key, rows in g.groupby(["algorithm", "rho"])}
+    where = parts(own)
+    control = parts(sgd)
+    said = {}
     for (name, rho), rows in own.groupby(["algorithm", "rho"]):
-        w, names = worst(rows[rows.statistic == STATISTICS[0]]), where[name, rho]
-        said[f"{name}, ρ = {rho:g}:" if rho else f"{name}:"] = f"{plus_minus(w.percent, w.se)} %" + (f", parts in {', '.join(names)}" if names else "")
+        w = worst(rows[rows.statistic == STATISTICS[0]])
+        names = where[name, rho]
+        said[f"{name}, ρ = {rho:g}:" if rho
+             else f"{name}:"] = (f"{plus_minus(w.percent, w.se)} %"
+                                 + (f", parts in {', '.join(names)}" if names else ""))
     moved = [key for key in where if key[1] > 0]
     small = [where[name, min(r for n, r in moved if n == name)] for name in RADII]
-    verdict = "holds" if not any(where.values()) else "holds with a condition" if not any(STATISTICS[0] in names for names in small) else "does not hold"
+    verdict = ("holds" if not any(where.values()) else "holds with a condition"
+               if not any(STATISTICS[0] in names for names in small) else "does not hold")
     missed = [f"{name}, ρ = {rho:g}" for name, rho in moved if not control[name, rho]]
-    return [Verdict("Training by minibatches of 32 follows the algorithm's own SDE.", verdict, f"Largest deviation of the SDE's training loss, over all times: {listed(said)}."),
-            Verdict("SGD's SDE does not follow them, the control.", "holds" if not missed else "holds with a condition",
-                    f"It parts from {len(moved) - len(missed)} of {len(moved)} runs of SAM-type algorithms" + (f", not from {', '.join(missed)}" if missed else "") + ".")]
+    return [Verdict("Training by minibatches of 32 follows the algorithm's own SDE.", verdict,
+                    f"Largest deviation of the SDE's training loss, over all times: "
+                    f"{listed(said)}."),
+            Verdict("SGD's SDE does not follow them, the control.",
+                    "holds" if not missed else "holds with a condition",
+                    f"It parts from {len(moved) - len(missed)} of {len(moved)} runs of SAM-type "
+                    f"algorithms" + (f", not from {', '.join(missed)}" if missed else "") + ".")]
 
 # %% ../../nbs/experiments/networks.ipynb #c939127c
 def verdicts(table:pd.DataFrame # from measure
@@ -296,5 +397,7 @@ def verdicts(table:pd.DataFrame # from measure
     "What became of the claims about real networks"
     return Verdicts([*costs(table), tracks(table), *parting(table)])
 
-experiment = Experiment("networks", "what does an SDE step of a real network cost, and does it follow training by minibatches?",
+experiment = Experiment("networks",
+                        "what does an SDE step of a real network cost, "
+                        "and does it follow training by minibatches?",
                         measure, plot, verdicts, "about twenty-five minutes")

@@ -29,14 +29,17 @@ class Problem:
 
     def statistic(self, x:Tensor) -> Tensor:
         "The paper's ‖∇f(x)‖ + ‖x‖, (..., d) -> (...)"
-        return torch.linalg.vector_norm(self.objective.grad(x), dim=-1) + torch.linalg.vector_norm(x, dim=-1)
+        return (torch.linalg.vector_norm(self.objective.grad(x), dim=-1)
+                + torch.linalg.vector_norm(x, dim=-1))
 
 # %% ../../nbs/experiments/problems.ipynb #38b690d4
 def quadratic(dtype=torch.float64, device="cpu", d:int=20, sigma:float=.1, seed:int=0) -> Problem:
     "A random quadratic in d dimensions"
     generator = torch.Generator().manual_seed(seed)
-    A, x0 = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in [(d, 2 * d), (d,)])
-    return Problem("quadratic", Quadratic((A @ A.T / (2 * d)).to(device, dtype), sigma), x0.to(device, dtype), t_end=4.)
+    A, x0 = (torch.randn(*shape, generator=generator, dtype=torch.float64)
+             for shape in [(d, 2 * d), (d,)])
+    return Problem("quadratic", Quadratic((A @ A.T / (2 * d)).to(device, dtype), sigma),
+                   x0.to(device, dtype), t_end=4.)
 
 # %% ../../nbs/experiments/problems.ipynb #83c961bd
 def one_hidden_layer(fan_in:int, # inputs
@@ -45,14 +48,16 @@ def one_hidden_layer(fan_in:int, # inputs
                      activation:Callable, # such as torch.sigmoid
                      seed:int # of the start
                     ) -> tuple[Callable, Tensor]:
-    "The function of parameters (d,) and inputs (N, fan_in) -> (N, outputs), and a start (d,) in double precision"
+    """The function of parameters (d,) and inputs (N, fan_in) -> (N, outputs), and a start (d,)
+    in double precision"""
     hidden = check_int("hidden", hidden)
     sizes = [fan_in * hidden, hidden, hidden * outputs, outputs]
     def network(x, inputs):
         W1, b1, W2, b2 = x.split(sizes)
         return activation(inputs @ W1.view(hidden, fan_in).T + b1) @ W2.view(outputs, hidden).T + b2
     generator = torch.Generator().manual_seed(seed)
-    spread = torch.cat([torch.full((n,), k**-.5, dtype=torch.float64) for n, k in zip(sizes, (fan_in, fan_in, hidden, hidden))])
+    spread = torch.cat([torch.full((n,), k**-.5, dtype=torch.float64)
+                        for n, k in zip(sizes, (fan_in, fan_in, hidden, hidden))])
     return network, spread * torch.randn(len(spread), generator=generator, dtype=torch.float64)
 
 # %% ../../nbs/experiments/problems.ipynb #aebb7d48
@@ -71,55 +76,70 @@ def classification(data:str # "cancer" or "iris"
     labels = y[:, None] if data == "cancer" else torch.nn.functional.one_hot(y)
     return (X - X.mean(0)) / X.std(0, correction=0), 2. * labels.double() - 1
 
-def classifier(data:str, activation:Callable, hidden:int, name:str, dtype, device, sigma:float, seed:int) -> Problem:
+def classifier(data:str, activation:Callable, hidden:int, name:str, dtype, device, sigma:float,
+               seed:int) -> Problem:
     "A network with one hidden layer on one of the data sets"
     X, y = (t.to(device, dtype) for t in classification(data))
     network, x0 = one_hidden_layer(X.shape[1], hidden, y.shape[1], activation, seed)
-    loss = lambda x: torch.nn.functional.softplus(-y * network(x, X)).sum(1).mean() + .05 * (x * x).sum()
+    def loss(x):
+        return torch.nn.functional.softplus(-y * network(x, X)).sum(1).mean() + .05 * (x * x).sum()
     return Problem(name, NoisyLoss(loss, len(x0), sigma), x0.to(device, dtype), t_end=4.)
 
 def identity(z:Tensor) -> Tensor: return z
 
-def deep_nonlinear(dtype=torch.float64, device="cpu", hidden:int=20, sigma:float=.02, seed:int=0) -> Problem:
+def deep_nonlinear(dtype=torch.float64, device="cpu", hidden:int=20, sigma:float=.02,
+                   seed:int=0) -> Problem:
     "A sigmoid network on the breast cancer data"
     return classifier("cancer", torch.sigmoid, hidden, "deep-nonlinear", dtype, device, sigma, seed)
 
-def deep_linear(dtype=torch.float64, device="cpu", hidden:int=20, sigma:float=.02, seed:int=0) -> Problem:
+def deep_linear(dtype=torch.float64, device="cpu", hidden:int=20, sigma:float=.02,
+                seed:int=0) -> Problem:
     "A linear network on the breast cancer data"
     return classifier("cancer", identity, hidden, "deep-linear", dtype, device, sigma, seed)
 
 # %% ../../nbs/experiments/problems.ipynb #probl005
-def iris_nonlinear(dtype=torch.float64, device="cpu", hidden:int=8, sigma:float=.02, seed:int=0) -> Problem:
+def iris_nonlinear(dtype=torch.float64, device="cpu", hidden:int=8, sigma:float=.02,
+                   seed:int=0) -> Problem:
     "A sigmoid network on the Iris data"
     return classifier("iris", torch.sigmoid, hidden, "iris-nonlinear", dtype, device, sigma, seed)
 
-def iris_linear(dtype=torch.float64, device="cpu", hidden:int=8, sigma:float=.02, seed:int=0) -> Problem:
+def iris_linear(dtype=torch.float64, device="cpu", hidden:int=8, sigma:float=.02,
+                seed:int=0) -> Problem:
     "A linear network on the Iris data"
     return classifier("iris", identity, hidden, "iris-linear", dtype, device, sigma, seed)
 
 # %% ../../nbs/experiments/problems.ipynb #probl007
-def teacher_student(dtype=torch.float64, device="cpu", inputs:int=5, hidden:int=10, sigma:float=.02, seed:int=0) -> Problem:
+def teacher_student(dtype=torch.float64, device="cpu", inputs:int=5, hidden:int=10, sigma:float=.02,
+                    seed:int=0) -> Problem:
     "A sigmoid network that learns another one"
     network, x0 = one_hidden_layer(inputs, hidden, 1, torch.sigmoid, seed)
-    X = torch.randn(200, inputs, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
-    y = network(3 * one_hidden_layer(inputs, hidden, 1, torch.sigmoid, seed + 2)[1], X).to(device, dtype)
+    X = torch.randn(200, inputs, generator=torch.Generator().manual_seed(seed + 1),
+                    dtype=torch.float64)
+    y = network(3 * one_hidden_layer(inputs, hidden, 1, torch.sigmoid, seed + 2)[1],
+                X).to(device, dtype)
     X = X.to(device, dtype)
-    loss = lambda x: (network(x, X) - y).square().mean() + .005 * (x * x).sum()
-    return Problem("teacher-student", NoisyLoss(loss, len(x0), sigma), x0.to(device, dtype), t_end=4.)
+    def loss(x): return (network(x, X) - y).square().mean() + .005 * (x * x).sum()
+    return Problem("teacher-student", NoisyLoss(loss, len(x0), sigma), x0.to(device, dtype),
+                   t_end=4.)
 
 # %% ../../nbs/experiments/problems.ipynb #probl009
-def matrix_sensing(dtype=torch.float64, device="cpu", n:int=8, m:int=40, sigma:float=.02, seed:int=0) -> Problem:
+def matrix_sensing(dtype=torch.float64, device="cpu", n:int=8, m:int=40, sigma:float=.02,
+                   seed:int=0) -> Problem:
     "Recovery of a matrix of rank 2 from linear measurements"
     generator = torch.Generator().manual_seed(seed)
-    A, U, x0 = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in [(m, n, n), (n, 2), (n * n,)])
+    A, U, x0 = (torch.randn(*shape, generator=generator, dtype=torch.float64)
+                for shape in [(m, n, n), (n, 2), (n * n,)])
     A, U = (A + A.mT) / 2, U / n**.5
     y = torch.einsum("mij,ik,jk->m", A, U, U).to(device, dtype)
     A = A.reshape(m, n * n).to(device, dtype)
     def loss(x):
         U = x.view(n, n)
         return (y - A @ (U @ U.T).flatten()).square().mean() / 2
-    return Problem("matrix-sensing", NoisyLoss(loss, n * n, sigma), (x0 / n).to(device, dtype), t_end=4.)
+    return Problem("matrix-sensing", NoisyLoss(loss, n * n, sigma), (x0 / n).to(device, dtype),
+                   t_end=4.)
 
 # %% ../../nbs/experiments/problems.ipynb #probl011
-PROBLEMS = {"quadratic": quadratic, "deep-linear": deep_linear, "deep-nonlinear": deep_nonlinear, "iris-linear": iris_linear,
-            "iris-nonlinear": iris_nonlinear, "teacher-student": teacher_student, "matrix-sensing": matrix_sensing}
+PROBLEMS = {"quadratic": quadratic, "deep-linear": deep_linear, "deep-nonlinear": deep_nonlinear,
+            "iris-linear": iris_linear,
+            "iris-nonlinear": iris_nonlinear, "teacher-student": teacher_student,
+            "matrix-sensing": matrix_sensing}

@@ -22,15 +22,18 @@ from tqdm.auto import tqdm
 from ..algorithm import DNSAM, SAM, SGD, USAM, Algorithm
 from ..machinery.style import colours
 from ..ensemble import simulate
-from .escape import (SPECTRA, Autoencoder, Stopped, autoencoder, first_exits, floor, held, leaving_time, mildest,
+from .escape import (SPECTRA, Autoencoder, Stopped, autoencoder, first_exits,
+                                       floor, held, leaving_time, mildest,
                                        noise_threshold, saddle, sphere, starts)
-from .experiment import Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus
+from .experiment import (
+    Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus)
 from ..machinery.checks import check_int
 from ..saddle_attraction import arrival_time, escape_time, flow, kappa
 
 # %% ../../nbs/experiments/saddles.ipynb #18f9c1ff
 KINDS = {"GD": SGD, "USAM": USAM, "SAM": SAM, "DNSAM": DNSAM}
-NOISELESS, NOISY = list(KINDS), ["P" + name for name in KINDS]
+NOISELESS = list(KINDS)
+NOISY = ["P" + name for name in KINDS]
 
 def kind_of(name:str): return KINDS[name.removeprefix("P")]
 def named(name:str, rho) -> Algorithm: return SGD() if kind_of(name) is SGD else kind_of(name)(rho)
@@ -38,20 +41,25 @@ def named(name:str, rho) -> Algorithm: return SGD() if kind_of(name) is SGD else
 # %% ../../nbs/experiments/saddles.ipynb #d94b370a
 def share(hits) -> dict:
     "The share of True, with its standard error and Wilson's interval"
-    k, n = int(np.sum(np.asarray(hits))), len(hits)
+    k = int(np.sum(np.asarray(hits)))
+    n = len(hits)
     interval = binomtest(k, n).proportion_ci(.95, "wilson")
-    return dict(value=k / n, se=(k / n * (1 - k / n) / n)**.5, low=float(interval.low), high=float(interval.high), runs=n)
+    return dict(value=k / n, se=(k / n * (1 - k / n) / n)**.5, low=float(interval.low),
+                high=float(interval.high), runs=n)
 
 def mean(values:Tensor) -> dict:
     "Mean, standard error and 95 % interval; no number unless all values are finite"
-    m, se = values.double().mean().item(), values.double().std().item() / len(values)**.5
+    m = values.double().mean().item()
+    se = values.double().std().item() / len(values)**.5
     if se < 1e-12 * abs(m): se = 0. # all the same, but for rounding
     if not math.isfinite(m): m = se = math.nan
     return dict(value=m, se=se, low=m - 1.96 * se, high=m + 1.96 * se, runs=len(values))
 
-def row(study:str, case:str, name:str, eta:float, rho:float, sigma:float, x:float, result:dict, theory=math.nan, bound=math.nan) -> dict:
+def row(study:str, case:str, name:str, eta:float, rho:float, sigma:float, x:float, result:dict,
+        theory=math.nan, bound=math.nan) -> dict:
     "A row of the table: `theory` is a prediction of the value, `bound` of the x at which it jumps"
-    return dict(study=study, case=case, algorithm=name, eta=eta, rho=rho, sigma=sigma, x=x) | result | dict(theory=theory, bound=bound)
+    return (dict(study=study, case=case, algorithm=name, eta=eta, rho=rho, sigma=sigma,
+                 x=x) | result | dict(theory=theory, bound=bound))
 
 # %% ../../nbs/experiments/saddles.ipynb #5e41312c
 @dataclass(frozen=True)
@@ -65,55 +73,76 @@ class Setting:
     def put(self, x:Tensor) -> Tensor: return x.to(self.device, self.dtype)
 
 # %% ../../nbs/experiments/saddles.ipynb #08f5d414
-RHO, FACTORS = .1, (.1, .3, .7, .9, 1.1, 1.5, 3., 6., 15.)
+RHO = .1
+FACTORS = (.1, .3, .7, .9, 1.1, 1.5, 3., 6., 15.)
 
 def distance_study(s:Setting) -> list:
-    "Share of starts that are held, against their distance in units of ρλ*; by SAM's ODE and by the algorithms"
-    rows, factors = [], FACTORS[1:6:2] if s.quick else FACTORS
+    """Share of starts that are held, against their distance in units of ρλ*;
+    by SAM's ODE and by the algorithms"""
+    rows = []
+    factors = FACTORS[1:6:2] if s.quick else FACTORS
     for case, (lam, eta) in SPECTRA.items():
-        objective, n = saddle(s.dtype, s.device, case).objective, s.runs(24 if len(lam) == 400 else 100)
+        objective = saddle(s.dtype, s.device, case).objective
+        n = s.runs(24 if len(lam) == 400 else 100)
         bound = floor(SAM(RHO), lam, eta) / (RHO * mildest(lam))
         for direction in ("random", "mildest"):
             x0 = starts(lam, n, factors, RHO, s.seed, direction)
             stay = {"ODE": arrival_time(SAM(RHO), torch.diag(lam), x0).isfinite()}
             for name in NOISELESS if direction == "random" else ["SAM"]:
                 stay[name] = held(named(name, RHO), objective, eta, s.put(x0), RHO)
-            rows += [row(f"distance, {direction}", case, name, eta, RHO, 0., r, share(h[:, j]), bound=bound)
+            rows += [row(f"distance, {direction}", case, name, eta, RHO, 0., r, share(h[:, j]),
+                         bound=bound)
                      for name, h in stay.items() for j, r in enumerate(factors)]
     return rows
 
 # %% ../../nbs/experiments/saddles.ipynb #54e566b3
-LEVELS, STEPS = (.3, .7, 1.1, 1.5, 2.5, 4., 8., 16.), (.25, .5, .8, 1.25, 2., 4.)
-def longest_step(lam:Tensor) -> float: return 2 * mildest(lam) / (lam.max().item() * (lam.max().item() + mildest(lam)))
+LEVELS = (.3, .7, 1.1, 1.5, 2.5, 4., 8., 16.)
+STEPS = (.25, .5, .8, 1.25, 2., 4.)
+def longest_step(lam:Tensor) -> float:
+    return 2 * mildest(lam) / (lam.max().item() * (lam.max().item() + mildest(lam)))
 
 def noise_study(s:Setting) -> list:
     "Share of starts that are held, against the noise in units of ρλ*κ_d"
     rows = []
     for case, (lam, eta) in SPECTRA.items():
-        unit, n, span, names, levels = RHO * mildest(lam) * kappa(len(lam)), s.runs(24 if len(lam) == 400 else 100), 40., NOISY, LEVELS
+        unit = RHO * mildest(lam) * kappa(len(lam))
+        n = s.runs(24 if len(lam) == 400 else 100)
+        span = 40.
+        names = NOISY
+        levels = LEVELS
         if floor(SAM(RHO), lam, eta) > RHO * mildest(lam): # many short steps: fewer of all else
-            eta, n, span, names, levels = longest_step(lam) / 4, 12, 20., ["PSAM", "PDNSAM"], LEVELS[1::2]
+            eta = longest_step(lam) / 4
+            n = 12
+            span = 20.
+            names = ["PSAM", "PDNSAM"]
+            levels = LEVELS[1::2]
             if s.quick: continue
         x0 = s.put(starts(lam, n, [.3], RHO, s.seed)[:, 0])
         for name in names:
             algorithm = named(name, RHO)
-            bound = noise_threshold(algorithm, lam, eta) / unit if name in ("PSAM", "PDNSAM") else math.nan
+            bound = (noise_threshold(algorithm, lam, eta) / unit if name in ("PSAM", "PDNSAM")
+                     else math.nan)
             for level in levels[1::2] if s.quick else levels:
                 objective = saddle(s.dtype, s.device, case, sigma=level * unit).objective
                 stay = held(algorithm, objective, eta, x0, RHO, s.seed, span)
-                rows.append(row("noise", case, name, eta, RHO, level * unit, level, share(stay), bound=bound))
+                rows.append(row("noise", case, name, eta, RHO, level * unit, level, share(stay),
+                                bound=bound))
     return rows
 
 # %% ../../nbs/experiments/saddles.ipynb #00ade057
 def step_study(s:Setting, case:str="d = 400, sharp and mild") -> list:
     "Share of starts that are held without noise, against η in units of η_c, Eq. (1)"
-    rows, lam = [], SPECTRA[case][0]
-    objective, x0 = saddle(s.dtype, s.device, case).objective, starts(lam, s.runs(16), [.3], RHO, s.seed)[:, 0]
+    rows = []
+    lam = SPECTRA[case][0]
+    objective = saddle(s.dtype, s.device, case).objective
+    x0 = starts(lam, s.runs(16), [.3], RHO, s.seed)[:, 0]
     ode = arrival_time(SAM(RHO), torch.diag(lam), x0).isfinite()
     for factor in STEPS[1::2] if s.quick else STEPS:
         eta = factor * longest_step(lam)
-        stay = {name: held(named(name, RHO), objective, eta, s.put(x0), RHO) for name in ("GD", "SAM")}
-        rows += [row("step", case, name, eta, RHO, 0., factor, share(h), bound=1.) for name, h in [("ODE", ode), *stay.items()]]
+        stay = {name: held(named(name, RHO), objective, eta, s.put(x0), RHO)
+                for name in ("GD", "SAM")}
+        rows += [row("step", case, name, eta, RHO, 0., factor, share(h), bound=1.)
+                 for name, h in [("ODE", ode), *stay.items()]]
     return rows
 
 # %% ../../nbs/experiments/saddles.ipynb #1261ceb0
@@ -122,16 +151,20 @@ EMBEDDED = {"d = 2": dict(rho=.2, quartic=.25, level=2.5, t_end=60.),
 
 def embedded_runs(s:Setting, case:str) -> dict: # name -> (times of leaving, η, s)
     "All algorithms at one embedded saddle"
-    (lam, eta), how = SPECTRA[case], EMBEDDED[case]
-    rho, n = how["rho"], s.runs(400 if len(lam) == 2 else 32)
+    lam, eta = SPECTRA[case]
+    how = EMBEDDED[case]
+    rho = how["rho"]
+    n = s.runs(400 if len(lam) == 2 else 32)
     sigma = how["level"] * rho * mildest(lam) * kappa(len(lam))
     x0 = .05 * sphere(n, 2, s.seed) if len(lam) == 2 else starts(lam, n, [.3], rho, s.seed)[:, 0]
     half = (-lam[lam < 0] / how["quartic"]).sum().item()**.5 / 2
-    left, runs = lambda x: torch.linalg.vector_norm(x, dim=-1) > half, {}
+    def left(x): return torch.linalg.vector_norm(x, dim=-1) > half
+    runs = {}
     for name in NOISELESS + NOISY:
         noise = sigma * (name in NOISY)
         objective = saddle(s.dtype, s.device, case, how["quartic"], noise).objective
-        runs[name] = first_exits(named(name, rho), objective, eta, s.put(x0), how["t_end"], left, s.seed)[0], eta, noise
+        runs[name] = (first_exits(named(name, rho), objective, eta, s.put(x0), how["t_end"], left,
+                                  s.seed)[0], eta, noise)
     return runs
 
 # %% ../../nbs/experiments/saddles.ipynb #85594984
@@ -142,50 +175,70 @@ def ratio(a:Tensor, b:Tensor) -> dict:
     return dict(value=value, se=se, low=value - 1.96 * se, high=value + 1.96 * se, runs=len(a))
 
 def survival_study(s:Setting) -> list:
-    "Share of paths that are still at an embedded saddle, over time; mean times of leaving; and ratios of such times"
+    """Share of paths that are still at an embedded saddle, over time; mean times of leaving;
+    and ratios of such times"""
     rows = []
     for case, how in EMBEDDED.items():
-        runs, rho = embedded_runs(s, case), how["rho"]
+        runs = embedded_runs(s, case)
+        rho = how["rho"]
         slower = 1 / (1 - rho * mildest(SPECTRA[case][0])) if case == "d = 2" else math.nan
         for name, (times, eta, noise) in runs.items():
             grid = np.linspace(0, how["t_end"], 41).round(6).tolist()
-            rows += [row("survival", case, name, eta, rho, noise, t, share(times > t)) for t in grid]
+            rows += [row("survival", case, name, eta, rho, noise, t, share(times > t))
+                     for t in grid]
             rows.append(row("leaving", case, name, eta, rho, noise, 0., mean(times)))
-        for one, other in [("USAM", "GD"), ("PUSAM", "PGD"), ("PGD", "GD"), ("PUSAM", "USAM"), ("PSAM", "PGD")]:
-            (a, eta, _), (b, _, noise) = runs[one], runs[other]
+        for one, other in [("USAM", "GD"), ("PUSAM", "PGD"), ("PGD", "GD"), ("PUSAM", "USAM"),
+                           ("PSAM", "PGD")]:
+            a, eta, _ = runs[one]
+            b, _, noise = runs[other]
             theory = slower if kind_of(one) is USAM and kind_of(other) is SGD else math.nan
-            rows.append(row("ratio", case, f"{one}/{other}", eta, rho, noise, 0., ratio(a, b), theory))
+            rows.append(row("ratio", case, f"{one}/{other}", eta, rho, noise, 0., ratio(a, b),
+                            theory))
     return rows
 
 # %% ../../nbs/experiments/saddles.ipynb #49e983ed
-EXIT = dict(rho=.05, eta=.02, distance=.1, t_end=60., sizes=(.008, .05, .1, .2, .4), noise=.05, starts=(1e-4, 1e-3, 1e-2, 3e-2))
+EXIT = dict(rho=.05, eta=.02, distance=.1, t_end=60., sizes=(.008, .05, .1, .2, .4), noise=.05,
+            starts=(1e-4, 1e-3, 1e-2, 3e-2))
 
 def exit_of(s:Setting, name:str, x:float, sigma:float, n:int) -> Tensor:
     "Times at which |x₂| first is beyond the distance, from (1e-6, x)"
     x0 = s.put(torch.tensor([1e-6, x], dtype=torch.float64)).expand(n, 2)
-    objective, left = saddle(s.dtype, s.device, sigma=sigma).objective, lambda x: x[..., 1].abs() > EXIT["distance"]
-    return first_exits(named(name, EXIT["rho"]), objective, EXIT["eta"], x0, EXIT["t_end"], left, s.seed)[0]
+    objective = saddle(s.dtype, s.device, sigma=sigma).objective
+    def left(x): return x[..., 1].abs() > EXIT["distance"]
+    return first_exits(named(name, EXIT["rho"]), objective, EXIT["eta"], x0, EXIT["t_end"], left,
+                       s.seed)[0]
 
 def expected(name:str, sigma:float, x:float=0.) -> float:
-    "Mean time of the SDE from the saddle; without noise, time of the ODE from x; NaN where there is no formula"
-    rho, L, mu = EXIT["rho"], EXIT["distance"], .5
-    if not sigma: return math.log(L / x) / (mu * (1 - rho * mu * (name == "USAM"))) if name in ("GD", "USAM") else math.inf
-    if name == "PDNSAM" or name == "PSAM" and (mu * L > sigma or sigma < rho * mu * kappa(2)): return math.nan
+    """Mean time of the SDE from the saddle; without noise, time of the ODE from x;
+    NaN where there is no formula"""
+    rho = EXIT["rho"]
+    L = EXIT["distance"]
+    mu = .5
+    if not sigma:
+        return (math.log(L / x) / (mu * (1 - rho * mu * (name == "USAM"))) if name in ("GD", "USAM")
+                else math.inf)
+    if name == "PDNSAM" or name == "PSAM" and (mu * L > sigma or sigma < rho * mu * kappa(2)):
+        return math.nan
     return escape_time(named(name, rho), torch.diag(SPECTRA["d = 2"][0]), EXIT["eta"], sigma, L)
 
 # %% ../../nbs/experiments/saddles.ipynb #de5dac25
 def exit_study(s:Setting) -> list:
-    "Mean times to leave the neighbourhood of a saddle in the plane, against the noise and against the distance of the start"
-    rows, n, (rho, eta) = [], s.runs(2000), (EXIT["rho"], EXIT["eta"])
+    """Mean times to leave the neighbourhood of a saddle in the plane, against the noise and
+    against the distance of the start"""
+    rows = []
+    n = s.runs(2000)
+    rho, eta = (EXIT["rho"], EXIT["eta"])
     for sigma in EXIT["sizes"][::2] if s.quick else EXIT["sizes"]:
         for name in NOISY:
             times = exit_of(s, name, 1e-6, sigma, n)
-            rows.append(row("exit, noise", "d = 2", name, eta, rho, sigma, sigma, mean(times), expected(name, sigma)))
+            rows.append(row("exit, noise", "d = 2", name, eta, rho, sigma, sigma, mean(times),
+                            expected(name, sigma)))
     for x in EXIT["starts"][1::2] if s.quick else EXIT["starts"]:
         for name in ("GD", "PGD", "USAM", "PUSAM", "SAM", "PSAM"):
             sigma = EXIT["noise"] * (name in NOISY)
             times = exit_of(s, name, x, sigma, n if sigma else 2)
-            rows.append(row("exit, start", "d = 2", name, eta, rho, sigma, x, mean(times), expected(name, sigma, x)))
+            rows.append(row("exit, start", "d = 2", name, eta, rho, sigma, x, mean(times),
+                            expected(name, sigma, x)))
     return rows
 
 # %% ../../nbs/experiments/saddles.ipynb #0c2fabe5
@@ -203,32 +256,47 @@ def captured(algorithm, # a class, such as SAM
             ) -> Tensor: # (n, radii)
     "Does the gradient near 0 fall to the floor of SAM?"
     low = torch.tensor([floor(SAM(r), objective.spectrum(), eta) for r in rhos]).to(x0)
-    def near(x): return (torch.linalg.vector_norm(objective.grad(x), dim=-1) <= low) & (torch.linalg.vector_norm(x, dim=-1) < 1)
+    def near(x):
+        return ((torch.linalg.vector_norm(objective.grad(x), dim=-1) <= low)
+                & (torch.linalg.vector_norm(x, dim=-1) < 1))
     each = x0[:, None].expand(-1, len(rhos), -1)
-    return first_exits(algorithm(torch.tensor(rhos).to(x0)), objective, eta, each, 60., near, every=10**6)[0].isfinite()
+    return first_exits(algorithm(torch.tensor(rhos).to(x0)), objective, eta, each, 60., near,
+                       every=10**6)[0].isfinite()
 
 # %% ../../nbs/experiments/saddles.ipynb #308d07a2
 def capture_study(s:Setting, radius:float=.1) -> list:
     "Share of starts that the autoencoder's saddle captures, against ρ/‖x₀‖; and the critical ratio"
-    objective, exact = autoencoder(s.dtype, s.device).objective, autoencoder().objective
-    H, rows = exact.hessian(torch.zeros(exact.dim, dtype=torch.float64)), []
-    x0, ratios = radius * sphere(s.runs(16), exact.dim, s.seed), RATIOS[::4] if s.quick else RATIOS
-    rhos, width = [r * radius for r in ratios], ratios[1] - ratios[0]
+    objective = autoencoder(s.dtype, s.device).objective
+    exact = autoencoder().objective
+    H = exact.hessian(torch.zeros(exact.dim, dtype=torch.float64))
+    rows = []
+    x0 = radius * sphere(s.runs(16), exact.dim, s.seed)
+    ratios = RATIOS[::4] if s.quick else RATIOS
+    rhos = [r * radius for r in ratios]
+    width = ratios[1] - ratios[0]
     scaled = x0[:, None] / torch.tensor(rhos, dtype=torch.float64)[:, None] # as if ρ = 1
-    low, hits = lowest_gradient(H, scaled), {("ODE", 0.): arrival_time(SAM(1.), H, scaled).isfinite()}
-    for name, eta in [("SAM", .05), ("SAM", .2), ("USAM", .2)]: hits[name, eta] = captured(KINDS[name], objective, eta, s.put(x0), rhos)
+    low = lowest_gradient(H, scaled)
+    hits = {("ODE", 0.): arrival_time(SAM(1.), H, scaled).isfinite()}
+    for name, eta in [("SAM", .05), ("SAM", .2), ("USAM", .2)]:
+        hits[name, eta] = captured(KINDS[name], objective, eta, s.put(x0), rhos)
     for (name, eta), hit in hits.items():
-        predicted = low <= floor(SAM(1.), exact.spectrum(), eta) if name == "SAM" else hit if name == "ODE" else torch.zeros_like(hit)
+        predicted = (low <= floor(SAM(1.), exact.spectrum(), eta) if name == "SAM" else hit
+                     if name == "ODE" else torch.zeros_like(hit))
         shares = [(share(h), p) for h, p in zip(hit.T, predicted.double().mean(0).tolist())]
-        rows += [row("capture", "autoencoder", name, eta, r * radius, 0., r, h, p) for r, (h, p) in zip(ratios, shares)]
+        rows += [row("capture", "autoencoder", name, eta, r * radius, 0., r, h, p)
+                 for r, (h, p) in zip(ratios, shares)]
         critical = [ratios[0] + width * ((~h).sum(1) - .5) for h in (hit, predicted)]
-        if name != "USAM": rows.append(row("critical", "autoencoder", name, eta, 0., 0., 0., mean(critical[0]), critical[1].mean().item()))
+        if name != "USAM":
+            rows.append(row("critical", "autoencoder", name, eta, 0., 0., 0., mean(critical[0]),
+                            critical[1].mean().item()))
     return rows
 
 # %% ../../nbs/experiments/saddles.ipynb #a8f69ce0
-DIGITS = dict(rho=.2, eta=.2, radius=.1, sizes=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), etas=(.1, .2, .4, .8),
+DIGITS = dict(rho=.2, eta=.2, radius=.1, sizes=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+              etas=(.1, .2, .4, .8),
               ratios=(.1, .2, .3, .4, .5, .6, .8, 1.2, 2., 4.))
-OTHERS = {"k = 8": {}, "k = 2": dict(hidden=2), "k = 32": dict(hidden=32), "not centred": dict(centred=False)}
+OTHERS = {"k = 8": {}, "k = 2": dict(hidden=2), "k = 32": dict(hidden=32),
+          "not centred": dict(centred=False)}
 
 def rank(objective:Autoencoder, x:Tensor) -> Tensor:
     "Mean number of the principal components that W₂W₁ has learned, (..., d) -> (...)"
@@ -243,13 +311,17 @@ def outgoing(objective:Autoencoder, x:Tensor) -> Tensor:
     return torch.linalg.matrix_norm(W1 + W2.mT) / 2**.5
 
 # %% ../../nbs/experiments/saddles.ipynb #aff1b2cf
-def departure(s:Setting, name:str, study:str, x:float, eta:float=DIGITS["eta"], sigma:float=0., rho:float=DIGITS["rho"],
+def departure(s:Setting, name:str, study:str, x:float, eta:float=DIGITS["eta"], sigma:float=0.,
+              rho:float=DIGITS["rho"],
               t_end:float=400., case:str="k = 8") -> list:
     "Time to ‖x₋‖ = 1, with its prediction, and the rank of what has been learned by then; two rows"
-    objective, algorithm, n = autoencoder(s.dtype, s.device, sigma=sigma, **OTHERS[case]).objective, named(name, rho), s.runs(8)
-    x0, lam = DIGITS["radius"] * sphere(n, objective.dim, s.seed), objective.spectrum()
+    objective = autoencoder(s.dtype, s.device, sigma=sigma, **OTHERS[case]).objective
+    algorithm = named(name, rho)
+    n = s.runs(8)
+    x0 = DIGITS["radius"] * sphere(n, objective.dim, s.seed)
+    lam = objective.spectrum()
     if kind_of(name) in (SGD, USAM): t_end = round(t_end / 5 / eta) * eta # they leave early
-    away = lambda x: outgoing(objective, x) > 1
+    def away(x): return outgoing(objective, x) > 1
     times, last = first_exits(algorithm, objective, eta, s.put(x0), t_end, away, s.seed)
     theory = leaving_time(algorithm, lam, DIGITS["radius"] / len(lam)**.5, 1., eta, sigma)
     return [row(f"departure, {study}", case, name, eta, rho, sigma, x, mean(times), theory),
@@ -258,58 +330,75 @@ def departure(s:Setting, name:str, study:str, x:float, eta:float=DIGITS["eta"], 
 # %% ../../nbs/experiments/saddles.ipynb #ecb9ee2b
 def departure_study(s:Setting) -> list:
     "Times of leaving the autoencoder's saddle, against ρ/‖x₀‖, η and s, and for other choices"
-    rows, few = [], lambda values, k: values[::k] if s.quick else values
+    rows = []
+    def few(values, k): return values[::k] if s.quick else values
     for ratio in few(DIGITS["ratios"], 4):
-        for name in ("USAM", "SAM"): rows += departure(s, name, "ratio", ratio, rho=ratio * DIGITS["radius"])
+        for name in ("USAM", "SAM"):
+            rows += departure(s, name, "ratio", ratio, rho=ratio * DIGITS["radius"])
     for eta in DIGITS["etas"][2:] if s.quick else DIGITS["etas"]:
-        for name in ("GD", "USAM", "SAM"): rows += departure(s, name, "step", eta, eta, t_end=80 / eta)
+        for name in ("GD", "USAM", "SAM"):
+            rows += departure(s, name, "step", eta, eta, t_end=80 / eta)
     for sigma in few(DIGITS["sizes"], 2):
         for name in NOISY: rows += departure(s, name, "noise", sigma, sigma=sigma)
     base = autoencoder().objective.spectrum().max().item()
     for case, choice in few(list(OTHERS.items()), 4):
-        slow = base / autoencoder(**choice).objective.spectrum().max().item() # the time scale is 1/c₁
-        for name in ("GD", "SAM"): rows += departure(s, name, "choice", 0., DIGITS["eta"] * slow, t_end=600 * slow, case=case)
+        # the time scale is 1/c₁
+        slow = base / autoencoder(**choice).objective.spectrum().max().item()
+        for name in ("GD", "SAM"):
+            rows += departure(s, name, "choice", 0., DIGITS["eta"] * slow, t_end=600 * slow,
+                              case=case)
     return rows
 
 # %% ../../nbs/experiments/saddles.ipynb #d8986324
 def descent_study(s:Setting, sigma:float=1e-3) -> list:
     "Mean loss of the autoencoder over time, and the time at which half the way down is done"
-    rows, n, (rho, eta) = [], s.runs(8), (DIGITS["rho"], DIGITS["eta"])
+    rows = []
+    n = s.runs(8)
+    rho, eta = (DIGITS["rho"], DIGITS["eta"])
     t_end = 300. if s.quick else 2000.
     for name in NOISELESS + NOISY:
         noise = sigma * (name in NOISY)
         objective = autoencoder(s.dtype, s.device, sigma=noise).objective
         x0 = s.put(DIGITS["radius"] * sphere(n, objective.dim, s.seed))
-        chain = Stopped(named(name, rho), objective, eta, lambda x: torch.zeros_like(x[..., 0], dtype=torch.bool))
-        runs = simulate(chain, x0, t_end, n, seed=s.seed, observe={"loss": objective.loss}, every=5, keep=True)
-        loss, top = runs.paths["loss"].double().cpu(), objective.C.trace().item() / 2
+        chain = Stopped(named(name, rho), objective, eta,
+                        lambda x: torch.zeros_like(x[..., 0], dtype=torch.bool))
+        runs = simulate(chain, x0, t_end, n, seed=s.seed, observe={"loss": objective.loss}, every=5,
+                        keep=True)
+        loss = runs.paths["loss"].double().cpu()
+        top = objective.C.trace().item() / 2
         bottom = torch.linalg.eigvalsh(objective.C)[:-objective.hidden].sum().item() / 2
         marks = sorted({0, *np.geomspace(1, len(loss) - 1, 40).round().astype(int).tolist()})
-        rows += [row("descent", "autoencoder", name, eta, rho, noise, runs.times[k].item(), mean(loss[k]), bound=bottom) for k in marks]
+        rows += [row("descent", "autoencoder", name, eta, rho, noise, runs.times[k].item(),
+                     mean(loss[k]), bound=bottom) for k in marks]
         below = loss < (top + bottom) / 2
         half = torch.where(below.any(0), runs.times[below.double().argmax(0)], torch.inf)
         rows += [row("half way", "autoencoder", name, eta, rho, noise, t_end, mean(half)),
-                 row("not half way", "autoencoder", name, eta, rho, noise, t_end, share(half.isinf()))]
+                 row("not half way", "autoencoder", name, eta, rho, noise, t_end,
+                     share(half.isinf()))]
     return rows
 
 # %% ../../nbs/experiments/saddles.ipynb #0710dccb
-STUDIES = (distance_study, noise_study, step_study, survival_study, exit_study, capture_study, departure_study, descent_study)
+STUDIES = (distance_study, noise_study, step_study, survival_study, exit_study, capture_study,
+           departure_study, descent_study)
 
 def measure(quick:bool=False, # fewer runs and fewer settings
             seed:int=0, # of starts and noise
-            dtype:torch.dtype=torch.float64, # of the algorithms; the ODE is solved in double precision
+            dtype:torch.dtype=torch.float64, # of the algorithms; the ODE is in double precision
             device="cpu", # of the algorithms
             progress:bool=False # show a progress bar
-           ) -> pd.DataFrame: # columns study, case, algorithm, eta, rho, sigma, x, value, se, low, high (95 %), runs, theory, bound
+           ) -> pd.DataFrame: # a row for each number, with se or the 95 % interval low, high
     "All studies. Raises ValueError or TypeError on bad input."
     setting = Setting(bool(quick), check_int("seed", seed, least=0), dtype, device)
-    return pd.DataFrame([r for study in tqdm(STUDIES, desc="saddles", unit="study", disable=not progress) for r in study(setting)])
+    bar = tqdm(STUDIES, desc="saddles", unit="study", disable=not progress)
+    return pd.DataFrame([row for study in bar for row in study(setting)])
 
 # %% ../../nbs/experiments/saddles.ipynb #db27c1cd
 def look(name:str) -> dict:
     if name == "ODE": return dict(color="k", lw=1, ls="-", marker="")
-    kind, noisy = kind_of(name), name in NOISY
-    return dict(color=colours[kind.__name__], lw=1.3, ls="--" if noisy else "-", marker="s" if kind is DNSAM else "o",
+    kind = kind_of(name)
+    noisy = name in NOISY
+    return dict(color=colours[kind.__name__], lw=1.3, ls="--" if noisy else "-",
+                marker="s" if kind is DNSAM else "o",
                 ms=4 + 3 * (kind is DNSAM), mfc="white" if noisy or kind is DNSAM else None)
 
 def curves(ax, part:pd.DataFrame, theory:bool=False, only=None):
@@ -325,9 +414,12 @@ def curves(ax, part:pd.DataFrame, theory:bool=False, only=None):
 def bands(ax, part:pd.DataFrame):
     "The same as lines with bands; DNSAM without noise lies under SAM"
     for name in NOISELESS + NOISY:
-        c, under = part[part.algorithm == name], name == "DNSAM"
-        ax.plot(c.x, c.value, color=look(name)["color"], ls=look(name)["ls"], lw=4 if under else 1.5, alpha=.4 if under else 1, label=name)
-        ax.fill_between(c.x, c.low, c.high, color=look(name)["color"], alpha=.15 * (name in NOISY), lw=0)
+        c = part[part.algorithm == name]
+        under = name == "DNSAM"
+        ax.plot(c.x, c.value, color=look(name)["color"], ls=look(name)["ls"],
+                lw=4 if under else 1.5, alpha=.4 if under else 1, label=name)
+        ax.fill_between(c.x, c.low, c.high, color=look(name)["color"], alpha=.15 * (name in NOISY),
+                        lw=0)
 
 def bounds(ax, part:pd.DataFrame, names):
     "The x at which a share is predicted to jump"
@@ -342,11 +434,14 @@ def draw_starts(figure, table:pd.DataFrame):
     for panel, case in zip("ABCD", SPECTRA):
         part = table[(table.study == "distance, random") & (table.case == case)]
         curves(ax[panel], part)
-        worst = table[(table.study == "distance, mildest") & (table.case == case) & (table.algorithm == "SAM")]
-        ax[panel].plot(worst.x, worst.value, ":", color=colours["SAM"], marker="v", ms=4, label="SAM, worst direction")
+        worst = table[(table.study == "distance, mildest") & (table.case == case)
+                      & (table.algorithm == "SAM")]
+        ax[panel].plot(worst.x, worst.value, ":", color=colours["SAM"], marker="v", ms=4,
+                       label="SAM, worst direction")
         ax[panel].axvline(1, color=".6", lw=1)
         bounds(ax[panel], part, ["SAM"])
-        ax[panel].set(xscale="log", xlabel="distance $\\|Hx_0\\|\\,/\\,\\rho\\lambda^*$", title=case)
+        ax[panel].set(xscale="log", xlabel="distance $\\|Hx_0\\|\\,/\\,\\rho\\lambda^*$",
+                      title=case)
     for panel in "AC": ax[panel].set_ylabel("share held")
     legend(figure)
 
@@ -360,7 +455,8 @@ def draw_noise(figure, table:pd.DataFrame):
             continue
         curves(ax[panel], part)
         bounds(ax[panel], part, ["PSAM", "PDNSAM"])
-        ax[panel].set(xscale="log", xlabel="noise $s\\,/\\,\\rho\\lambda^*\\kappa_d$", title=f"{case}\n$\\eta={part.eta.iloc[0]:.3g}$")
+        ax[panel].set(xscale="log", xlabel="noise $s\\,/\\,\\rho\\lambda^*\\kappa_d$",
+                      title=f"{case}\n$\\eta={part.eta.iloc[0]:.3g}$")
     for panel in "EG": ax[panel].set_ylabel("share held")
     legend(figure, 4)
 
@@ -371,16 +467,20 @@ def draw_escapes(figure, table:pd.DataFrame):
     part = table[table.study == "step"]
     curves(ax["I"], part)
     bounds(ax["I"], part, ["SAM"])
-    ax["I"].set(xscale="log", xlabel="$\\eta\\,/\\,\\eta_c$, Eq. (1)", ylabel="share held", title="steps, no noise")
+    ax["I"].set(xscale="log", xlabel="$\\eta\\,/\\,\\eta_c$, Eq. (1)", ylabel="share held",
+                title="steps, no noise")
     ax["I"].set_xticks(STEPS, [f"{factor:g}" for factor in STEPS])
     ax["I"].minorticks_off()
     for panel, case in zip("JK", EMBEDDED):
         bands(ax[panel], table[(table.study == "survival") & (table.case == case)])
-        ax[panel].set(xlabel="time $t=k\\eta$", ylabel="share still there", title=f"embedded,\n{case}")
+        ax[panel].set(xlabel="time $t=k\\eta$", ylabel="share still there",
+                      title=f"embedded,\n{case}")
     curves(ax["L"], table[table.study == "exit, noise"], theory=True)
-    ax["L"].set(xscale="log", yscale="log", xlabel="noise $s$", ylabel="mean time", title="exit, $d=2$")
+    ax["L"].set(xscale="log", yscale="log", xlabel="noise $s$", ylabel="mean time",
+                title="exit, $d=2$")
     curves(ax["M"], table[table.study == "exit, start"], theory=True)
-    ax["M"].set(xscale="log", xlabel="distance of the start", ylabel="mean time", title=f"exit, $s={EXIT['noise']:g}$ for P")
+    ax["M"].set(xscale="log", xlabel="distance of the start", ylabel="mean time",
+                title=f"exit, $s={EXIT['noise']:g}$ for P")
     legend(figure, 4)
 
 # %% ../../nbs/experiments/saddles.ipynb #c1411104
@@ -388,27 +488,38 @@ def draw_digits(figure, table:pd.DataFrame):
     "The autoencoder"
     ax = figure.subplot_mosaic("NO;PQ;R.")
     bands(ax["N"], table[(table.study == "descent") & (table.x > 0)])
-    ax["N"].set(xscale="log", xlabel="time $t=k\\eta$", ylabel="loss", title="autoencoder on digits")
+    ax["N"].set(xscale="log", xlabel="time $t=k\\eta$", ylabel="loss",
+                title="autoencoder on digits")
     for (name, eta), c in table[table.study == "capture"].groupby(["algorithm", "eta"], sort=False):
-        style = look(name) | dict(mfc="white" if eta == .05 else None, label=name + (f", $\\eta={eta:g}$" if eta else ""))
-        ax["O"].errorbar(c.x, c.value, None if name == "ODE" else np.maximum([c.value - c.low, c.high - c.value], 0), capsize=2, **style)
-        if name == "SAM": ax["O"].plot(c.x, c.theory, "x", color="k", ms=7, zorder=5, label="predicted" if eta == .2 else None)
+        style = (look(name) | dict(mfc="white" if eta == .05 else None,
+                                   label=name + (f", $\\eta={eta:g}$" if eta else "")))
+        ax["O"].errorbar(c.x, c.value,
+                         None if name == "ODE"
+                         else np.maximum([c.value - c.low, c.high - c.value], 0), capsize=2,
+                         **style)
+        if name == "SAM":
+            ax["O"].plot(c.x, c.theory, "x", color="k", ms=7, zorder=5,
+                         label="predicted" if eta == .2 else None)
     ax["O"].set(xlabel="$\\rho\\,/\\,\\|x_0\\|$", ylabel="share captured", title="capture")
-    varied = [("P", "ratio", "$\\rho\\,/\\,\\|x_0\\|$"), ("Q", "step", "learning rate $\\eta$"), ("R", "noise", "noise $s$")]
+    varied = [("P", "ratio", "$\\rho\\,/\\,\\|x_0\\|$"), ("Q", "step", "learning rate $\\eta$"),
+              ("R", "noise", "noise $s$")]
     for panel, study, label in varied:
         curves(ax[panel], table[table.study == f"departure, {study}"], theory=True)
-        ax[panel].set(xscale="log", yscale="log", xlabel=label, ylabel="mean time to $\\|x_-\\|=1$", title="departure")
+        ax[panel].set(xscale="log", yscale="log", xlabel=label, ylabel="mean time to $\\|x_-\\|=1$",
+                      title="departure")
     ax["Q"].set_xticks(DIGITS["etas"], [f"{eta:g}" for eta in DIGITS["etas"]])
     ax["Q"].minorticks_off()
     legend(figure)
 
-PARTS = {"starts": (draw_starts, 2), "noise": (draw_noise, 2), "escapes": (draw_escapes, 3), "digits": (draw_digits, 3)}
+PARTS = {"starts": (draw_starts, 2), "noise": (draw_noise, 2), "escapes": (draw_escapes, 3),
+         "digits": (draw_digits, 3)}
 
 # %% ../../nbs/experiments/saddles.ipynb #e3b35f2e
 def plot(table:pd.DataFrame, # from measure
          part:str|None=None # one of PARTS, for it alone
         ): # matplotlib Figure
-    "Quadratic saddles, embedded saddles and the autoencoder, with 95 % intervals; predictions dotted"
+    """Quadratic saddles, embedded saddles and the autoencoder, with 95 % intervals;
+    predictions dotted"""
     return picture(PARTS, table, part)
 
 # %% ../../nbs/experiments/saddles.ipynb #86b83b4f
@@ -417,7 +528,8 @@ def pooled(part:pd.DataFrame) -> dict:
     if part.empty: return dict(value=math.nan, low=0., high=1.)
     return share(np.arange(int(part.runs.sum())) < round((part.value * part.runs).sum()))
 
-def percent(result:dict) -> str: return f"{100 * result['value']:.3g} % ({100 * result['low']:.3g}–{100 * result['high']:.3g})"
+def percent(result:dict) -> str:
+    return f"{100 * result['value']:.3g} % ({100 * result['low']:.3g}–{100 * result['high']:.3g})"
 def most(*results:dict) -> bool: return min(r["low"] for r in results) > .8
 def few(*results:dict) -> bool: return max(r["high"] for r in results) < .2
 def number(r) -> str: return plus_minus(r.value, r.se)
@@ -425,38 +537,50 @@ def number(r) -> str: return plus_minus(r.value, r.se)
 # %% ../../nbs/experiments/saddles.ipynb #ddf19771
 def judge_attraction(table:pd.DataFrame) -> Verdict:
     inside = table[table.study.str.startswith("distance") & (table.x < 1)]
-    here = lambda name, fits: pooled(inside[(inside.algorithm == name) & ((inside.bound < 1) == fits)])
+    def here(name, fits):
+        return pooled(inside[(inside.algorithm == name) & ((inside.bound < 1) == fits)])
     fits = {name: here(name, True) for name in ("SAM", "DNSAM", "GD", "USAM")}
     wide = {name: here(name, False) for name in ("ODE", "SAM")}
-    claimed, verdict = most(fits["SAM"], fits["DNSAM"]) and few(fits["GD"]), "undecided"
+    claimed = most(fits["SAM"], fits["DNSAM"]) and few(fits["GD"])
+    verdict = "undecided"
     if claimed and few(wide["SAM"]): verdict = "holds with a condition"
     elif claimed and most(wide["SAM"]): verdict = "holds"
     elif few(fits["SAM"]): verdict = "does not hold"
-    said = lambda shares: ", ".join(f"{name} {percent(r)}" for name, r in shares.items())
+    def said(shares): return ", ".join(f"{name} {percent(r)}" for name, r in shares.items())
     return Verdict("SAM and DNSAM are attracted to saddles that GD leaves.", verdict,
-                   f"held from within ρλ*: {said(fits)}. At the saddle of sharp positive and mild negative curvature, where the floor "
+                   f"held from within ρλ*: {said(fits)}. "
+                   f"At the saddle of sharp positive and mild negative curvature, where the floor "
                    f"is wider than the basin: SAM's {said(wide)}. Condition: ηλ₁²/(2 − ηλ₁) < λ*")
 
 # %% ../../nbs/experiments/saddles.ipynb #446f736f
 def judge_usam(table:pd.DataFrame) -> Verdict:
-    pairs = table[(table.study == "ratio") & table.algorithm.isin(["USAM/GD", "PUSAM/PGD"])].dropna(subset="value")
-    signs, verdict = [np.sign(r.value - 1) * (abs(r.value - 1) > 3 * r.se) for r in pairs.itertuples()], "undecided"
+    pairs = table[(table.study == "ratio")
+                  & table.algorithm.isin(["USAM/GD", "PUSAM/PGD"])].dropna(subset="value")
+    signs = [np.sign(r.value - 1) * (abs(r.value - 1) > 3 * r.se) for r in pairs.itertuples()]
+    verdict = "undecided"
     if signs and min(signs) > 0: verdict = "holds"
     elif signs and max(signs) < 0: verdict = "does not hold"
     expected = ", ".join(f"{value:.3f}" for value in pairs.theory.dropna().unique()[:1])
     return Verdict("USAM takes longer than GD to escape.", verdict,
-                   "ratio of mean times: " + "; ".join(f"{r.algorithm}, {r.case}: {number(r)}" for r in pairs.itertuples())
-                   + f". The rates alone give 1/(1 − ρμ) = {expected} for d = 2; by little where ρμ is small")
+                   "ratio of mean times: "
+                   + "; ".join(f"{r.algorithm}, {r.case}: {number(r)}" for r in pairs.itertuples())
+                   + f". The rates alone give 1/(1 − ρμ) = {expected} for d = 2; "
+                     f"by little where ρμ is small")
 
 def judge_noise(table:pd.DataFrame) -> Verdict:
-    at, verdict = table[table.study == "exit, start"].set_index(["x", "algorithm"]), "undecided"
+    at = table[table.study == "exit, start"].set_index(["x", "algorithm"])
+    verdict = "undecided"
     near, far = (f(at.index.get_level_values("x")) for f in (min, max))
     saved = {x: (at.value[x, "PGD"] - at.value[x, "GD"], at.se[x, "PGD"]) for x in (near, far)}
     noise = table[(table.study == "noise") & (table.algorithm == "PSAM") & (table.bound > 0)]
-    weak, strong = pooled(noise[noise.x < .75 * noise.bound]), pooled(noise[noise.x > 1.25 * noise.bound])
-    if saved[near][0] < -3 * saved[near][1] and few(strong): verdict = "holds with a condition" if most(weak) else "holds"
-    return Verdict("Noise helps to escape.", verdict, f"noise of s = {EXIT['noise']:g} changes GD's time from a start at {near:g} by "
-                   f"{plus_minus(*saved[near])}, and from {far:g} by {plus_minus(*saved[far])}. PSAM is held by noise below its threshold, "
+    weak = pooled(noise[noise.x < .75 * noise.bound])
+    strong = pooled(noise[noise.x > 1.25 * noise.bound])
+    if saved[near][0] < -3 * saved[near][1] and few(strong):
+        verdict = "holds with a condition" if most(weak) else "holds"
+    return Verdict("Noise helps to escape.", verdict,
+                   f"noise of s = {EXIT['noise']:g} changes GD's time from a start at {near:g} by "
+                   f"{plus_minus(*saved[near])}, and from {far:g} by {plus_minus(*saved[far])}. "
+                   f"PSAM is held by noise below its threshold, "
                    f"{percent(weak)}, and not by noise above it, {percent(strong)}. "
                    "Condition: a start closer than √(ηs²/2μ) for GD and USAM; s > ρλ*κ_d for SAM")
 
@@ -464,36 +588,60 @@ def judge_noise(table:pd.DataFrame) -> Verdict:
 def judge_dnsam(table:pd.DataFrame) -> Verdict:
     noise = table[(table.study == "noise") & (table.algorithm == "PDNSAM") & (table.bound > 0)]
     many, two = (noise[(noise.case == "d = 2") == plane] for plane in (False, True))
-    below, above = pooled(many[(many.x > 1) & (many.x < .95 * many.bound)]), pooled(many[many.x > 1.5 * many.bound])
-    plane, verdict = pooled(two[two.x < two.bound]), "undecided"
-    if few(above): verdict = "holds with a condition" if most(below) else "holds" if few(below) else "undecided"
+    below = pooled(many[(many.x > 1) & (many.x < .95 * many.bound)])
+    above = pooled(many[many.x > 1.5 * many.bound])
+    plane = pooled(two[two.x < two.bound])
+    verdict = "undecided"
+    if few(above):
+        verdict = ("holds with a condition" if most(below) else "holds" if few(below)
+                   else "undecided")
     return Verdict("DNSAM with noise escapes.", verdict,
-                   f"held in 20 and 400 dimensions, for noise that frees PSAM but is below PDNSAM's own threshold: {percent(below)}; "
-                   f"for 1.5 times that and more: {percent(above)}. In the plane single kicks throw it out, held below: {percent(plane)}. "
-                   "Condition: few dimensions, or s beyond the threshold, which grows like η^(−1/2)")
+                   f"held in 20 and 400 dimensions, "
+                   f"for noise that frees PSAM but is below PDNSAM's own threshold: "
+                   f"{percent(below)}; "
+                   f"for 1.5 times that and more: {percent(above)}. "
+                   f"In the plane single kicks throw it out, held below: {percent(plane)}. "
+                   "Condition: few dimensions, or s beyond the threshold, "
+                   "which grows like η^(−1/2)")
 
 # %% ../../nbs/experiments/saddles.ipynb #510e52b7
 def judge_digits(table:pd.DataFrame) -> Verdict:
     critical = table[(table.study == "critical") & (table.algorithm == "SAM")]
-    step, noise = (table[table.study == f"departure, {kind}"].set_index(["x", "algorithm"]).sort_index() for kind in ("step", "noise"))
-    slow, (weak, strong) = step.index.get_level_values("x").min(), [f(noise.index.get_level_values("x")) for f in (min, max)]
-    sam, gd, ranks = step.loc[(slow, "SAM")], step.loc[(slow, "GD")], table[table.study == "rank, step"].set_index(["x", "algorithm"])
-    half, never = (table[table.study == kind].set_index("algorithm") for kind in ("half way", "not half way"))
+    step, noise = (table[table.study
+                         == f"departure, {kind}"].set_index(["x", "algorithm"]).sort_index()
+                   for kind in ("step", "noise"))
+    slow = step.index.get_level_values("x").min()
+    weak, strong = [f(noise.index.get_level_values("x")) for f in (min, max)]
+    sam = step.loc[(slow, "SAM")]
+    gd = step.loc[(slow, "GD")]
+    ranks = table[table.study == "rank, step"].set_index(["x", "algorithm"])
+    half, never = (table[table.study == kind].set_index("algorithm")
+                   for kind in ("half way", "not half way"))
     verdict = "undecided"
     if (critical.value > .99).any(): verdict = "does not hold"
     elif sam.value - 3 * sam.se > 3 * gd.value: verdict = "holds with a condition"
-    limits = "; ".join(f"{number(r)} at η = {r.eta:g} (predicted {r.theory:.3f})" for r in critical.itertuples())
-    return Verdict("On the linear autoencoder, SAM with a large ρ gets stuck near the saddle at 0.", verdict,
-        f"captured from ρ/‖x₀‖ = {limits}. Not for ever: at η = {slow:g} it has left by t = {number(sam)}, GD by {number(gd)}; the time "
-        f"goes like 1/η. What it learns first has mean rank {number(ranks.loc[(slow, 'SAM')])} among the principal components, for GD "
-        f"{number(ranks.loc[(slow, 'GD')])}; so by t = {half.x['SAM']:g} {percent(never.loc['SAM'])} of its "
-        f"runs are not half way down (GD is at t = {number(half.loc['GD'])}). Noise of s = {weak:g} to {strong:g} shortens the stay from "
-        f"{number(noise.loc[(weak, 'PSAM')])} to {number(noise.loc[(strong, 'PSAM')])}. Condition: ρ > about ‖x₀‖/2, and little noise")
+    limits = "; ".join(f"{number(r)} at η = {r.eta:g} (predicted {r.theory:.3f})"
+                       for r in critical.itertuples())
+    return Verdict("On the linear autoencoder, SAM with a large ρ gets stuck near the saddle at 0.",
+                   verdict,
+        f"captured from ρ/‖x₀‖ = {limits}. Not for ever: "
+        f"at η = {slow:g} it has left by t = {number(sam)}, GD by {number(gd)}; the time "
+        f"goes like 1/η. What it learns first has mean rank {number(ranks.loc[(slow, 'SAM')])} "
+        f"among the principal components, for GD "
+        f"{number(ranks.loc[(slow, 'GD')])}; "
+        f"so by t = {half.x['SAM']:g} {percent(never.loc['SAM'])} of its "
+        f"runs are not half way down (GD is at t = {number(half.loc['GD'])}). "
+        f"Noise of s = {weak:g} to {strong:g} shortens the stay from "
+        f"{number(noise.loc[(weak, 'PSAM')])} to {number(noise.loc[(strong, 'PSAM')])}. Condition: "
+        f"ρ > about ‖x₀‖/2, and little noise")
 
 # %% ../../nbs/experiments/saddles.ipynb #e8f962d7
 def verdicts(table:pd.DataFrame # from measure
             ) -> Verdicts:
     "What becomes of the paper's claims"
-    return Verdicts([judge(table) for judge in (judge_attraction, judge_usam, judge_noise, judge_dnsam, judge_digits)])
+    return Verdicts([judge(table)
+                     for judge in (judge_attraction, judge_usam, judge_noise, judge_dnsam,
+                                   judge_digits)])
 
-experiment = Experiment("saddles", "who is held by a saddle, and for how long?", measure, plot, verdicts, "about four minutes")
+experiment = Experiment("saddles", "who is held by a saddle, and for how long?", measure, plot,
+                        verdicts, "about four minutes")

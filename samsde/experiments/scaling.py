@@ -19,7 +19,8 @@ from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
 from ..machinery.style import colours
 from ..ensemble import Ensemble, simulate
 from .error_vs_rho import ALGORITHMS, relative_error
-from .experiment import Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus
+from .experiment import (
+    Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus)
 from .problems import Problem, deep_nonlinear, quadratic
 from ..machinery.checks import check_int
 from ..sde import SDE
@@ -27,12 +28,16 @@ from ..weak_approximation import weak_order
 from ..weak_errors import Coupled, circle_problem, exact_error, linear_moments
 
 # %% ../../nbs/experiments/scaling.ipynb #2ba4c0a0
-POWERS = {"1": 1, "1/2": 1/2, "1/3": 1/3, "1/4": 1/4} # p; the last one, beyond the paper's three, is for the circle
+# p; the last one, beyond the paper's three, is for the circle
+POWERS = {"1": 1, "1/2": 1/2, "1/3": 1/3, "1/4": 1/4}
 
-def entry(problem:str, algorithm:str, p:str, c:float, eta:float, t_end:float, model:str, protocol:str, statistic:str, error, **other) -> dict:
+def entry(problem:str, algorithm:str, p:str, c:float, eta:float, t_end:float, model:str,
+          protocol:str, statistic:str, error, **other) -> dict:
     "A row of the table"
-    row = dict(problem=problem, algorithm=algorithm, p=p, c=float(c), eta=eta, rho=c * eta**POWERS[p], t_end=float(t_end), model=model)
-    return row | dict(protocol=protocol, statistic=statistic, error=error, se=0., runs=0, diverged=0) | other
+    row = dict(problem=problem, algorithm=algorithm, p=p, c=float(c), eta=eta,
+               rho=c * eta**POWERS[p], t_end=float(t_end), model=model)
+    return (row | dict(protocol=protocol, statistic=statistic, error=error, se=0., runs=0,
+                       diverged=0) | other)
 
 # %% ../../nbs/experiments/scaling.ipynb #a41a64e1
 TILTS = {USAM: (.3, -.2, -.1), DNSAM: (2.6, 1.2, 1.6), SAM: (2, -1.9, 2.4)}
@@ -51,17 +56,20 @@ def circle_rows(etas, cs, powers=tuple(POWERS)) -> list: # of dicts
     return rows
 
 # %% ../../nbs/experiments/scaling.ipynb #0e8099ba
-KEY = ["problem", "algorithm", "p", "c", "t_end", "model", "protocol", "statistic"] # what makes a curve
+# what makes a curve
+KEY = ["problem", "algorithm", "p", "c", "t_end", "model", "protocol", "statistic"]
 
 # %% ../../nbs/experiments/scaling.ipynb #4a071909
 def orders(table:pd.DataFrame # from measure
           ) -> pd.DataFrame: # KEY, then slope, ci_low, ci_high, points
     "Order of convergence of every curve in the table, from the smaller half of its learning rates"
-    rows, table = [], table[table["error"].astype(float) > 1e-12]
+    rows = []
+    table = table[table["error"].astype(float) > 1e-12]
     for key, curve in table.groupby(KEY, sort=False):
         curve = curve.nsmallest(max(2, (len(curve) + 1) // 2), "eta")
         if len(curve) < 2: continue
-        fit = weak_order(curve["eta"], curve["error"], curve["se"] if (curve["se"] > 0).all() else None)
+        fit = weak_order(curve["eta"], curve["error"],
+                         curve["se"] if (curve["se"] > 0).all() else None)
         rows.append(dict(zip(KEY, key)) | fit._asdict() | dict(points=len(curve)))
     return pd.DataFrame(rows, columns=[*KEY, "slope", "ci_low", "ci_high", "points"])
 
@@ -81,20 +89,26 @@ def moment_rows(problem:Problem, etas, t_end:float, powers=("1", "1/2", "1/3")) 
     for p, eta in product(powers, etas):
         usam = USAM(eta**POWERS[p])
         for model, algorithm in [("own SDE", usam), ("SGD's SDE", SGD())]:
-            gap = level(Chain(usam, problem.objective, eta)) - level(SDE(algorithm, problem.objective, eta))
-            rows.append(entry(problem.name, "USAM", p, 1, eta, t_end, model, "exact", "loss", abs(gap)))
+            gap = (level(Chain(usam, problem.objective, eta))
+                   - level(SDE(algorithm, problem.objective, eta)))
+            rows.append(entry(problem.name, "USAM", p, 1, eta, t_end, model, "exact", "loss",
+                              abs(gap)))
     return rows
 
 # %% ../../nbs/experiments/scaling.ipynb #9bd5a70d
-def follow(problem:Problem, kind, eta:float, rhos:list, runs:int, t_end:float, seed:int, substeps:int=2) -> Ensemble:
-    "An algorithm and its SDE at two step lengths, on one Brownian motion for all rhos; every statistic as (T, runs, rhos, 3)"
-    rho, objective = torch.tensor(rhos, dtype=torch.float64).to(problem.x0), problem.objective
+def follow(problem:Problem, kind, eta:float, rhos:list, runs:int, t_end:float, seed:int,
+           substeps:int=2) -> Ensemble:
+    """An algorithm and its SDE at two step lengths, on one Brownian motion for all rhos;
+    every statistic as (T, runs, rhos, 3)"""
+    rho = torch.tensor(rhos, dtype=torch.float64).to(problem.x0)
+    objective = problem.objective
     both = Coupled(Chain(kind(rho), objective, eta), SDE(kind(rho), objective, eta))
     def each(fn): return lambda z: fn(torch.stack(both.split(z), -2))
     observe = {"norms": each(problem.statistic), "loss": each(objective.loss)}
     with warnings.catch_warnings(): # divergence is in the table
         warnings.simplefilter("ignore", UserWarning)
-        return simulate(both, problem.x0.expand(runs, len(rhos), -1), t_end, runs, dt=eta / substeps, seed=seed,
+        return simulate(both, problem.x0.expand(runs, len(rhos), -1), t_end, runs,
+                        dt=eta / substeps, seed=seed,
                         share=True, keep=True, observe=observe, every=max(1, round(1 / 8 / eta)))
 
 # %% ../../nbs/experiments/scaling.ipynb #7426f0c4
@@ -104,24 +118,35 @@ PROTOCOLS = {"paired": lambda x, fine, coarse: (x, 2 * fine - coarse),
 STATISTICS = {"norms": relative_error, "loss": lambda x, model: (x - model)[-1].abs()}
 
 def score(e:Ensemble, column:int, model:int, t_end:float, protocol:str, statistic:str) -> dict:
-    "Error of a model (its column) for an algorithm (its column) up to t_end, over the runs that stayed finite in both"
-    alive, times = e.alive[:, column] & e.alive[:, model], e.times <= t_end * (1 + 1e-9)
+    """Error of a model (its column) for an algorithm (its column) up to t_end, over the runs
+    that stayed finite in both"""
+    alive = e.alive[:, column] & e.alive[:, model]
+    times = e.times <= t_end * (1 + 1e-9)
     alive &= alive.cumsum(0) <= alive.sum() // 2 * 2 # an even number
-    (x, _, _), (_, fine, coarse) = (e.paths[statistic][times][:, alive, j].double().cpu().unbind(-1) for j in (column, model))
-    error, se = jackknife(STATISTICS[statistic], *PROTOCOLS[protocol](x, fine, coarse)) if alive.sum() >= 4 else (None, None)
-    return dict(error=error, se=se, runs=int(alive.sum()), diverged=int((~(e.alive[:, column] & e.alive[:, model])).sum()))
+    (x, _, _), (_, fine, coarse) = (e.paths[statistic][times][:, alive, j].double().cpu().unbind(-1)
+                                    for j in (column, model))
+    error, se = (jackknife(STATISTICS[statistic], *PROTOCOLS[protocol](x, fine, coarse))
+                 if alive.sum() >= 4 else (None, None))
+    return dict(error=error, se=se, runs=int(alive.sum()),
+                diverged=int((~(e.alive[:, column] & e.alive[:, model])).sum()))
 
 # %% ../../nbs/experiments/scaling.ipynb #95aed942
-def simulated_rows(problem:Problem, etas, runs:int, seed:int, tick, cs=(1., 4.), t_ends=(1., 2.)) -> list: # of dicts
+def simulated_rows(problem:Problem, etas, runs:int, seed:int, tick, cs=(1., 4.), t_ends=(1., 2.)
+                  ) -> list: # of dicts
     "Errors from runs, one choice changed at a time"
-    rows, columns = [], list(product(cs, ("1", "1/2", "1/3")))
-    choices = [(c, t, protocol, s) for c, t, protocol, s in product(cs, t_ends, PROTOCOLS, STATISTICS)
+    rows = []
+    columns = list(product(cs, ("1", "1/2", "1/3")))
+    choices = [(c, t, protocol, s)
+               for c, t, protocol, s in product(cs, t_ends, PROTOCOLS, STATISTICS)
                if (c != cs[0]) + (t != t_ends[-1]) + (protocol != "paired") + (s != "norms") <= 1]
     for (name, kind), eta in product(ALGORITHMS.items(), etas):
-        fresh = int(np.random.SeedSequence([seed, problem.objective.dim, round(1 / eta)]).generate_state(1)[0])
-        e = follow(problem, kind, eta, [0.] + [c * eta**POWERS[p] for c, p in columns], runs, t_ends[-1], fresh)
-        for (c, t, protocol, s), (j, (of, p)), model in product(choices, enumerate(columns, 1), ("own SDE", "SGD's SDE")):
-            if of == c:
+        fresh = int(np.random.SeedSequence([seed, problem.objective.dim,
+                                            round(1 / eta)]).generate_state(1)[0])
+        e = follow(problem, kind, eta, [0.] + [c * eta**POWERS[p] for c, p in columns], runs,
+                   t_ends[-1], fresh)
+        for (c, t, protocol, s), (j, (of, p)) in product(choices, enumerate(columns, 1)):
+            if of != c: continue
+            for model in ("own SDE", "SGD's SDE"):
                 found = score(e, j, j if model == "own SDE" else 0, t, protocol, s)
                 rows.append(entry(problem.name, name, p, c, eta, t, model, protocol, s, **found))
         tick()
@@ -130,17 +155,21 @@ def simulated_rows(problem:Problem, etas, runs:int, seed:int, tick, cs=(1., 4.),
 # %% ../../nbs/experiments/scaling.ipynb #2014e61c
 def measure(quick:bool=False, # fewer and larger learning rates, fewer runs
             seed:int=0, # of the noise
-            dtype=torch.float64, device="cpu", # of the runs; what is exact is computed in double precision
+            dtype=torch.float64,
+            device="cpu", # of the runs; what is exact is computed in double precision
             progress:bool=False # show a progress bar
            ) -> pd.DataFrame: # KEY, eta, rho, error, se, runs, diverged
     "Errors of the own SDE and of SGD's SDE as η falls, for three scalings of ρ"
     seed = check_int("seed", seed, least=0)
-    plans = [(quadratic, range(4, 7 if quick else 10), 16 if quick else 64), (deep_nonlinear, range(3, 5 if quick else 8), 4 if quick else 16)]
+    plans = [(quadratic, range(4, 7 if quick else 10), 16 if quick else 64),
+             (deep_nonlinear, range(3, 5 if quick else 8), 4 if quick else 16)]
     rows = circle_rows(2.**-np.arange(9 if quick else 3, 18, 2), [1.] if quick else [1., 4.])
     rows += moment_rows(quadratic(), 2.**-np.arange(4, 17, 2), 2.)
-    with tqdm(total=3 * sum(len(k) for _, k, _ in plans), desc="scaling", unit="ensemble", disable=not progress) as bar:
+    with tqdm(total=3 * sum(len(k) for _, k, _ in plans), desc="scaling", unit="ensemble",
+              disable=not progress) as bar:
         for build, exponents, runs in plans:
-            rows += simulated_rows(build(dtype, device), [2.**-k for k in exponents], runs, seed, bar.update)
+            rows += simulated_rows(build(dtype, device), [2.**-k for k in exponents], runs, seed,
+                                   bar.update)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/scaling.ipynb #69bff676
@@ -152,7 +181,8 @@ def panel(ax, part:pd.DataFrame, problem:str, p:str):
     for model, algorithm in product(LOOKS, ALGORITHMS):
         curve = part[(part["algorithm"] == algorithm) & (part["model"] == model)]
         look = dict(color=colours[algorithm], marker="o", ms=4, lw=1, capsize=2) | LOOKS[model]
-        ax.errorbar(curve["eta"], curve["error"], 2 * curve["se"], label=f"{algorithm}, {model}", **look)
+        ax.errorbar(curve["eta"], curve["error"], 2 * curve["se"], label=f"{algorithm}, {model}",
+                    **look)
     for model, line in [("own SDE", "-"), ("SGD's SDE", "--")]:
         middle = part[part["model"] == model].groupby("eta")["error"].median()
         if middle.empty: continue
@@ -160,7 +190,8 @@ def panel(ax, part:pd.DataFrame, problem:str, p:str):
         straight = 1.7 * middle.iloc[0] * (middle.index / middle.index[0])**order
         ax.plot(middle.index, straight, "k", lw=.8, ls=line, alpha=.6, zorder=0)
         name = {1/3: "1/3", 1/2: "1/2", 2/3: "2/3", 1: "1"}[order]
-        ax.annotate(name, (middle.index[0], straight[0]), (-4, 0), textcoords="offset points", fontsize=8, ha="right", va="center")
+        ax.annotate(name, (middle.index[0], straight[0]), (-4, 0), textcoords="offset points",
+                    fontsize=8, ha="right", va="center")
     ax.margins(x=.12)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
@@ -170,18 +201,21 @@ def panels(problem:str, protocol:str, statistic:str, label:str):
     "A part of the picture: one problem, a panel for each scaling"
     def draw(figure, table):
         names = {"1": r"\eta", "1/2": r"\sqrt{\eta}", "1/3": r"\eta^{1/3}"}
-        rows = table[(table.problem == problem) & (table.protocol == protocol) & (table.statistic == statistic) & (table.c == 1)]
+        rows = table[(table.problem == problem) & (table.protocol == protocol)
+                     & (table.statistic == statistic) & (table.c == 1)]
         rows = rows[(rows.t_end == rows.t_end.max()) & rows.p.isin(names)]
         axes = figure.subplots(2, 2, sharey=True).flat
         for ax, p in zip(axes, names):
             panel(ax, rows[rows.p == p], problem, p)
-            ax.set(title=rf"$\rho={names[p]}$", xlabel="learning rate $\\eta$", ylim=(rows["error"].min() / 2, 3 * rows["error"].max()))
+            ax.set(title=rf"$\rho={names[p]}$", xlabel="learning rate $\\eta$",
+                   ylim=(rows["error"].min() / 2, 3 * rows["error"].max()))
             if ax.get_subplotspec().is_first_col(): ax.set_ylabel(label)
         axes[3].set_axis_off()
         axes[3].legend(*axes[0].get_legend_handles_labels(), loc="center")
     return draw, 2
 
-PARTS = {"circle": panels("circle", "exact", "φ", "weak error"), "quadratic": panels("quadratic", "paired", "norms", "relative error"),
+PARTS = {"circle": panels("circle", "exact", "φ", "weak error"),
+         "quadratic": panels("quadratic", "paired", "norms", "relative error"),
          "network": panels("deep-nonlinear", "paired", "norms", "relative error"),
          "usual protocol": panels("deep-nonlinear", "independent", "norms", "relative error")}
 
@@ -189,43 +223,55 @@ PARTS = {"circle": panels("circle", "exact", "φ", "weak error"), "quadratic": p
 def plot(table:pd.DataFrame, # from measure
          part:str|None=None # one of PARTS, for it alone
         ): # matplotlib Figure
-    "Error against η at c = 1 on three problems, and by the usual protocol, a panel for each scaling"
+    """Error against η at c = 1 on three problems, and by the usual protocol, a panel for each
+    scaling"""
     return picture(PARTS, table, part)
 
 # %% ../../nbs/experiments/scaling.ipynb #2454c51e
 def side(slopes:pd.DataFrame, cut:float) -> str:
-    "Where the intervals of all these slopes lie: 'above', 'below', 'both' if some are above and some below, else 'undecided'"
-    above, below = slopes["ci_low"] > cut, slopes["ci_high"] < cut
+    """Where the intervals of all these slopes lie:
+    'above', 'below', 'both' if some are above and some below, else 'undecided'"""
+    above = slopes["ci_low"] > cut
+    below = slopes["ci_high"] < cut
     if slopes.empty or not (above | below).all(): return "undecided"
     return "above" if above.all() else "below" if below.all() else "both"
 
 def span(slopes:pd.DataFrame) -> str:
     "The range of some slopes, with the largest half width of their intervals"
     if slopes.empty: return "no slope"
-    low, high, half = slopes["slope"].min(), slopes["slope"].max(), (slopes["ci_high"] - slopes["ci_low"]).max() / 2
+    low = slopes["slope"].min()
+    high = slopes["slope"].max()
+    half = (slopes["ci_high"] - slopes["ci_low"]).max() / 2
     return f"{low:.2f} to {high:.2f} ± {half:.1g}"
 
 def told(groups:dict) -> str: return ", ".join(f"{name} {span(s)}" for name, s in groups.items())
 
 # %% ../../nbs/experiments/scaling.ipynb #277cf436
-PROBLEMS = {"circle": "circle", "quadratic": "quadratic", "deep-nonlinear": "network"} # in the table, in words
+# in the table, in words
+PROBLEMS = {"circle": "circle", "quadratic": "quadratic", "deep-nonlinear": "network"}
 
 def measured(table:pd.DataFrame, p:str, c:float=1.) -> pd.DataFrame:
-    "The rows (of a table, or of orders) that are the measurement: exact or paired, the paper's statistic, the longest time"
-    part = table[(table.p == p) & (table.c == c) & table.protocol.isin(["exact", "paired"]) & table.statistic.isin(["φ", "norms"])]
+    """The rows (of a table, or of orders) that are the measurement:
+    exact or paired, the paper's statistic, the longest time"""
+    part = table[(table.p == p) & (table.c == c) & table.protocol.isin(["exact", "paired"])
+                 & table.statistic.isin(["φ", "norms"])]
     return part[part.t_end == part.groupby("problem")["t_end"].transform("max")]
 
-def grouped(slopes:pd.DataFrame, p:str, model:str, c:float=1.) -> dict: # problem in words -> slopes of the algorithms
+def grouped(slopes:pd.DataFrame, p:str, model:str, c:float=1.
+           ) -> dict: # problem in words -> slopes of the algorithms
     "The slopes for one scaling and model, where there are any"
     part = measured(slopes, p, c)
-    groups = {name: part[(part.problem == problem) & (part.model == model)] for problem, name in PROBLEMS.items()}
+    groups = {name: part[(part.problem == problem) & (part.model == model)]
+              for problem, name in PROBLEMS.items()}
     return {name: s for name, s in groups.items() if len(s)}
 
-def sides(groups:dict, cut:float) -> str: return side(pd.concat(groups.values()), cut) if groups else "undecided"
+def sides(groups:dict, cut:float) -> str:
+    return side(pd.concat(groups.values()), cut) if groups else "undecided"
 
 # %% ../../nbs/experiments/scaling.ipynb #4d3c0ed5
 def ratios(table:pd.DataFrame, p:str, c:float=1.) -> pd.DataFrame: # columns ratio, se
-    "Error of SGD's SDE over that of the own SDE at the smallest η of each problem, with its standard error"
+    """Error of SGD's SDE over that of the own SDE at the smallest η of each problem, with its
+    standard error"""
     part = measured(table, p, c)
     part = part[part.eta == part.groupby("problem")["eta"].transform("min")]
     wide = part.pivot(index=["problem", "algorithm"], columns="model", values=["error", "se"])
@@ -239,23 +285,31 @@ def extent(r:pd.DataFrame) -> str:
 
 # %% ../../nbs/experiments/scaling.ipynb #15fae1db
 def same_as_sgd(table, slopes) -> Verdict:
-    (own, sgd), factor = (grouped(slopes, "1", model) for model in LOOKS), ratios(table, "1")
+    own, sgd = (grouped(slopes, "1", model) for model in LOOKS)
+    factor = ratios(table, "1")
     where = {sides(own, 3/4), sides(sgd, 3/4)}
     equal = "holds" if (factor.ratio < 1.1 + 2 * factor.se).all() else "holds with a condition"
-    verdict = "undecided" if "undecided" in where else equal if where == {"above"} else "does not hold"
-    others = "".join(f", at ρ = {c:g} η {extent(ratios(table, '1', c))}" for c in sorted(table.c.unique()) if c != 1)
-    return Verdict("At ρ = η SAM is SGD: SGD's SDE is as good a model as the algorithm's own.", verdict,
-                   ("The same order, a larger error. " if verdict == "holds with a condition" else "")
+    verdict = ("undecided" if "undecided" in where else equal if where == {"above"}
+               else "does not hold")
+    others = "".join(f", at ρ = {c:g} η {extent(ratios(table, '1', c))}"
+                     for c in sorted(table.c.unique()) if c != 1)
+    return Verdict("At ρ = η SAM is SGD: SGD's SDE is as good a model as the algorithm's own.",
+                   verdict,
+                   ("The same order, a larger error. " if verdict == "holds with a condition"
+                    else "")
                    + f"Order of SGD's SDE: {told(sgd)}; of the own: {told(own)}. "
-                   f"Error of SGD's SDE over that of the own at the smallest η: {extent(factor)}{others}.")
+                   f"Error of SGD's SDE over that of the own at the smallest η: "
+                   f"{extent(factor)}{others}.")
 
 def root_needs_own(table, slopes) -> Verdict:
     own, sgd = (grouped(slopes, "1/2", model) for model in LOOKS)
     where = sides(own, 3/4), sides(sgd, 3/4)
-    verdict = "undecided" if "undecided" in where else "holds" if where == ("above", "below") else "does not hold"
+    verdict = ("undecided" if "undecided" in where else "holds" if where == ("above", "below")
+               else "does not hold")
     return Verdict("At ρ = √η the algorithm's own SDE is needed, and is of order 1.", verdict,
                    f"Order of the own SDE: {told(own)}; of SGD's: {told(sgd)}. "
-                   f"Error of SGD's SDE over that of the own at the smallest η: {extent(ratios(table, '1/2'))}.")
+                   f"Error of SGD's SDE over that of the own at the smallest η: "
+                   f"{extent(ratios(table, '1/2'))}.")
 
 # %% ../../nbs/experiments/scaling.ipynb #52b6e98d
 def order_lost(table, slopes) -> Verdict:
@@ -265,39 +319,62 @@ def order_lost(table, slopes) -> Verdict:
         if "network" in wider: groups[f"network at ρ = {c:g} η^(1/3)"] = wider["network"]
     found = {name: side(s, 5/6) for name, s in groups.items()}
     alike = {"below": "holds", "above": "does not hold", "undecided": "undecided"}
-    verdict = alike.get(found[next(iter(found))], "holds with a condition") if len(set(found.values())) == 1 else "holds with a condition"
-    words = {"below": "lost", "above": "not lost", "both": "lost for some", "undecided": "undecided"}
+    verdict = (alike.get(found[next(iter(found))], "holds with a condition")
+               if len(set(found.values())) == 1 else "holds with a condition")
+    words = {"below": "lost", "above": "not lost", "both": "lost for some",
+             "undecided": "undecided"}
     beyond = grouped(slopes, "1/4", "own SDE")
     return Verdict("From ρ = η^(1/3) on the own SDE loses its order.", verdict,
-                   ("Where the loss has third derivatives, and η is so small that ρ² outweighs it. " if verdict == "holds with a condition" else "")
-                   + "Order of the own SDE: " + ", ".join(f"{name} {span(s)} ({words[found[name]]})" for name, s in groups.items())
+                   ("Where the loss has third derivatives, and η is so small that ρ² outweighs it. "
+                    if verdict == "holds with a condition" else "")
+                   + "Order of the own SDE: "
+                   + ", ".join(f"{name} {span(s)} ({words[found[name]]})"
+                               for name, s in groups.items())
                    + (f"; at ρ = η^(1/4) {told(beyond)}" if beyond else "") + ".")
 
 # %% ../../nbs/experiments/scaling.ipynb #30603283
 def protocol_sees(table, slopes) -> Verdict:
-    part = slopes[(slopes.c == 1) & (slopes.statistic == "norms") & (slopes.t_end == slopes.t_end.max())]
-    want = pd.Series([theory(*key) for key in zip(part.problem, part.p, part.model)], index=part.index, dtype=float)
+    part = slopes[(slopes.c == 1) & (slopes.statistic == "norms")
+                  & (slopes.t_end == slopes.t_end.max())]
+    want = pd.Series([theory(*key) for key in zip(part.problem, part.p, part.model)],
+                     index=part.index, dtype=float)
     part = part.assign(right=(part.ci_low > want - 1/6) & (part.ci_high < want + 1/6))
-    curves = len(measured(table, "1")[["problem", "algorithm"]].query("problem != 'circle'").drop_duplicates()) * 3
-    def count(protocol, model): return f"{part[(part.protocol == protocol) & (part.model == model)].right.sum()} of {curves}"
+    curves = (len(measured(table,
+                           "1")[["problem",
+                                 "algorithm"]].query("problem != 'circle'").drop_duplicates()) * 3)
+    def count(protocol, model):
+        return (f"{part[(part.protocol == protocol) & (part.model == model)].right.sum()} of "
+                f"{curves}")
     own, sgd = LOOKS
-    def slope(p): return span(part[(part.protocol == "Euler") & (part.problem == "deep-nonlinear") & (part.p == p) & (part.model == "own SDE")])
+    def slope(p):
+        return span(part[(part.protocol == "Euler") & (part.problem == "deep-nonlinear")
+                         & (part.p == p) & (part.model == "own SDE")])
     apart = part[(part.protocol == "independent") & (part.model == "own SDE")]
-    zero = table[(table.protocol == "Euler") & (table.problem == "quadratic") & (table.model == "own SDE") & (table.algorithm == "USAM")]
-    return Verdict("Independent runs, with the SDE integrated by Euler's method at h = η, show these orders (the usual protocol).",
+    zero = table[(table.protocol == "Euler") & (table.problem == "quadratic")
+                 & (table.model == "own SDE") & (table.algorithm == "USAM")]
+    return Verdict(
+        "Independent runs, with the SDE integrated by Euler's method at h = η, "
+        "show these orders (the usual protocol).",
                    "holds" if len(apart) == curves and apart.right.all() else "does not hold",
-                   f"Slopes whose interval is within 1/6 of theory, own SDE: {count('independent', own)} ({span(apart)}), "
-                   f"paired and extrapolated {count('paired', own)}; SGD's SDE: {count('independent', sgd)}. "
-                   f"Without the noise, still at h = η, the own SDE shows 2p on the network: {slope('1')} at η, {slope('1/2')} at √η, "
-                   f"{slope('1/3')} at η^(1/3); and for USAM on the quadratic an error of at most {zero.error.max():.0e}.")
+                   f"Slopes whose interval is within 1/6 of theory, own SDE: "
+                   f"{count('independent', own)} ({span(apart)}), "
+                   f"paired and extrapolated {count('paired', own)}; SGD's SDE: "
+                   f"{count('independent', sgd)}. "
+                   f"Without the noise, still at h = η, the own SDE shows 2p on the network: "
+                   f"{slope('1')} at η, {slope('1/2')} at √η, "
+                   f"{slope('1/3')} at η^(1/3); "
+                   f"and for USAM on the quadratic an error of at most {zero.error.max():.0e}.")
 
 # %% ../../nbs/experiments/scaling.ipynb #3802226c
 def verdicts(table:pd.DataFrame # from measure
             ) -> Verdicts:
     "What became of the paper's claims, and whether the usual protocol could have seen it"
     slopes = orders(table)
-    return Verdicts(claim(table, slopes) for claim in (same_as_sgd, root_needs_own, order_lost, protocol_sees))
+    return Verdicts(claim(table, slopes)
+                    for claim in (same_as_sgd, root_needs_own, order_lost, protocol_sees))
 
 # %% ../../nbs/experiments/scaling.ipynb #1443fc8e
-experiment = Experiment("scaling", "how does the error of each SDE scale as η falls, for ρ = η, √η and η^(1/3)?", measure, plot, verdicts,
+experiment = Experiment("scaling",
+                        "how does the error of each SDE scale as η falls, for ρ = η, "
+                        "√η and η^(1/3)?", measure, plot, verdicts,
                         "two and a half minutes")

@@ -24,32 +24,42 @@ def two_valleys(x:Tensor) -> Tensor:
 def constant(sigma:float) -> NoisyLoss: return NoisyLoss(lambda x: two_valleys(x[0]), 1, sigma)
 
 def minibatches(sigma:float, shift:float=.15, levels:int=64) -> FiniteSum:
-    "The valleys, each sample's shifted to the left or right by `shift` and tilted; the tilts have standard deviation sigma"
-    tilt = torch.from_numpy(ndtri((torch.arange(levels, dtype=torch.float64).numpy() + .5) / levels))
-    tilt, n = sigma * tilt / tilt.square().mean().sqrt(), 2 * levels
-    some = lambda x, i: two_valleys(x[0] + shift * (2 * (i % 2) - 1)) + tilt[i // 2] * x[0]
+    """The valleys, each sample's shifted to the left or right by `shift` and tilted;
+    the tilts have standard deviation sigma"""
+    tilt = torch.from_numpy(
+        ndtri((torch.arange(levels, dtype=torch.float64).numpy() + .5) / levels))
+    tilt = sigma * tilt / tilt.square().mean().sqrt()
+    n = 2 * levels
+    def some(x, i): return two_valleys(x[0] + shift * (2 * (i % 2) - 1)) + tilt[i // 2] * x[0]
     return FiniteSum(lambda x: some(x, torch.arange(n)), n, 1, select=some)
 
 # %% ../../nbs/experiments/two_valleys.ipynb #4aeada17
-FACTS = ("share of the sharp valley", "sharp valley first", "time to leave the sharp valley", "time to leave the flat valley")
+FACTS = ("share of the sharp valley", "sharp valley first", "time to leave the sharp valley",
+         "time to leave the flat valley")
 
 def support(objective) -> tuple: # γ (K, 1, ...) and their probabilities (K,)
     "All noise of a finite sum; nodes for Gaussian noise"
-    if isinstance(objective, FiniteSum): return torch.arange(objective.n)[:, None, None], torch.full((objective.n,), 1 / objective.n, dtype=torch.float64)
+    if isinstance(objective, FiniteSum):
+        return (torch.arange(objective.n)[:, None, None],
+                torch.full((objective.n,), 1 / objective.n, dtype=torch.float64))
     z = torch.linspace(-7, 7, 641, dtype=torch.float64)
     return objective.law.sigma * z[:, None, None], torch.exp(-z**2 / 2) / torch.exp(-z**2 / 2).sum()
 
-def critical(objective, line:Tensor) -> list: # the sharp valley's bottom, the top, the flat valley's bottom
+def critical(objective, line:Tensor
+            ) -> list: # the sharp valley's bottom, the top, the flat valley's bottom
     g = objective.grad(line[:, None])[:, 0]
-    return [(line[k] - g[k] * (line[k + 1] - line[k]) / (g[k + 1] - g[k])).item() for k in torch.nonzero(g[:-1] * g[1:] <= 0)[:, 0]]
+    return [(line[k] - g[k] * (line[k + 1] - line[k]) / (g[k + 1] - g[k])).item()
+            for k in torch.nonzero(g[:-1] * g[1:] <= 0)[:, 0]]
 
 def transitions(algorithm:Algorithm, objective, eta:float, grid:Tensor # n equidistant points
                ) -> Tensor: # (n, n), rows add up to 1
     "The chain's probabilities between the points of a grid"
     gammas, p = support(objective)
-    ends, n = algorithm.step(objective, grid[:, None], eta, gammas)[..., 0], len(grid)
+    ends = algorithm.step(objective, grid[:, None], eta, gammas)[..., 0]
+    n = len(grid)
     place = ((ends - grid[0]) / (grid[1] - grid[0])).clamp(0, n - 1.000001)
-    k, P = place.long(), torch.zeros(n * n, dtype=torch.float64)
+    k = place.long()
+    P = torch.zeros(n * n, dtype=torch.float64)
     for cell, weight in ((k, 1 - place + k), (k + 1, place - k)):
         P.index_add_(0, (torch.arange(n) * n + cell).flatten(), (p[:, None] * weight).flatten())
     return P.view(n, n)
@@ -57,30 +67,39 @@ def transitions(algorithm:Algorithm, objective, eta:float, grid:Tensor # n equid
 # %% ../../nbs/experiments/two_valleys.ipynb #9749a9c8
 def long_run(P:Tensor) -> Tensor: # (n, n) -> (n,)
     "The stationary distribution of a Markov chain"
-    balance, one = torch.eye(len(P), dtype=P.dtype) - P.T, torch.zeros(len(P), dtype=P.dtype)
+    balance = torch.eye(len(P), dtype=P.dtype) - P.T
+    one = torch.zeros(len(P), dtype=P.dtype)
     balance[0], one[0] = 1, 1
     return torch.linalg.solve(balance, one)
 
 def chain_facts(algorithm:Algorithm, objective, eta:float, grid:Tensor) -> tuple:
     "The four FACTS of an algorithm, by linear systems"
-    P, (s, t, f) = transitions(algorithm, objective, eta, grid), critical(objective, grid)
+    P = transitions(algorithm, objective, eta, grid)
+    s, t, f = critical(objective, grid)
     A = torch.eye(len(grid), dtype=P.dtype) - P
     share = long_run(P)[grid < t].sum().item()
     def inside(where, right, start): # (I − P)⁻¹ right on part of the grid, at a point of it
-        u, x = torch.linalg.solve(A[where][:, where], right[where]), grid[where]
+        u = torch.linalg.solve(A[where][:, where], right[where])
+        x = grid[where]
         k = torch.searchsorted(x, start).clamp(1, len(x) - 1)
         return (u[k - 1] + (u[k] - u[k - 1]) * (start - x[k - 1]) / (x[k] - x[k - 1])).item()
-    ones, point = torch.ones_like(grid), lambda v: torch.tensor(v, dtype=grid.dtype)
+    ones = torch.ones_like(grid)
+    def point(v): return torch.tensor(v, dtype=grid.dtype)
     first = inside((grid > s) & (grid < f), P[:, grid <= s].sum(1), point(t))
-    return share, first, eta * inside(grid < f, ones, point(s)), eta * inside(grid > s, ones, point(f))
+    return (share, first, eta * inside(grid < f, ones, point(s)),
+            eta * inside(grid > s, ones, point(f)))
 
 # %% ../../nbs/experiments/two_valleys.ipynb #5c133572
 def coefficients(algorithm:Algorithm, objective, line:Tensor) -> tuple[Tensor, Tensor]: # (n,) each
-    "Drift b and noise a of an algorithm's SDE: mean and variance of g + ρHu over the samples, or closed forms for constant noise"
+    """Drift b and noise a of an algorithm's SDE:
+    mean and variance of g + ρHu over the samples, or closed forms for constant noise"""
     x = line[:, None]
-    if not isinstance(objective, FiniteSum): return drift(algorithm, objective, x)[:, 0], noise_covariance(algorithm, objective, x)[:, 0, 0]
+    if not isinstance(objective, FiniteSum):
+        return (drift(algorithm, objective, x)[:, 0],
+                noise_covariance(algorithm, objective, x)[:, 0, 0])
     gammas, _ = support(objective)
-    c = objective.sample_grad(x, gammas) + algorithm.rho * hessian_perturbation(algorithm, objective, x, gammas)
+    c = (objective.sample_grad(x, gammas)
+         + algorithm.rho * hessian_perturbation(algorithm, objective, x, gammas))
     return -c.mean(0)[:, 0], c.var(0, correction=0)[:, 0]
 
 def height(b:Tensor, a:Tensor, eta:float, line:Tensor) -> Tensor: # (n,)
@@ -91,11 +110,14 @@ def sde_facts(b:Tensor, a:Tensor, eta:float, line:Tensor, # drift, noise and poi
               at:list # x_s, x_t and x_f
              ) -> tuple:
     "The four FACTS of an SDE, by quadrature"
-    (s, t, f), dx = at, (line[1] - line[0]).item()
+    s, t, f = at
+    dx = (line[1] - line[0]).item()
     W = height(b, a, eta, line)
-    density, scale = torch.exp(W.min() - W) / a, torch.exp(W - W.min())
+    density = torch.exp(W.min() - W) / a
+    scale = torch.exp(W - W.min())
     between = (line > s) & (line < f)
-    share, first = (density[line < t].sum() / density.sum()).item(), (scale[between & (line > t)].sum() / scale[between].sum()).item()
+    share = (density[line < t].sum() / density.sum()).item()
+    first = (scale[between & (line > t)].sum() / scale[between].sum()).item()
     left = density.cumsum(0)
     times = [(scale * m)[between].sum().item() * 2 / eta * dx**2 for m in (left, left[-1] - left)]
     return share, first, *times

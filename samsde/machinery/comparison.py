@@ -57,14 +57,16 @@ def differentiate(f:Tensor, params:list, v:Tensor, second:Callable=backward) -> 
 
 def plain_loss(network:Network, x:Tensor, v:Tensor, i) -> tuple[Tensor, Tensor, Tensor]:
     "The loss of the samples i as one batch, its gradient and its Hessian times v, the plain way"
-    module, (X, y) = put(network, x), network.data(i)
+    module = put(network, x)
+    X, y = network.data(i)
     with plainly(): return differentiate(network.loss(module(X), y), trainable(module), v)
 
 # %% ../../nbs/machinery/comparison.ipynb #d145b377
 def in_double(network:Network) -> Network:
     "The same network in double precision; a copy of itself where its module cannot be had in it"
     twin = copy.copy(network)
-    twin.module, twin.x0 = copy.deepcopy(network.module).double(), network.x0.double()
+    twin.module = copy.deepcopy(network.module).double()
+    twin.x0 = network.x0.double()
     twin.dtype = torch.float64
     if isinstance(network.loss, nn.Module): twin.loss = copy.deepcopy(network.loss).double()
     try: plain_loss(twin, twin.x0, twin.x0, slice(0, 1))
@@ -73,7 +75,8 @@ def in_double(network:Network) -> Network:
 
 def noise(network:Network, *shape, seed:int) -> Tensor:
     "Standard normal numbers times the size of each parameter, (*shape, d)"
-    generator, d = torch.Generator().manual_seed(seed), len(network.x0)
+    generator = torch.Generator().manual_seed(seed)
+    d = len(network.x0)
     z = torch.randn(*shape, d, generator=generator, dtype=torch.float64).to(network.x0)
     params = network.named(network.x0).values()
     size = torch.cat([p.square().mean().sqrt().expand(p.numel()) for p in params])
@@ -101,10 +104,12 @@ def near(network:Network, k:int, # which of them
     return x if scale < 1e-3 or all_finite(network, x) else near(network, k, scale / 4)
 
 def some_rows(network:Network) -> list:
-    "The first sample, the last, three others, and those with the least and the largest whole number"
+    """The first sample, the last, three others, and those with the least and the largest whole
+    number"""
     n = len(network.X)
     others = torch.randint(n, (3,), generator=torch.Generator().manual_seed(0)).tolist()
-    rows, X = [0, n - 1, *others], network.X.reshape(n, -1)
+    rows = [0, n - 1, *others]
+    X = network.X.reshape(n, -1)
     if X.numel() and not X.is_floating_point():
         rows += [int(X.amin(1).argmin()), int(X.amax(1).argmax())]
     return [*dict.fromkeys(rows)]
@@ -144,7 +149,8 @@ def tensors_of(module:nn.Module) -> dict:
 
 # %% ../../nbs/machinery/comparison.ipynb #b1ec2229
 def check_runs(network:Network):
-    "Raises ValueError if the module cannot take the data, its loss is no number, or a run changes the module"
+    """Raises ValueError if the module cannot take the data, its loss is no number, or a run
+    changes the module"""
     module = put(network, network.x0)
     before = {name: t.detach().clone() for name, t in tensors_of(module).items()}
     X, y = network.data(slice(0, network.chunk or len(network.X)))
@@ -160,7 +166,8 @@ def check_runs(network:Network):
     check_number(network, f, again)
 
 def check_number(network:Network, f, again):
-    "Raises ValueError or TypeError unless a loss is a number that stays the same and has a gradient"
+    """Raises ValueError or TypeError unless a loss is a number that stays the same and has a
+    gradient"""
     if not isinstance(f, Tensor) or f.ndim:
         found = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
         raise ValueError(f"the loss of a batch must be a scalar (its mean), got {found}")
@@ -188,7 +195,8 @@ def check_output(out, n:int # samples
 
 def batch_outputs(network:Network, x:Tensor): # tensors with n rows
     "What the module returns for all samples, in pieces"
-    module, pieces = put(network, x), pieces_of(len(network.X), network.chunk)
+    module = put(network, x)
+    pieces = pieces_of(len(network.X), network.chunk)
     with plainly(), torch.no_grad(): outs = [module(network.data(s)[0]) for s in pieces]
     check_output(outs[0], pieces[0].stop)
     return outs[0] if len(outs) == 1 else tree_map(lambda *t: torch.cat(t), *outs)
@@ -210,19 +218,24 @@ def check_alone(network:Network, x:Tensor, rows:list, f:Tensor|None=None # in co
 
 def no_mean(network:Network, batch:Tensor, f:Tensor) -> str:
     "What kind of loss this is, in words"
-    loss, found = network.loss, f"got {batch:.6g} for {len(f)} samples whose mean is {f.mean():.6g}"
+    loss = network.loss
+    found = f"got {batch:.6g} for {len(f)} samples whose mean is {f.mean():.6g}"
     ignored = getattr(loss, "ignore_index", None)
     if close(network, batch, f.sum()): kind = "it is their sum, so use reduction='mean'"
     elif getattr(loss, "weight", None) is not None: kind = "class weights make it another mean"
     elif ignored is not None and (network.y == ignored).any():
         kind = "ignored targets make it another mean"
-    else: kind = "weights, ignored targets, or a loss that mixes samples, as RMSE, Dice and contrastive losses do"
+    else:
+        kind = ("weights, ignored targets, or a loss that mixes samples, as RMSE, "
+                "Dice and contrastive losses do")
     return f"the loss of a batch must be the mean of the losses of its samples, {found}: {kind}"
 
 @torch.no_grad()
 def check_means(network:Network, x:Tensor):
     "Raises ValueError if there are no sample losses, of which the loss of a batch is the mean"
-    rows, out, y = some_rows(network), batch_outputs(network, x), network.data(slice(None))[1]
+    rows = some_rows(network)
+    out = batch_outputs(network, x)
+    y = network.data(slice(None))[1]
     f = network.each(out, y)
     for i in (~torch.isfinite(f)).nonzero().flatten().tolist()[:1]:
         raise ValueError(f"the loss of sample {i} is {f[i]:g}: "
@@ -247,15 +260,19 @@ def check_losses(network:Network):
 # %% ../../nbs/machinery/comparison.ipynb #410788a2
 def check_copy(network:Network, module:nn.Module, loss:Callable):
     "Raises ValueError if the copy of a module has other derivatives than the module"
-    x, v, params = network.x0, noise(network, seed=3), trainable(module)
+    x = network.x0
+    v = noise(network, seed=3)
+    params = trainable(module)
     for i in some_rows(network)[:2]:
         X, y = network.data(slice(i, i + 1))
         with plainly(): given = differentiate(loss(module(X), y), params, v, gradients)
         copied = plain_loss(network, x, v, slice(i, i + 1))
         for ours, plain in zip(copied[1:], given[1:]):
             if name := off(network, ours, plain):
-                raise ValueError(f"parameter {name!r} has another derivative in a copy of the module: does "
-                                 "the loss, or a function in it, read the parameters from elsewhere?")
+                raise ValueError(
+                    f"parameter {name!r} has another derivative in a copy of the module: does "
+                                 "the loss, or a function in it, "
+                                 "read the parameters from elsewhere?")
 
 # %% ../../nbs/machinery/comparison.ipynb #6f94ac28
 def along(f:Callable, # (P, d) -> (P,)
@@ -289,7 +306,8 @@ class Samples(NamedTuple):
 
 def plain_samples(network:Network) -> Samples:
     x = torch.stack([near(network, 0), near(network, 1), near(network, 2, scale=1.)])
-    v, rows = noise(network, 3, seed=4), some_rows(network)
+    v = noise(network, 3, seed=4)
+    rows = some_rows(network)
     def at(z, u): return [plain_loss(network, z, u, slice(i, i + 1))[1:] for i in rows]
     return Samples(x, v, torch.tensor(rows, device=x.device), [at(z, u) for z, u in zip(x, v)])
 
@@ -311,8 +329,10 @@ def wrong_batches(network:Network, s:Samples, b:int # samples of each point
     return compare(network, f, s.x, s.v, plain)
 
 def wrong_data(network:Network, s:Samples) -> str|None:
-    "The parameter in which the derivatives of the loss of all samples are wrong at two points at once"
-    x, v = s.x[::2], s.v[::2]
+    """The parameter in which the derivatives of the loss of all samples are wrong at two points
+    at once"""
+    x = s.x[::2]
+    v = s.v[::2]
     for piece in pieces_of(len(network.X), network.chunk):
         rows = torch.arange(piece.start, piece.stop, device=x.device)
         def f(z): return network.lift(lambda z: network.losses(z, rows).mean(), z)
@@ -327,7 +347,8 @@ def wrong_parameter(network:Network, s:Samples) -> str|None:
 
 # %% ../../nbs/machinery/comparison.ipynb #3b44c6c9
 def wrong_inside(network:Network, s:Samples) -> bool:
-    "Are sample gradients wrong where they are taken inside of a function, and differentiated there?"
+    """Are sample gradients wrong where they are taken inside of a function, and differentiated
+    there?"""
     def loss(z, i): return network.losses(z, i[None]).sum()
     def slope(z, v): return vmap(torch.func.grad(loss), (None, 0))(z, s.rows) @ v
     def f(z): return network.lift(slope, z, s.v).sum(-1)
@@ -354,8 +375,11 @@ def twice(layer:nn.Module, args, kwargs) -> bool:
 
 def rough_layer(network:Network) -> str:
     "The layer without a second derivative, in words"
-    calls, module, (X, _) = [], put(network, network.x0), network.data(slice(0, 1))
-    def note(name): return lambda layer, args, kwargs, out: calls.append((name, layer, args, kwargs))
+    calls = []
+    module = put(network, network.x0)
+    X, _ = network.data(slice(0, 1))
+    def note(name):
+        return lambda layer, args, kwargs, out: calls.append((name, layer, args, kwargs))
     leaves = [(name, layer) for name, layer in module.named_modules() if not [*layer.children()]]
     handles = [layer.register_forward_hook(note(name), with_kwargs=True) for name, layer in leaves]
     try:
@@ -383,7 +407,8 @@ def plain_or_refused(network:Network, twin:Network, module, loss) -> Samples:
 
 # %% ../../nbs/machinery/comparison.ipynb #664f459f
 def check_network(network:Network, module:nn.Module, loss:Callable):
-    "Compare a network with the plain way, and choose its route. Raises ValueError or TypeError on what has no sample losses, and on what differs."
+    """Compare a network with the plain way, and choose its route.
+    Raises ValueError or TypeError on what has no sample losses, and on what differs."""
     check_runs(network)
     twin = in_double(network)
     samples = plain_or_refused(network, twin, module, loss)
@@ -395,7 +420,8 @@ def check_network(network:Network, module:nn.Module, loss:Callable):
     else:
         if why: raise ValueError("the module must be a function of its parameters, "
                                  f"but torch says: {first_line(why)}") from why
-        raise ValueError(f"parameter {wrong!r} has other derivatives in a function of the parameters than "
+        raise ValueError(
+            f"parameter {wrong!r} has other derivatives in a function of the parameters than "
                          "in the module: is it read from elsewhere, or changed in place?")
     network.loop = twin.loop
     network.inside = not (twin.loop or wrong_inside(twin, samples))

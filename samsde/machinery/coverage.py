@@ -115,7 +115,8 @@ ACTIVATIONS = [
 # pooling, padding, and shapes
 PLACES = {1: (2, 6), 2: (2, 4, 4), 3: (1, 4, 4, 4)}
 def pool_and_back(k:int) -> nn.ModuleList: # in k dimensions
-    pool, unpool = getattr(nn, f"MaxPool{k}d"), getattr(nn, f"MaxUnpool{k}d")
+    pool = getattr(nn, f"MaxPool{k}d")
+    unpool = getattr(nn, f"MaxUnpool{k}d")
     return nn.ModuleList([pool(2, return_indices=True), unpool(2)])
 
 RANDOM = "its pools are drawn at random"
@@ -326,7 +327,8 @@ def triplet_of_distance(out, y):
     return nn.TripletMarginWithDistanceLoss(margin=5.)(*out.chunk(3, 1))
 def gaussian_nll(out, y): return nn.GaussianNLLLoss()(out[:, :1], y[:, :1], out[:, 1:2].exp())
 def connectionist(out, y):
-    steps, n = out.shape[2], len(y)
+    steps = out.shape[2]
+    n = len(y)
     log = out.permute(2, 0, 1).log_softmax(-1)
     return nn.CTCLoss()(log, y, torch.full((n,), steps), torch.full((n,), 2))
 class Inside(nn.Module):

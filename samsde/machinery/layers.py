@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from .checks import check_grad_possible
-from .comparison import close, in_double, near, off, pieces_of, plain_loss, some_rows, tolerance
+from .comparison import (
+    close, in_double, near, off, pieces_of, plain_loss, some_rows, tolerance)
 from .network import Network
 from .paths import Rewritten
 
 # %% ../../nbs/machinery/layers.ipynb #be4ab19c
 def outer_square(a:Tensor, d:Tensor) -> Tensor: # (b, T, m), (b, T, k) -> (b,)
     "‖Σ_t d_t a_tᵀ‖² of every sample"
-    (_, T, m), k = a.shape, d.shape[-1]
+    _, T, m = a.shape
+    k = d.shape[-1]
     if T * (m + k) < m * k: return ((a @ a.mT) * (d @ d.mT)).sum((1, 2))
     return (d.mT @ a).square().sum((1, 2))
 
@@ -36,11 +38,13 @@ def linear(layer:nn.Linear, a:Tensor, d:Tensor) -> dict: # (b, ..., m), (b, ...,
 
 # %% ../../nbs/machinery/layers.ipynb #eed38265
 def convolution(layer, # of one or two dimensions
-                a:Tensor, d:Tensor # (b, channels, ...), or (b, k, channels, ...): a sample may be k pictures
+                a:Tensor,
+                d:Tensor # (b, channels, ...), or (b, k, channels, ...): a sample may be k pictures
                ) -> dict:
     settings = layer.kernel_size, layer.dilation, layer.padding, layer.stride
     if isinstance(layer, nn.Conv1d): # a picture of height 1
-        a, d = a[..., None, :], d[..., None, :]
+        a = a[..., None, :]
+        d = d[..., None, :]
         settings = [(one, *value) for one, value in zip((1, 1, 0, 1), settings)]
     a, d = (t.reshape(len(t), -1, *t.shape[-3:]) for t in (a, d))
     patches = F.unfold(a.flatten(0, 1), *settings).reshape(*a.shape[:2], -1, d[0, 0, 0].numel())
@@ -56,7 +60,8 @@ def scaled(normal:Tensor, d:Tensor) -> dict: # (b, places, entries of the weight
 
 def channel_norm(layer, a:Tensor, d:Tensor) -> dict: # (b, k, channels, ...)
     pictures = a.flatten(0, 1)
-    if isinstance(layer, nn.GroupNorm): normal = F.group_norm(pictures, layer.num_groups, eps=layer.eps)
+    if isinstance(layer, nn.GroupNorm):
+        normal = F.group_norm(pictures, layer.num_groups, eps=layer.eps)
     else: normal = F.batch_norm(pictures, layer.running_mean, layer.running_var, eps=layer.eps)
     return scaled(*(t.reshape(*d.shape[:3], -1) for t in (normal, d)))
 
@@ -66,7 +71,8 @@ def layer_norm(layer:nn.LayerNorm, a:Tensor, d:Tensor) -> dict: # (b, ..., *entr
     return scaled(*(t.reshape(len(t), -1, entries, 1) for t in (normal, d)))
 
 def embedding(layer:nn.Embedding, a:Tensor, d:Tensor) -> dict:
-    a, d = a.reshape(len(a), -1), d.reshape(len(d), -1, d.shape[-1])
+    a = a.reshape(len(a), -1)
+    d = d.reshape(len(d), -1, d.shape[-1])
     return dict(weight=((a[:, :, None] == a[:, None]) * (d @ d.mT)).sum((1, 2)))
 
 FORMS = {nn.Linear: linear, nn.modules.linear.NonDynamicallyQuantizableLinear: linear,
@@ -106,7 +112,8 @@ def signals(network:Network, layers:dict, # name -> Layer
             params:dict, # by name
             rows:Tensor # sample numbers, (b,)
            ) -> tuple: # dicts of (b, ...), (b,), a dict of (b, ...)
-    "Derivatives in the outputs of layers and in all parameters outside of them, the losses, and the layers' inputs"
+    """Derivatives in the outputs of layers and in all parameters outside of them, the losses,
+    and the layers' inputs"""
     check_grad_possible()
     module = network.thread_copy()
     def loss(added, outside, i):
@@ -120,7 +127,8 @@ def signals(network:Network, layers:dict, # name -> Layer
         try: f = network.losses({**params, **outside}, i[None])[0]
         finally: [h.remove() for h in handles]
         return f, (f, inputs)
-    added = {name: next(iter(params.values())).new_zeros(layer.shape) for name, layer in layers.items()}
+    added = {name: next(iter(params.values())).new_zeros(layer.shape)
+             for name, layer in layers.items()}
     covered = {name for layer in layers.values() for name in layer.names.values()}
     outside = {name: p for name, p in params.items() if name not in covered}
     both = torch.func.grad(loss, argnums=(0, 1), has_aux=True)
@@ -128,20 +136,25 @@ def signals(network:Network, layers:dict, # name -> Layer
     return inside, outside, f, inputs
 
 # %% ../../nbs/machinery/layers.ipynb #8ac9ebee
-def terms(network:Network, x:Tensor, s:slice, directions=()) -> tuple: # (d,), and (d,) each -> (b,) each
+def terms(network:Network, x:Tensor, s:slice, directions=()
+         ) -> tuple: # (d,), and (d,) each -> (b,) each
     "f_i, ‖∇f_i‖² and the slopes of f_i in some directions, for a slice of the samples"
-    layers, rows = layers_of(network), torch.arange(s.start, s.stop, device=x.device)
+    layers = layers_of(network)
+    rows = torch.arange(s.start, s.stop, device=x.device)
     inside, outside, f, inputs = signals(network, layers, network.named(x), rows)
     total = sum(g.reshape(len(g), -1).square().sum(1) for g in outside.values())
     for name, d in inside.items():
         total = total + sum(squares(network, name, layers[name], inputs[name], d).values())
-    return f, total, *(slope(network, network.named(p), inside, outside, inputs) for p in directions)
+    return (f, total,
+            *(slope(network, network.named(p), inside, outside, inputs) for p in directions))
 
 def slope(network:Network, p:dict, inside:dict, outside:dict, inputs:dict) -> Tensor: # -> (b,)
     "⟨∇f_i, p⟩ for a direction p by name"
     total = sum((g * p[name]).reshape(len(g), -1).sum(1) for name, g in outside.items())
     for name, d in inside.items():
-        layer, names, a = network.thread_copy().get_submodule(name), layers_of(network)[name].names, inputs[name]
+        layer = network.thread_copy().get_submodule(name)
+        names = layers_of(network)[name].names
+        a = inputs[name]
         ours = {key: torch.zeros_like(value) for key, value in layer.named_parameters()}
         ours |= {key: p[known] for key, known in names.items()}
         change = vmap(lambda z: functional_call(layer, ours, (z,)))(a)
@@ -152,9 +165,11 @@ def slope(network:Network, p:dict, inside:dict, outside:dict, inputs:dict) -> Te
 def first_row(network:Network) -> Tensor:
     return torch.zeros(1, dtype=torch.long, device=network.x0.device)
 
-def shapes_of_calls(network:Network) -> dict: # name -> shapes of its output, None for a call by keyword
+def shapes_of_calls(network:Network
+                   ) -> dict: # name -> shapes of its output, None for a call by keyword
     "How the layers with a form are called, for one sample"
-    module, calls = network.thread_copy(), {}
+    module = network.thread_copy()
+    calls = {}
     def note(name):
         def hook(layer, args, out):
             calls.setdefault(name, []).append(out.shape if len(args) == 1 else None)
@@ -202,7 +217,9 @@ def used_elsewhere(network:Network, layers:dict) -> set: # of names of parameter
 # %% ../../nbs/machinery/layers.ipynb #ce275d46
 def wrong_layers(network:Network, layers:dict, x:Tensor) -> set:
     "The layers whose form gives other norms than the sample gradients at a point"
-    wrong, params, n = set(), network.named(x), len(network.X)
+    wrong = set()
+    params = network.named(x)
+    n = len(network.X)
     size = max(1, min(n, network.chunk or 256, 2**22 // len(x))) # samples at once
     for s in pieces_of(n, size):
         rows = torch.arange(s.start, s.stop, device=x.device)
@@ -217,7 +234,8 @@ def wrong_layers(network:Network, layers:dict, x:Tensor) -> set:
     return wrong
 
 def right_norms(network:Network, x:Tensor) -> bool:
-    "Are sample gradients, and the derivative of their squared norms, those of the plain way, for some samples?"
+    """Are sample gradients, and the derivative of their squared norms, those of the plain way,
+    for some samples?"""
     rows = some_rows(network)[:4]
     zero = torch.zeros_like(x)
     g = torch.stack([plain_loss(network, x, zero, slice(i, i + 1))[1] for i in rows])
@@ -248,14 +266,16 @@ def found_layers(network:Network) -> tuple[dict, bool]:
     for twin in (in_double(network), copy.copy(network)) if network.inside else ():
         try:
             with Rewritten(): return proved_layers(twin)
-        except (RuntimeError, NotImplementedError): pass # of a kind that vmap over samples cannot do
+        except (RuntimeError, NotImplementedError):
+            pass # of a kind that vmap over samples cannot do
     return {}, False
 
 def proved_layers(twin:Network) -> tuple[dict, bool]:
     points = near(twin, 0), near(twin, 2, scale=1.)
     layers = candidates(twin)
     elsewhere = used_elsewhere(twin, layers)
-    layers = {name: layer for name, layer in layers.items() if not elsewhere & {*layer.names.values()}}
+    layers = {name: layer
+              for name, layer in layers.items() if not elsewhere & {*layer.names.values()}}
     wrong = set.union(*(wrong_layers(twin, layers, x) for x in points))
     twin.layers = {name: layer for name, layer in layers.items() if name not in wrong}
     return twin.layers, all(right_norms(twin, x) for x in points)

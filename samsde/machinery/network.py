@@ -27,18 +27,21 @@ def snapshot(thing, name:str):
     try: return copy.deepcopy(thing, memo)
     except Exception as error: # whatever a class does in its __deepcopy__
         kind = type(thing).__name__
-        raise ValueError(f"{name} must be something that can be copied, got {kind}: {error}") from error
+        raise ValueError(
+            f"{name} must be something that can be copied, got {kind}: {error}") from error
 
 # %% ../../nbs/machinery/network.ipynb #276d2b96
 EVAL = "in training mode has no sample losses: call module.eval() first"
 RENORM = "with max_norm changes its own weights when it runs"
 COUNTS = "with scale_grad_by_freq has gradients that are not those of its loss"
-SCRIPT = "is compiled by torch.jit, which keeps its parameters to itself: give the module as it was before"
+SCRIPT = ("is compiled by torch.jit, which keeps its parameters to itself: "
+          "give the module as it was before")
 LAZY = "has no parameters yet: run the module once first"
 
 def draws_numbers(layer:nn.Module) -> bool:
     if isinstance(layer, nn.RReLU): return True
-    p = layer.p if isinstance(layer, nn.modules.dropout._DropoutNd) else getattr(layer, "dropout", 0)
+    p = (layer.p if isinstance(layer, nn.modules.dropout._DropoutNd)
+         else getattr(layer, "dropout", 0))
     return isinstance(p, (int, float)) and p > 0
 
 def unfit(layer:nn.Module) -> str|None:
@@ -72,7 +75,8 @@ def trainable(module:nn.Module) -> list:
     return [p for p in module.parameters() if p.requires_grad]
 
 def check_layers(module:nn.Module, X:Tensor):
-    "Raises ValueError or TypeError on layers that have no sample losses, and on parameters of another kind than the inputs"
+    """Raises ValueError or TypeError on layers that have no sample losses, and on parameters of
+    another kind than the inputs"""
     for name, layer in module.named_modules():
         if why := unfit(layer): raise ValueError(f"layer {name!r} ({type(layer).__name__}) {why}")
     kinds = {p.dtype for p in trainable(module)}
@@ -91,13 +95,15 @@ def row(tree, k:int):
     return tree_map(lambda t: t[k:k + 1] if isinstance(t, Tensor) else t, tree)
 
 class Network:
-    "A module, its loss and its data, as they are now, as sample losses of the flat trainable parameters"
+    """A module, its loss and its data, as they are now, as sample losses of the flat trainable
+    parameters"""
     def __init__(self, module:nn.Module, # any network
                  loss:Callable, # (output, target) of a batch -> scalar, its mean
                  X:Tensor, # inputs, (n, ...)
                  y:Tensor # targets, (n, ...)
                 ):
-        self.module, self.loss = snapshot(module, "module"), snapshot(loss, "loss")
+        self.module = snapshot(module, "module")
+        self.loss = snapshot(loss, "loss")
         self.X, self.y = (t.detach().clone() for t in (X, y))
         named = self.module.named_parameters()
         params = {name: p.detach() for name, p in named if p.requires_grad}

@@ -162,10 +162,12 @@ def derivatives(fn:Callable, tensors:tuple, loop:bool) -> list:
     with torch.enable_grad():
         z = tensors[0].detach().requires_grad_()
         out = lift(fn, z, *tensors[1:], loop=loop)
-        found, f = [out.detach()], (out * out.detach().abs().sqrt()).sum()
+        found = [out.detach()]
+        f = (out * out.detach().abs().sqrt()).sum()
         for _ in range(2):
             if not f.requires_grad: break
-            g, = torch.autograd.grad(f, z, create_graph=True, allow_unused=True, materialize_grads=True)
+            g, = torch.autograd.grad(f, z, create_graph=True, allow_unused=True,
+                                     materialize_grads=True)
             found.append(g.detach())
             f = (g * g.detach().cos()).sum()
     return found
@@ -184,7 +186,8 @@ def can_be_tried(*tensors:Tensor) -> bool:
     return tensors[0].numel() > 0 and not any(map(wrapped, tensors))
 
 def needs_loop(fn:Callable, x:Tensor, *rest:Tensor) -> bool:
-    "Must points be taken one after another? Raises ValueError if the function changes between calls."
+    """Must points be taken one after another? Raises ValueError if the function changes between
+    calls."""
     tensors = three_points(x.detach(), *rest)
     try: known, again = (derivatives(fn, tensors, loop=True) for _ in range(2))
     except Exception: return False # what is wrong with it is told where it is used

@@ -19,7 +19,8 @@ from .. import __version__
 from .streams import Block, PathStatistics, Run, finite_at, observed
 
 # %% ../../nbs/machinery/store.ipynb #6a44357f
-def as_array(t:Tensor) -> np.ndarray: return (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).detach().cpu().numpy()
+def as_array(t:Tensor) -> np.ndarray:
+    return (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).detach().cpu().numpy()
 def as_tensor(a:np.ndarray, dtype:torch.dtype, device) -> Tensor:
     t = torch.from_numpy(a).to(device, copy=True) # into torch's memory, aligned as it is there
     return t.view(dtype) if dtype == torch.bfloat16 else t
@@ -27,7 +28,8 @@ def as_tensor(a:np.ndarray, dtype:torch.dtype, device) -> Tensor:
 # %% ../../nbs/machinery/store.ipynb #d73c6828
 @contextmanager
 def replacing(path:Path): # a binary file
-    "A file that takes the place of another when all is written. Raises OSError if that fails; the old one then stays."
+    """A file that takes the place of another when all is written. Raises OSError if that fails;
+    the old one then stays."""
     path = Path(os.path.realpath(path))
     part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     try:
@@ -42,7 +44,8 @@ def replacing(path:Path): # a binary file
 
 # %% ../../nbs/machinery/store.ipynb #c0ce7e70
 def remove_parts(folder:Path, name:str):
-    "Remove what killed writers left of a file, which others may still be writing until an hour has passed"
+    """Remove what killed writers left of a file, which others may still be writing until an hour
+    has passed"""
     for part in folder.glob(f"{name}.????????.part"):
         with suppress(FileNotFoundError): # another may have been here before
             if part.stat().st_mtime < time.time() - 3600: part.unlink()
@@ -58,11 +61,13 @@ TEXT = 2**26 # bytes that a file may have to say of itself
 
 @contextmanager
 def refusing(path:Path, words:str):
-    "Errors inside are a ValueError about a file: numpy, zipfile and json have many for what makes no sense"
+    """Errors inside are a ValueError about a file:
+    numpy, zipfile and json have many for what makes no sense"""
     try: yield
     except Exception as error:
         why = str(error)[:100]
-        raise ValueError(f"{path} {words} ({why}): give another checkpoint, or delete it") from error
+        raise ValueError(
+            f"{path} {words} ({why}): give another checkpoint, or delete it") from error
 
 # %% ../../nbs/machinery/store.ipynb #debaf862
 def declared(path:Path) -> dict: # name -> shape, dtype
@@ -81,7 +86,8 @@ NONE = "is no checkpoint of simulate, or damaged"
 
 # %% ../../nbs/machinery/store.ipynb #67558d96
 def read(path:Path) -> tuple[dict, dict]:
-    "What a file says of itself, and of its arrays. Raises ValueError if it is no checkpoint, or of another format."
+    """What a file says of itself, and of its arrays.
+    Raises ValueError if it is no checkpoint, or of another format."""
     with refusing(path, NONE):
         arrays = declared(path)
         _, text = arrays.pop("about")
@@ -131,8 +137,10 @@ def one_thread():
 @torch.no_grad()
 def fingerprint(run:Run) -> tuple[dict, list]: # name -> sketches, and the values of each observable
     "What the process does to a few points, what its objective is there, and what is observed"
-    generator, first = torch.Generator(run.x.device).manual_seed(0), run.x[:2]
-    near = first + torch.randn(first.shape, generator=generator, dtype=first.dtype, device=first.device)
+    generator = torch.Generator(run.x.device).manual_seed(0)
+    first = run.x[:2]
+    near = (first + torch.randn(first.shape, generator=generator, dtype=first.dtype,
+                                device=first.device))
     some = run.process.position(near).reshape(-1, run.dim)[[0, -1]]
     with one_thread():
         draw = run.draw(2 * len(first), generator)
@@ -155,7 +163,8 @@ def settings(run:Run) -> dict:
     start = run.x if run.x.stride(0) else run.x[:1] # one point for all
     times = [run.grid[0], len(run.grid[1]), run.grid[1][-2:]]
     found = dict(samsde=__version__, torch=torch.__version__, process=process,
-                 algorithm=algorithm, x0=sha256(start), times=times, shape=[run.x.shape, run.shape, run.size],
+                 algorithm=algorithm, x0=sha256(start), times=times,
+                 shape=[run.x.shape, run.shape, run.size],
                  dtype=str(run.x.dtype), device=run.x.device.type,
                  observe=list(run.observe), seed=run.seed, keep=run.keep)
     return json.loads(json.dumps(found, default=float))
@@ -175,9 +184,13 @@ def pairs(value) -> list:
     raise ValueError("its blocks are no pairs of numbers")
 
 # %% ../../nbs/machinery/store.ipynb #4ec99a61
-def parts_and_blocks(run:Run, about:dict) -> tuple[list, list]: # first path and number of paths; first path and step
+def parts_and_blocks(run:Run, about:dict
+                    ) -> tuple[list, list]: # first path and number of paths; first path and step
     "What a file says it has. Raises ValueError if these are not parts of the run, each once."
-    parts, blocks, n_paths, size = pairs(about["parts"]), pairs(about["blocks"]), len(run.x), run.size
+    parts = pairs(about["parts"])
+    blocks = pairs(about["blocks"])
+    n_paths = len(run.x)
+    size = run.size
     spans = sorted(parts + [[lo, min(size, n_paths - lo)] for lo, _ in blocks])
     fit = all(lo >= 0 and lo % size == 0 and n >= 1 and lo + n <= n_paths for lo, n in spans)
     fit = fit and all(n % size == 0 or lo + n == n_paths for lo, n in spans)
@@ -188,17 +201,25 @@ def parts_and_blocks(run:Run, about:dict) -> tuple[list, list]: # first path and
 # %% ../../nbs/machinery/store.ipynb #de7805ed
 def layout(run:Run, parts:list, blocks:list, seen:list) -> dict: # owner -> name -> shape, dtype
     "The arrays that a file must have"
-    (n_paths, *lead, m), marks = run.x.shape, run.grid[1]
-    count, f64, dtype, T, found = torch.int64, torch.float64, run.x.dtype, len(marks), {}
+    n_paths, *lead, m = run.x.shape
+    marks = run.grid[1]
+    count = torch.int64
+    f64 = torch.float64
+    dtype = run.x.dtype
+    T = len(marks)
+    found = {}
     rest = [(v.shape[1 + len(lead):], v.dtype) for v in seen]
     for lo, n in parts:
-        found[f"part{lo}"] = own = {"final": ((n, *lead, run.dim), dtype), "until": ((n, *lead), count)}
+        found[f"part{lo}"] = own = {"final": ((n, *lead, run.dim), dtype),
+                                    "until": ((n, *lead), count)}
         for i, (r, kind) in enumerate(rest):
             own[f"n{i}"] = (*lead,), count
             own |= {f"{name}{i}": ((T, *lead, *r), f64) for name in ("mean", "m2")}
             if run.keep: own[f"paths{i}"] = (T, n, *lead, *r), kind
     for lo, step in blocks:
-        n, k, state = min(run.size, n_paths - lo), bisect_left(marks, step), run.block(lo).generator.get_state()
+        n = min(run.size, n_paths - lo)
+        k = bisect_left(marks, step)
+        state = run.block(lo).generator.get_state()
         found[f"block{lo}"] = own = {"x": ((n, *lead, m), dtype), "until": ((n, *lead), count)}
         own["generator"] = state.shape, state.dtype
         own |= {f"values{i}": ((k, n, *lead, *r), kind) for i, (r, kind) in enumerate(rest)}
@@ -217,7 +238,9 @@ def check_layout(form:dict, arrays:dict): # of layout, and of declared
 # %% ../../nbs/machinery/store.ipynb #de7805ee
 def check_records(run:Run, t:dict, kind:str):
     "Raises ValueError unless all that was recorded is finite, up to where a path diverged"
-    until, times, axes = t["until"], len(run.grid[1]), run.x.ndim - 1
+    until = t["until"]
+    times = len(run.grid[1])
+    axes = run.x.ndim - 1
     fine = ((until >= 0) & (until <= times)).all()
     for v in (v for name, v in t.items() if name.startswith(kind)):
         k = torch.arange(len(v), device=until.device).reshape(-1, *(1,) * axes)
@@ -248,29 +271,38 @@ def check_block(run:Run, lo:int, t:dict):
 # %% ../../nbs/machinery/store.ipynb #929e52ae
 class RunState:
     "What is done of a run, and what is on its way"
-    pause = 5. # seconds between two states of a block that are kept, and between two writes of a file, at least
-    def __init__(self, path:Path|None=None, about:dict|None=None, parts=(), blocks=()): # of a file, and what there was in it
+    pause = 5. # seconds, at least, between two kept states of a block, and two writes of a file
+    # of a file, and what there was in it
+    def __init__(self, path:Path|None=None, about:dict|None=None, parts=(), blocks=()):
         self.path, self.about, self.new = path, about, False
-        self.first = dict(parts), dict(blocks) # first path -> PathStatistics, and -> (step, state) of a Block
+        # first path -> PathStatistics, and -> (step, state) of a Block
+        self.first = dict(parts), dict(blocks)
         self.parts, self.blocks = map(dict, self.first)
-        self.stop, self.lock, self.due = threading.Event(), threading.Lock(), time.monotonic() + self.pause
+        self.stop, self.lock, self.due = (threading.Event(), threading.Lock(),
+                                          time.monotonic() + self.pause)
 
     def restart(self):
         "Forget what was done since the file was read"
-        (self.parts, self.blocks), self.new = map(dict, self.first), True
+        self.parts, self.blocks = map(dict, self.first)
+        self.new = True
         self.stop.clear()
     def add(self, lo:int, part:PathStatistics):
         "What a block came to"
         with self.lock:
             self.blocks.pop(lo, None)
             self.parts[lo], self.new = part, True
-            while 0 in self.parts and (after := len(self.parts[0])) in self.parts: self.parts[0] = self.parts[0] + self.parts.pop(after)
+            while 0 in self.parts and (after := len(self.parts[0])) in self.parts:
+                self.parts[0] = self.parts[0] + self.parts.pop(after)
     def note(self, lo:int, block:Block) -> bool: # is there something new to save?
-        "To be called after every step: keeps the state of a block now and then. Raises InterruptedError if the run is to stop."
+        """To be called after every step: keeps the state of a block now and then.
+        Raises InterruptedError if the run is to stop."""
         stop = self.stop.is_set()
         due = self.path is not None and (stop or time.monotonic() - block.kept >= self.pause)
         if due:
-            with self.lock: self.blocks[lo], self.new, block.kept = (block.step, block.state()), True, time.monotonic()
+            with self.lock:
+                self.blocks[lo] = (block.step, block.state())
+                self.new = True
+                block.kept = time.monotonic()
         if stop: raise InterruptedError
         return due
 
@@ -280,20 +312,30 @@ def save(run_state:RunState, last:bool=False):
     with run_state.lock:
         begin = time.monotonic()
         if not (run_state.path and run_state.new and (last or begin >= run_state.due)): return
-        parts, blocks = [(lo, len(p)) for lo, p in run_state.parts.items()], [(lo, step) for lo, (step, _) in run_state.blocks.items()]
-        arrays = {f"part{lo}:{name}": t for lo, p in run_state.parts.items() for name, t in p.state().items()}
-        arrays |= {f"block{lo}:{name}": t for lo, (_, state) in run_state.blocks.items() for name, t in state.items()}
-        arrays = {name: as_array(torch.stack(t) if isinstance(t, list) else t) for name, t in arrays.items()}
+        parts = [(lo, len(p)) for lo, p in run_state.parts.items()]
+        blocks = [(lo, step) for lo, (step, _) in run_state.blocks.items()]
+        arrays = {f"part{lo}:{name}": t for lo, p in run_state.parts.items()
+                  for name, t in p.state().items()}
+        arrays |= {f"block{lo}:{name}": t for lo, (_, state) in run_state.blocks.items()
+                   for name, t in state.items()}
+        arrays = {name: as_array(torch.stack(t) if isinstance(t, list) else t)
+                  for name, t in arrays.items()}
         try:
-            write(run_state.path, arrays | {"about": np.array(json.dumps(run_state.about | dict(parts=parts, blocks=blocks)))})
+            write(run_state.path,
+                  arrays
+                  | {"about": np.array(
+                      json.dumps(run_state.about | dict(parts=parts, blocks=blocks)))})
             run_state.new = False
         except OSError as error:
-            warnings.warn(f"the checkpoint could not be written ({error}): the run goes on, and {run_state.path} is as it was")
+            warnings.warn(
+                f"the checkpoint could not be written ({error}): the run goes on, "
+                f"and {run_state.path} is as it was")
         end = time.monotonic()
         run_state.due = end + max(run_state.pause, 20 * (end - begin))
 
 # %% ../../nbs/machinery/store.ipynb #7da9d3f6
-def load(path:Path, run:Run, about:dict, seen:list) -> tuple[dict, dict]: # parts and blocks of a RunState
+def load(path:Path, run:Run, about:dict, seen:list
+        ) -> tuple[dict, dict]: # parts and blocks of a RunState
     "What a file has of a run. Raises ValueError if it is damaged or another run's."
     known, arrays = read(path)
     with refusing(path, "is damaged"): other = differences(known, about)
@@ -312,18 +354,23 @@ def load(path:Path, run:Run, about:dict, seen:list) -> tuple[dict, dict]: # part
 
 # %% ../../nbs/machinery/store.ipynb #61df6661
 def place(checkpoint) -> Path:
-    "Where a checkpoint is written: of a link, what it leads to. Raises ValueError or TypeError if that cannot be."
+    """Where a checkpoint is written: of a link, what it leads to.
+    Raises ValueError or TypeError if that cannot be."""
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise TypeError(f"checkpoint must be a path, got {type(checkpoint).__name__}")
-    path, must = Path(os.path.realpath(checkpoint)), "checkpoint must be a file in a folder that"
+    path = Path(os.path.realpath(checkpoint))
+    must = "checkpoint must be a file in a folder that"
     if not path.parent.is_dir(): raise ValueError(f"{must} exists, got {checkpoint}")
-    if not os.access(path.parent, os.W_OK): raise ValueError(f"{must} can be written to, got {checkpoint}")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{must} can be written to, got {checkpoint}")
     if path.is_file() or not path.exists(): return path
-    raise ValueError(f"checkpoint must be a file, but {checkpoint} {NONE}: it is a folder, or a device")
+    raise ValueError(
+        f"checkpoint must be a file, but {checkpoint} {NONE}: it is a folder, or a device")
 
 # %% ../../nbs/machinery/store.ipynb #c9539af3
 def opened(checkpoint, run:Run) -> RunState:
-    "The run_state of a run, with what a file has of it. Raises ValueError or TypeError if that cannot be used."
+    """The run_state of a run, with what a file has of it.
+    Raises ValueError or TypeError if that cannot be used."""
     if checkpoint is None: return RunState()
     path = place(checkpoint)
     remove_parts(path.parent, glob.escape(path.name))

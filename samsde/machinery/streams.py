@@ -17,12 +17,14 @@ from .record import Recorder, recording
 
 # %% ../../nbs/machinery/streams.ipynb #a6cad47f
 def block_size(n_paths:int, # number of paths
-               size:int, # numbers that one path needs: its point or its noise, whichever is larger, for every member that has noise of its own
+               size:int, # of a path: its point or noise, for each member with noise of its own
                target:int=2**16 # numbers that a block may have
               ) -> int:
-    "Paths in a block: at most `target` numbers (but at least one path), and an even number of blocks unless there is little to do"
+    """Paths in a block: at most `target` numbers (but at least one path), and an even number of
+    blocks unless there is little to do"""
     blocks = math.ceil(n_paths * size / target)
-    return n_paths if n_paths * size <= target / 16 else math.ceil(n_paths / min(blocks + blocks % 2, n_paths))
+    return (n_paths if n_paths * size <= target / 16
+            else math.ceil(n_paths / min(blocks + blocks % 2, n_paths)))
 
 def stream(seed:int, block:int, device) -> torch.Generator:
     "The random stream of a block"
@@ -41,7 +43,8 @@ class Moments:
     def of(cls, values:Tensor, # (T, paths, *batch, ...)
            alive:Tensor # (paths, *batch), which count
           ):
-        n, values = alive.sum(0), values if values.is_floating_point() else values.double()
+        n = alive.sum(0)
+        values = values if values.is_floating_point() else values.double()
         if alive.all():
             mean = values.mean(1, dtype=torch.float64)
             return cls(n, mean, (values - mean[:, None]).square().sum(1))
@@ -50,36 +53,45 @@ class Moments:
         mean = torch.where(mask, values, 0).sum(1) / mask.sum(1).clamp(min=1)
         return cls(n, mean, torch.where(mask, values - mean[:, None], 0).square().sum(1))
     def __add__(self, other):
-        spread = lambda n: n.reshape(1, *n.shape, *(1,) * (self.mean.ndim - 1 - n.ndim)).double()
-        a, b, gap = spread(self.n), spread(other.n), other.mean - self.mean
+        def spread(n): return n.reshape(1, *n.shape, *(1,) * (self.mean.ndim - 1 - n.ndim)).double()
+        a = spread(self.n)
+        b = spread(other.n)
+        gap = other.mean - self.mean
         total = (a + b).clamp(min=1)
-        return Moments(self.n + other.n, self.mean + gap * b / total, self.m2 + other.m2 + gap**2 * a * b / total)
+        return Moments(self.n + other.n, self.mean + gap * b / total,
+                       self.m2 + other.m2 + gap**2 * a * b / total)
 
 # %% ../../nbs/machinery/streams.ipynb #a4ca9f48
 def finite_at(t:Tensor, # (*lead, ...)
            axes:int # number of leading axes
           ) -> Tensor: # (*lead)
-    "Where all of a tensor's numbers are finite: 0 · ∞ and 0 · NaN are not 0, which is eight times as fast to find as `isfinite` and `all`"
+    """Where all of a tensor's numbers are finite:
+    0 · ∞ and 0 · NaN are not 0, which is eight times as fast to find as `isfinite` and `all`"""
     return (t * 0).reshape(*t.shape[:axes], -1).sum(-1) == 0 if t.ndim > axes else torch.isfinite(t)
 
 # %% ../../nbs/machinery/streams.ipynb #0b5e7a12
 def observed(fn, name:str, x:Tensor) -> Tensor:
     "An observable's values. Raises ValueError if it mixes paths, TypeError if it gives no numbers."
-    value, lead = fn(x.clone()), x.shape[:-1]
+    value = fn(x.clone())
+    lead = x.shape[:-1]
     if not isinstance(value, Tensor):
         try: value = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"observable {name!r} must give a tensor, got {type(value).__name__}") from None
-    if value.is_complex(): raise TypeError(f"observable {name!r} must be real, got {value.dtype}: observe its parts")
+            raise TypeError(
+                f"observable {name!r} must give a tensor, got {type(value).__name__}") from None
+    if value.is_complex():
+        raise TypeError(f"observable {name!r} must be real, got {value.dtype}: observe its parts")
     if value.shape[:len(lead)] == lead: return value.detach().clone()
-    raise ValueError(f"observable {name!r} must keep the leading axes {tuple(lead)}, got shape {tuple(value.shape)}")
+    raise ValueError(
+        f"observable {name!r} must keep the leading axes {tuple(lead)}, "
+        f"got shape {tuple(value.shape)}")
 
 # %% ../../nbs/machinery/streams.ipynb #1eda62a8
 @dataclass
 class Block:
     "Some of the paths on their way, and all that decides how they go on"
     x: Tensor # (paths, *batch, m), the states
-    until: Tensor # (paths, *batch), at how many records a path was finite, up to the first where it was not; all of them to begin with
+    until: Tensor # (paths, *batch), how many records a path was finite; all to begin with
     values: dict # name -> list of (paths, *batch, ...), a tensor for each record so far
     generator: torch.Generator
     step: int=0 # how many steps η were taken
@@ -88,10 +100,13 @@ class Block:
     def state(self) -> dict: # name -> tensor, or list of tensors to be stacked
         "All of it, as it is now"
         values = {f"values{i}": list(v) for i, v in enumerate(self.values.values())}
-        return {"x": self.x.clone(), "until": self.until, "generator": self.generator.get_state()} | values
+        return ({"x": self.x.clone(), "until": self.until,
+                 "generator": self.generator.get_state()} | values)
     def restore(self, step:int, t:dict):
         "Go on from such a state"
-        self.x, self.until, self.step = t["x"], t["until"], step
+        self.x = t["x"]
+        self.until = t["until"]
+        self.step = step
         self.values = {name: list(t[f"values{i}"]) for i, name in enumerate(self.values)}
         self.generator.set_state(t["generator"].cpu())
 
@@ -115,9 +130,11 @@ class Run:
         "The block of the paths from `lo` on, at its start"
         x = self.x[lo:lo + self.size].clone(memory_format=torch.contiguous_format)
         until = torch.full(x.shape[:-1], len(self.grid[1]), device=x.device)
-        return Block(x, until, {name: [] for name in self.observe}, stream(self.seed, lo // self.size, x.device))
+        return Block(x, until, {name: [] for name in self.observe},
+                     stream(self.seed, lo // self.size, x.device))
     def draw(self, n:int, generator:torch.Generator): # () -> noise of n paths
-        return lambda: self.process.draw((n, *self.shape), generator, dtype=self.x.dtype, device=self.x.device)
+        return lambda: self.process.draw((n, *self.shape), generator, dtype=self.x.dtype,
+                                         device=self.x.device)
 
 # %% ../../nbs/machinery/streams.ipynb #4fb0958c
 @torch.no_grad()
@@ -128,13 +145,18 @@ def advance(run:Run, block:Block, tick):
     for k in range(len(next(iter(block.values.values()))), len(marks)):
         with recording(run.recorder):
             while block.step < marks[k]:
-                block.x = run.process.advance(block.x, draw, steps).contiguous() # in memory as a file would give it back
+                # in memory as a file would give it back
+                block.x = run.process.advance(block.x, draw, steps).contiguous()
                 block.step += 1
                 tick(block)
-        seen = {name: observed(fn, name, run.process.position(block.x)) for name, fn in run.observe.items()}
+        seen = {name: observed(fn, name, run.process.position(block.x))
+                for name, fn in run.observe.items()}
         for name, value in seen.items(): block.values[name].append(value)
-        doubtful = [t for t in (block.x, *seen.values()) if not math.isfinite(t.sum())] # if a sum is finite, so is all that is in it
-        for t in doubtful: block.until = torch.where(finite_at(t, block.x.ndim - 1), block.until, block.until.clamp(max=k))
+        # if a sum is finite, so is all that is in it
+        doubtful = [t for t in (block.x, *seen.values()) if not math.isfinite(t.sum())]
+        for t in doubtful:
+            block.until = torch.where(finite_at(t, block.x.ndim - 1), block.until,
+                                      block.until.clamp(max=k))
 
 # %% ../../nbs/machinery/streams.ipynb #337e0141
 @dataclass
@@ -146,18 +168,24 @@ class PathStatistics:
     paths: list # for each observable a list of (T, paths, *batch, ...); empty unless kept
     @classmethod
     def of(cls, run:Run, block:Block):
-        times, values = len(run.grid[1]), [torch.stack(v) for v in block.values.values()]
-        return cls([run.process.position(block.x)], [block.until], [Moments.of(v, block.until == times) for v in values], [[v] for v in values] if run.keep else [])
+        times = len(run.grid[1])
+        values = [torch.stack(v) for v in block.values.values()]
+        return cls([run.process.position(block.x)], [block.until],
+                   [Moments.of(v, block.until == times) for v in values],
+                   [[v] for v in values] if run.keep else [])
     def __add__(self, other):
-        return PathStatistics(self.final + other.final, self.until + other.until, [a + b for a, b in zip(self.moments, other.moments)],
+        return PathStatistics(self.final + other.final, self.until + other.until,
+                              [a + b for a, b in zip(self.moments, other.moments)],
                        [a + b for a, b in zip(self.paths, other.paths)])
     def __len__(self) -> int: return sum(map(len, self.final))
     def state(self) -> dict:
         arrays = {"final": torch.cat(self.final), "until": torch.cat(self.until)}
-        for i, m in enumerate(self.moments): arrays |= {f"n{i}": m.n, f"mean{i}": m.mean, f"m2{i}": m.m2}
+        for i, m in enumerate(self.moments):
+            arrays |= {f"n{i}": m.n, f"mean{i}": m.mean, f"m2{i}": m.m2}
         return arrays | {f"paths{i}": torch.cat(v, 1) for i, v in enumerate(self.paths)}
     @classmethod
     def restored(cls, t:dict): # what state gave
         those = [i for i in range(len(t)) if f"n{i}" in t]
         moments = [Moments(t[f"n{i}"], t[f"mean{i}"], t[f"m2{i}"]) for i in those]
-        return cls([t["final"]], [t["until"]], moments, [[t[f"paths{i}"]] for i in those if f"paths{i}" in t])
+        return cls([t["final"]], [t["until"]], moments,
+                   [[t[f"paths{i}"]] for i in those if f"paths{i}" in t])
