@@ -6,12 +6,12 @@
 __all__ = ['SOURCES', 'Algorithm', 'Linear', 'SGD', 'USAM', 'DNSAM', 'SAM', 'Process', 'Model', 'Chain', 'colours']
 
 # %% ../nbs/01_algorithm.ipynb #72838c0a
-import copy
+import copy, math
 
 import torch
 from torch import Tensor
 
-from .machinery.checks import broadcast_axes, check_int, check_nonzero, check_positive, per_path
+from .machinery.checks import broadcast_axes, check_int, check_nonzero, check_positive, check_scalar, check_share, per_path
 from .machinery.record import replay
 from .objective import Additive, FiniteSum, Noiseless, Objective, gradient
 from .machinery.style import colours
@@ -271,7 +271,7 @@ def expand_sweep(x:Tensor, **values) -> Tensor:
 class Process:
     """What `simulate` runs: it has `eta`, `noise_dim`, `draw` and `advance`.
     A state is a tensor (..., m); by default it is the point itself."""
-    eta: float # the time that one call of `advance` takes
+    time_step: float # the time that one call of `advance` takes
     noise_dim: int # numbers that one draw has for each path
     shape = () # the axes of a sweep
 
@@ -295,27 +295,70 @@ class Process:
         return replay(self, name, step, state, *noise, reads=lambda: [self])
 
 class Model(Process):
-    """An algorithm with its objective and its learning rate.
+    """An algorithm with its objective, its learning rate, and what training adds to these.
     Raises ValueError or TypeError on arguments that make none."""
     def __init__(self, algorithm:Algorithm, # what steps
                  objective:Objective, # on which loss
-                 eta # learning rate η; a number, or a tensor that broadcasts over the paths
+                 eta, # learning rate η; a number, or a tensor that broadcasts over the paths
+                 *, momentum:float=0.0, # μ, below 1
+                 dampening:float=0.0, # of the gradient's part of the velocity, as in torch.optim.SGD
+                 nesterov:bool=False, # as in torch.optim.SGD
+                 weight_decay:float=0.0, # times x, added to the gradient where the step started
+                 decoupled:bool=False, # decay x itself instead, as AdamW does?
+                 schedule=None # factor of η: a function of the time of the unscheduled run, or a tensor with the rate of each step
                 ):
         self.algorithm, self.objective = pair(algorithm, objective)
         self.eta = check_positive("eta", eta)
+        self.momentum, self.dampening = check_share("momentum", momentum), check_share("dampening", dampening)
+        self.weight_decay = check_scalar("weight_decay", weight_decay, zero=True)
+        for name, value in dict(nesterov=nesterov, decoupled=decoupled).items():
+            if not isinstance(value, bool): raise TypeError(f"{name} must be True or False, got {value!r}")
+        if nesterov and (not self.momentum or self.dampening):
+            raise ValueError("nesterov needs momentum and no dampening, as in torch.optim.SGD")
+        if not (schedule is None or callable(schedule) or isinstance(schedule, Tensor) and schedule.ndim == 1):
+            raise TypeError(f"schedule must be a function of time, or a tensor (steps,), got {type(schedule).__name__}")
+        self.nesterov, self.decoupled, self.schedule = nesterov, decoupled, schedule
         self.shape # raises where ρ and η do not broadcast
 
     @property
     def shape(self) -> tuple:
         "The axes of a sweep over ρ or η"
         return tuple(broadcast_axes(**axes_of(rho=self.algorithm.rho, eta=self.eta)))
+    @property
+    def rate(self):
+        "η_e, how far a steady gradient moves x in one step: η(1 − dampening)/(1 − μ)"
+        if not self.momentum: return self.eta
+        return self.eta * (1 - self.dampening) / (1 - self.momentum)
+    @property
+    def time_step(self): return self.rate
+    def factor(self, k:float) -> float:
+        "What the schedule multiplies η by in step k"
+        if self.schedule is None: return 1.0
+        if callable(self.schedule): s = float(self.schedule(k * float(self.time_step)))
+        elif k < len(self.schedule): s = float(self.schedule[int(k)]) / float(self.eta)
+        else: raise ValueError(f"schedule has {len(self.schedule)} rates, but step {int(k)} is to be taken")
+        if 0 <= s < math.inf: return s
+        raise ValueError(f"schedule must be finite and not negative, got {s:g} at step {k:g}")
+    @property
+    def plain(self) -> bool:
+        "Has it none of what training adds?"
+        return not (self.momentum or self.weight_decay or self.schedule is not None)
     def over_sweep(self, x:Tensor) -> Tensor:
         return expand_sweep(self.objective.check(x), rho=self.algorithm.rho, eta=self.eta)
     def check(self, x0, name="x0"): return self.objective.check(x0, name)
     def looks(self, x, generator): return self.objective.looks(x, generator)
+    def split(self, state:Tensor) -> list:
+        "The parts of a state: x, and what `memory` names"
+        d = self.objective.dim
+        return [*state.split([1 if name == "k" else d for name in ("x", *self.memory)], -1)]
+    memory = () # of "v", the velocity; "u", the perturbation of the step before; "k", the number of steps
+    def start(self, x):
+        sizes = [1 if name == "k" else x.shape[-1] for name in self.memory]
+        return torch.cat([x, x.new_zeros(*x.shape[:-1], sum(sizes))], -1) if self.memory else x
+    def position(self, state): return state[..., :self.objective.dim]
 
 class Chain(Model):
-    "The discrete process x⁺ = x − η G_ρ(x). Where the previous batch perturbs, a state is the point and u."
+    "The discrete process x⁺ = x − η G_ρ(x), or with a velocity v⁺ = μv + G_ρ(x), x⁺ = x − ηv⁺, as in torch.optim.SGD"
     @property
     def size(self) -> int:
         "Numbers in one γ"
@@ -326,33 +369,48 @@ class Chain(Model):
     @property
     def remembers(self) -> bool: return self.algorithm.source == "previous"
     @property
+    def memory(self) -> tuple:
+        counts = self.schedule is not None or (self.momentum and self.dampening)
+        return ("v",) * bool(self.momentum) + ("u",) * self.remembers + ("k",) * bool(counts)
+    @property
     def noise_dim(self) -> int: return self.batches * self.size
-    def start(self, x): return torch.cat([x, torch.zeros_like(x)], -1) if self.remembers else x
-    def position(self, state): return state[..., :self.objective.dim]
     def step(self, state:Tensor, gamma:Tensor) -> Tensor:
         "The next state, for γ of the same leading axes"
         x = self.over_sweep(self.position(state))
-        if self.remembers: state = state.expand(*x.shape[:-1], -1)
-        else: state = x
-        step = self.step_on if self.remembers else self.one_step
-        return self.taken("chain", step, state, gamma) if self.objective.one_pass(x) else step(state, gamma)
-    def one_step(self, x:Tensor, gamma:Tensor) -> Tensor: return self.algorithm.step(self.objective, x, self.eta, gamma)
-    def step_on(self, state:Tensor, gamma:Tensor) -> Tensor:
-        "A step with the u of the batch before, and the u of this one"
-        (x, u), algorithm = state.chunk(2, -1), self.algorithm
-        G = self.objective.sample_grad(x + per_path(algorithm.rho, x) * u, gamma)
-        return torch.cat([x - per_path(self.eta, x) * G, algorithm.perturbation(self.objective, x, gamma)], -1)
+        state = state.expand(*x.shape[:-1], -1) if self.memory else x
+        rate = x.new_tensor(self.factor(state[..., -1].flatten()[0].item()) if self.schedule is not None else 1.0)
+        step = self.trained_step if self.memory or self.weight_decay else self.plain_step
+        return self.taken("chain", step, state, gamma, rate) if self.objective.one_pass(x) else step(state, gamma, rate)
+    def plain_step(self, x:Tensor, gamma:Tensor, rate:Tensor) -> Tensor:
+        return self.algorithm.step(self.objective, x, self.eta, gamma)
+    def trained_step(self, state:Tensor, gamma:Tensor, rate:Tensor) -> Tensor:
+        x, *rest = self.split(state)
+        known, algorithm, eta = dict(zip(self.memory, rest)), self.algorithm, per_path(self.eta, x) * rate
+        if self.remembers:
+            G = self.objective.sample_grad(x + per_path(algorithm.rho, x) * known["u"], gamma)
+            known["u"] = algorithm.perturbation(self.objective, x, gamma)
+        else: G = algorithm.direction(self.objective, x, gamma)
+        if not self.decoupled: G = G + self.weight_decay * x
+        move = G
+        if self.momentum:
+            fresh = (1 - self.dampening) * G
+            if self.dampening: fresh = torch.where(known["k"] == 0, G, fresh) # torch's first buffer
+            known["v"] = self.momentum * known["v"] + fresh
+            move = G + self.momentum * known["v"] if self.nesterov else known["v"]
+        if self.decoupled: x = x * (1 - eta * self.weight_decay)
+        if "k" in known: known["k"] = known["k"] + 1
+        return joined([x - eta * move, *(known[name] for name in self.memory)])
     def draw(self, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
         kind = dict(generator=generator, dtype=dtype, device=device)
         if isinstance(self.objective, Additive): return torch.randn(*shape, self.noise_dim, **kind)
         return self.algorithm.draw(self.objective, shape, **kind)
     def advance(self, state:Tensor, draw, # () -> fresh randomness
-                steps:list # lengths of the substeps, which add up to η
+                steps:list # lengths of the substeps, which add up to the time of one step
                ) -> Tensor:
         "One step of the algorithm. Raises ValueError if minibatches are to be drawn on a finer time grid."
         if isinstance(self.objective, Additive):
             xi = sum((h / sum(steps))**.5 * draw() for h in steps)
             return self.step(state, joined([self.objective.law(part) for part in xi.split(self.size, -1)]))
         if len(steps) > 1:
-            raise ValueError(f"a chain with minibatches has no time step below eta={self.eta}, got dt={steps[0]}")
+            raise ValueError(f"a chain with minibatches has no time step below eta={self.time_step}, got dt={steps[0]}")
         return self.step(state, draw())

@@ -23,7 +23,7 @@ from samsde.random_direction import kappa
 from samsde.saddle_attraction import arrival_time, basin_radius, escape_time, exit_time, flow, hover_radius, is_attracting, latest_arrival
 from samsde.stability import edge_of_stability, mean_square_radius, stability_number
 from samsde.sample_sums import HALF_SQUARE, signed_products, square_norms, way_of
-from samsde.sde import SDE
+from samsde.sde import SDE, KineticSDE
 from samsde.stationarity import closed_covariance, suboptimality
 from samsde.weak_approximation import plot_validity, validity_map, weak_order
 from samsde.weak_errors import (TrigonometricSum, chain_operator, circle_error, circle_problem, exact_difference, exact_error, generator, linear_moments,
@@ -134,7 +134,7 @@ TABLE = {
     "chunk of 0": (lambda: run(chunk=0), ValueError, "chunk must be at least 1, got 0"),
     "several eta in one run": (lambda: run(Chain(SGD(), bowl, torch.tensor([.1, .2]))), ValueError, "different eta share no time grid"),
     "negative seed": (lambda: run(seed=-1), ValueError, "seed must be at least 0, got -1"),
-    "algorithm for a process": (lambda: run(SAM(.1)), TypeError, "process must be a Chain, an SDE, or another Process, got SAM without 'eta'"),
+    "algorithm for a process": (lambda: run(SAM(.1)), TypeError, "process must be a Chain, an SDE, or another Process, got SAM without 'time_step'"),
     "observable that is a number": (lambda: run(observe={"m": 3.}), TypeError, "observable 'm' must be a function of points, got float"),
     "observable that mixes paths": (lambda: run(observe={"m": lambda x: x.mean()}), ValueError, r"observable 'm' must keep the leading axes \([41],\), got shape \(\)"),
 }
@@ -234,6 +234,18 @@ TABLE |= { # sums over samples, drift, noise, SDE
     "mean square of the previous batch": (lambda: mean_square_radius(USAM(.1, source="previous"), torch.ones(3, 1, 1, **f64), .1, 2), ValueError, "source='previous' has no such matrix"),
     "mean square of too many batches": (lambda: mean_square_radius(USAM(.1), torch.ones(99, 1, 1, **f64), .1, 8), ValueError, "batches must be at most 20000, to be enumerated"),
     "a source that is none": (lambda: SAM(.1, source="mine"), ValueError, "source must be one of own, full, independent, previous, got 'mine'"),
+    "momentum of 1": (lambda: Chain(SAM(.1), bowl, .1, momentum=1.), ValueError, "momentum must be below 1, got 1"),
+    "dampening below 0": (lambda: SDE(SAM(.1), bowl, .1, dampening=-.1), ValueError, "dampening must be non-negative and finite"),
+    "nesterov without momentum": (lambda: Chain(SAM(.1), bowl, .1, nesterov=True), ValueError, "nesterov needs momentum and no dampening"),
+    "nesterov by a word": (lambda: Chain(SAM(.1), bowl, .1, momentum=.5, nesterov="yes"), TypeError, "nesterov must be True or False, got 'yes'"),
+    "a schedule that is a list": (lambda: Chain(SAM(.1), bowl, .1, schedule=[.1]), TypeError, r"schedule must be a function of time, or a tensor \(steps,\), got list"),
+    "a schedule that ends early": (lambda: run(Chain(SAM(.1), bowl, .1, schedule=torch.ones(3) / 10), t_end=1.), ValueError, "schedule has 3 rates, but step 3 is to be taken"),
+    "a schedule below 0": (lambda: run(SDE(SAM(.1), bowl, .1, schedule=lambda t: -t - 1)), ValueError, "schedule must be finite and not negative, got -1 at step 0"),
+    "decoupled decay of second order": (lambda: SDE(SAM(.1), bowl, .1, "exact", order=2, momentum=.5, weight_decay=.1, decoupled=True), ValueError, "order=2 with momentum is known for weight decay in the gradient"),
+    "a kinetic model without momentum": (lambda: KineticSDE(SAM(.1), bowl, .1), ValueError, "a kinetic model needs momentum, got 0"),
+    "a kinetic model with dampening": (lambda: KineticSDE(SAM(.1), bowl, .1, momentum=.5, dampening=.1), ValueError, "a kinetic model has no dampening"),
+    "moments of a schedule": (lambda: linear_moments(Chain(USAM(.1), bowl, .1, schedule=lambda t: 1.), x, 1.), ValueError, "moments are exact for a step that is the same at all times"),
+    "exact operators of a chain with momentum": (lambda: exact_error(Chain(USAM(.1), circle, .1, momentum=.5), SDE(USAM(.1), circle, .2), 1., np.sin), ValueError, "the exact operators need a chain without memory, got v"),
     "adaptive by a number": (lambda: SAM(.1, adaptive=1), TypeError, "adaptive must be True or False, got 1"),
     "a loss of ASAM": (lambda: regularized_loss(SAM(.1, adaptive=True), bowl, x), ValueError, "SAM with a metric has no regularised loss"),
     "edge of ASAM": (lambda: edge_of_stability(USAM(.1, adaptive=True), .1), ValueError, "this edge is for micro_batch=None, source='own' and no metric"),
@@ -302,7 +314,7 @@ TABLE |= { # sums over samples, drift, noise, SDE
 }
 
 TABLE |= { # simulate
-    "no process": (lambda: simulate(None, x, 1., 4), TypeError, "process must be a Chain, .* got NoneType without 'eta'"),
+    "no process": (lambda: simulate(None, x, 1., 4), TypeError, "process must be a Chain, .* got NoneType without 'time_step'"),
     "no x0": (lambda: run(x0=None), TypeError, "x0 must be a floating-point tensor, got NoneType"),
     "x0 infinite": (lambda: run(x0=x * inf), ValueError, "x0 must be finite"),
     "x0 in another precision": (lambda: run(x0=x.float()), TypeError, "x0 is torch.float32, but the data it meets are torch.float64"),

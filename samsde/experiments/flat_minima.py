@@ -215,7 +215,7 @@ class DrawnSDE(Process):
     def __init__(self, net:Network, algorithm:SAM, eta:float, draws:int=8):
         self.objective = net
         self.rho = algorithm.rho
-        self.eta = eta
+        self.eta = self.time_step = eta
         self.draws = draws
         self.shape = ()
         self.noise_dim = draws
