@@ -339,10 +339,11 @@ class Model(Process):
         else: raise ValueError(f"schedule has {len(self.schedule)} rates, but step {int(k)} is to be taken")
         if 0 <= s < math.inf: return s
         raise ValueError(f"schedule must be finite and not negative, got {s:g} at step {k:g}")
-    @property
-    def plain(self) -> bool:
-        "Has it none of what training adds?"
-        return not (self.momentum or self.weight_decay or self.schedule is not None)
+    def check_untrained(self, what:str): # that is asked for, in words
+        "Raises ValueError where a formula is for steps without what training adds to them"
+        if not (self.momentum or self.weight_decay or self.schedule is not None): return
+        raise ValueError(f"{what} is for momentum=0, weight_decay=0 and no schedule, got "
+                         f"momentum={self.momentum:g}, weight_decay={self.weight_decay:g}, schedule={self.schedule}")
     def over_sweep(self, x:Tensor) -> Tensor:
         return expand_sweep(self.objective.check(x), rho=self.algorithm.rho, eta=self.eta)
     def check(self, x0, name="x0"): return self.objective.check(x0, name)
@@ -352,9 +353,13 @@ class Model(Process):
         d = self.objective.dim
         return [*state.split([1 if name == "k" else d for name in ("x", *self.memory)], -1)]
     memory = () # of "v", the velocity; "u", the perturbation of the step before; "k", the number of steps
+    @property
+    def width(self) -> int:
+        "Numbers in a state"
+        return self.objective.dim + sum(1 if name == "k" else self.objective.dim for name in self.memory)
     def start(self, x):
-        sizes = [1 if name == "k" else x.shape[-1] for name in self.memory]
-        return torch.cat([x, x.new_zeros(*x.shape[:-1], sum(sizes))], -1) if self.memory else x
+        rest = self.width - self.objective.dim
+        return torch.cat([x, x.new_zeros(*x.shape[:-1], rest)], -1) if rest else x
     def position(self, state): return state[..., :self.objective.dim]
 
 class Chain(Model):

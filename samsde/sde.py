@@ -131,7 +131,7 @@ class SDE(Model):
     def decay(self) -> float:
         "Weight decay per unit of time"
         if not (self.weight_decay and self.decoupled): return self.weight_decay
-        return self.weight_decay * float(self.eta / self.rate)
+        return self.weight_decay * (1 - self.momentum) / (1 - self.dampening * (self.momentum > 0))
     @property
     def lags(self) -> bool: return self.order == 2 and self.momentum > 0
     @property
@@ -159,7 +159,10 @@ class SDE(Model):
         mu = self.momentum
         lag = per_path(self.rate, y) * mu**(1 + self.nesterov) / (1 - mu) * (1 - mu**k[0])
         return y + lag * self.mean_gradient(y)
-    def to_torchsde(self): return ForTorchsde(self)
+    def to_torchsde(self):
+        "For torchsde.sdeint. Raises ValueError where a state is more than a point."
+        if not self.memory: return ForTorchsde(self)
+        raise ValueError(f"torchsde takes an SDE whose state is its point, got {', '.join(self.memory)} besides")
 
 # %% ../nbs/05_sde.ipynb #1ad9833d
 def exponential(a): return a.exp() if isinstance(a, Tensor) else math.exp(a)

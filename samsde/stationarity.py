@@ -144,6 +144,7 @@ def matrices(process) -> tuple:
             f"the closure is of SGD, USAM, DNSAM or SAM on a Quadratic, "
             f"got {algorithm} on {type(objective).__name__}")
     check_plain(algorithm, "the closure")
+    process.check_untrained("the closure")
     if isinstance(algorithm, DNSAM) and objective.dim < 3:
         raise ValueError(
             f"DNSAM has a covariance in three dimensions or more only, got {objective.dim}")
@@ -205,6 +206,7 @@ def chain_law(chain:Chain, # in one dimension
     lam = chain.objective.H.item()
     s = chain.objective.law.sigma
     check_plain(algorithm, "this law")
+    chain.check_untrained("this law")
     eta, rho = float(chain.eta), float(algorithm.rho)
     r = np.append(edges[1] / 2, np.sqrt(edges[1:-1] * edges[2:]))[:, None]
     def below(y): # P(x⁺ ≤ y | x = r)

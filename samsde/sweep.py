@@ -122,8 +122,13 @@ class Job:
     substeps: int # of an SDE within one η
 
     @property
+    def time_step(self) -> float:
+        "Of its process; η, where that has none of its own"
+        step = getattr(self.process, "time_step", None)
+        return float(step) if getattr(step, "ndim", 0) == 0 and step is not None else self.setting["eta"]
+    @property
     def dt(self) -> float|None: # of an SDE
-        return None if isinstance(self.process, Chain) else self.setting["eta"] / self.substeps
+        return None if isinstance(self.process, Chain) else self.time_step / self.substeps
     def ensemble(self, t_end:float, n_paths:int, every:int, seed:int) -> Ensemble:
         x0 = self.x0 if self.x0.ndim == 1 else self.x0[:n_paths]
         how = dict(dt=self.dt, seed=seed, observe=self.observe, every=every, threads=1)
@@ -133,7 +138,7 @@ class Job:
 def run(job:Job) -> dict: # n_diverged, and rows of observable, time, component, mean, std, sem
     "What a job contributes to the table: text and numbers only"
     records = times_in("t_end", job.t_end, "interval", job.interval)
-    every = times_in("interval", job.interval, "eta", job.setting["eta"])
+    every = times_in("interval", job.interval, "eta", job.time_step)
     with naming(job.setting), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*paths diverged") # the table says so
         try: ensemble = job.ensemble(job.t_end, job.n_paths, every, seed_of(job.setting))
@@ -153,14 +158,14 @@ def check(job:Job):
     with naming(job.setting), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*paths diverged")
         for name in ("t_end", "interval"):
-            times_in(name, getattr(job, name), "eta", job.setting["eta"])
+            times_in(name, getattr(job, name), "eta", job.time_step)
         if getattr(job.process, "shape", ()):
             raise ValueError(
                 f"a job has one eta and one rho, got a sweep of shape {job.process.shape}")
         if job.x0.ndim > 2 or job.x0.ndim == 2 and len(job.x0) != job.n_paths:
             raise ValueError(
                 f"x0 must have shape (d,) or ({job.n_paths}, d), got {tuple(job.x0.shape)}")
-        try: job.ensemble(job.setting["eta"], 2, 1, seed_of(job.setting))
+        try: job.ensemble(job.time_step, 2, 1, seed_of(job.setting))
         except DivergenceError: pass
 
 # %% ../nbs/08c_sweep.ipynb #sweep026
@@ -230,7 +235,7 @@ def meaning(job:Job) -> Meaning:
     """What the names of a job stand for.
     Raises ValueError or TypeError, with the setting, if that makes no sense."""
     two = job.x0[:2] if job.x0.ndim == 2 else job.x0
-    eta = job.setting["eta"]
+    eta = job.time_step
     with naming(job.setting):
         x = starts(job.process, two, 2)
         grid = time_grid(eta, eta, job.dt)

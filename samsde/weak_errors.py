@@ -389,26 +389,32 @@ class Coupled(Process):
     """A chain (or none) and its SDE at steps h and 2h, on the same noise:
     a state is the three points in a row"""
     def __init__(self, chain:Chain|None, sde:SDE):
-        self.chain = chain
         self.sde = sde
-        self.parts = 3 if chain else 2
+        self.processes = ([chain] if chain else []) + [sde, sde]
         self.time_step = float(sde.time_step)
         self.noise_dim = sde.noise_dim
     def check(self, x0, name="x0"): return self.sde.check(x0, name)
-    def start(self, x): return torch.cat([x] * self.parts, -1)
-    def split(self, state:Tensor) -> tuple: return state.unflatten(-1, (self.parts, -1)).unbind(-2)
+    def start(self, x): return torch.cat([p.start(x) for p in self.processes], -1)
+    @functools.cached_property
+    def widths(self) -> list:
+        "Numbers in the state of each"
+        return [p.width for p in self.processes]
+    def position(self, state):
+        states = state.split(self.widths, -1)
+        return torch.cat([p.position(s) for p, s in zip(self.processes, states)], -1)
+    def split(self, positions:Tensor) -> tuple: # (..., parts × d)
+        "The point of each"
+        return positions.unflatten(-1, (len(self.processes), -1)).unbind(-2)
     def draw(self, shape, generator=None, *, dtype=None, device=None):
         return self.sde.draw(shape, generator, dtype=dtype, device=device)
     def advance(self, state:Tensor, draw, steps:list # equal and even in number
                ) -> Tensor:
         "All of them, where the coarse integration takes two draws as one"
         xi = [draw() for _ in steps]
-        *x, fine, coarse = self.split(state)
         pairs = [(a + b) / 2**.5 for a, b in zip(xi[::2], xi[1::2])]
-        def advanced(process, x, xi, steps): return process.advance(x, iter(xi).__next__, steps)
-        ends = [advanced(self.chain, x[0], xi, steps)] if self.chain else []
-        ends += [advanced(self.sde, fine, xi, steps),
-                 advanced(self.sde, coarse, pairs, [2 * steps[0]] * len(pairs))]
+        how = [(xi, steps)] * (len(self.processes) - 1) + [(pairs, [2 * steps[0]] * len(pairs))]
+        ends = [p.advance(s, iter(noise).__next__, lengths)
+                for p, s, (noise, lengths) in zip(self.processes, state.split(self.widths, -1), how)]
         return torch.cat(ends, -1)
 
 # %% ../nbs/05b_weak_errors.ipynb #e2b4d339
