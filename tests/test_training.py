@@ -89,7 +89,8 @@ def test_weight_decay_in_the_model(momentum):
     """Both kinds: the difference of the means from the algorithm halves with η; without decay in
     the model it does not."""
     for decoupled in (False, True):
-        how = dict(momentum=momentum, weight_decay=0.5, decoupled=decoupled)
+        decay = 0.5 / (1 - momentum) if decoupled else 0.5  # alike in the model
+        how = dict(momentum=momentum, weight_decay=decay, decoupled=decoupled)
 
         def gap(eta, **forget):
             eta = eta * (1 - momentum)
