@@ -26,7 +26,8 @@ from .experiment import (
 from .two_valleys import (
     FACTS, chain_facts, coefficients, constant, critical, minibatches, sde_facts)
 from ..machinery.checks import check_int, per_path
-from ..objective import FiniteSum, NoisyLoss, gradient
+from ..moments import hessian_perturbation, less_mean
+from ..objective import FiniteSum, NoisyLoss
 from ..sde import SDE
 
 # %% ../../nbs/experiments/flat_minima.ipynb #507c123a
@@ -52,29 +53,35 @@ ACTIVATIONS = {"sigmoid": sigmoid, "tanh": tanh}
 # %% ../../nbs/experiments/flat_minima.ipynb #916fac7a
 class Forward(NamedTuple):
     "What a pass through the network leaves behind, for h hidden units and n samples"
-    X: Tensor # (..., n, p)
-    y: Tensor # (..., n)
+    X: Tensor # (n, p)
+    y: Tensor # (n,)
     v: Tensor # second layer's weights, (..., h, 1)
-    z: Tensor # input of the hidden units, (..., h, n)
-    a: Tensor # their output
+    a: Tensor # output of the hidden units, (..., h, n)
     slope: Tensor # its derivative
     bend: Tensor # its second derivative
     output: Tensor # of the network, (..., n)
 
-class Backward(NamedTuple):
-    """Gradients of the sample losses by the output, the hidden units and the second layer, and
-    along the point itself"""
-    loss: Tensor # (..., n)
-    X: Tensor # (..., n, p)
-    r: Tensor # (..., n)
-    e: Tensor # (..., h, n)
-    s: Tensor # (..., h, n)
-    radial: Tensor # x·g, (..., n)
+class Perceptron(torch.nn.Module):
+    "One hidden layer; with decay, a sample's weight decay is a second output"
+    def __init__(self, inputs:int, hidden:int, activation:str, decay:float):
+        super().__init__()
+        act = {"sigmoid": torch.nn.Sigmoid, "tanh": torch.nn.Tanh}[activation]
+        self.layers = torch.nn.Sequential(torch.nn.Linear(inputs, hidden), act(),
+                                          torch.nn.Linear(hidden, 1))
+        self.decay = decay
+    def forward(self, z):
+        output = self.layers(z)
+        if not self.decay: return output
+        square = sum(p.square().sum() for p in self.parameters())
+        return torch.cat([output, (self.decay * square).expand_as(output)], -1)
+
+def logistic(output:Tensor, y:Tensor) -> Tensor:
+    return (softplus(-y * output[..., 0]) + output[..., 1:].sum(-1)).mean()
 
 # %% ../../nbs/experiments/flat_minima.ipynb #c6bb2ff5
-class Network(FiniteSum):
-    """One hidden layer with logistic loss and decay·‖x‖², at flat parameters.
-    All methods take points (..., d) without a loop over paths."""
+class Network:
+    """One hidden layer with logistic loss and decay·‖x‖²: an objective, and its forward pass
+    at flat parameters (..., d) without a loop over paths"""
     def __init__(self, X:Tensor, # inputs, (n, p)
                  y:Tensor, # labels ±1, (n,)
                  batch_size:int=1, # B
@@ -87,23 +94,20 @@ class Network(FiniteSum):
         self.hidden = hidden
         self.activation = ACTIVATIONS[activation]
         self.decay = decay
-        super().__init__(self.each, len(X), hidden * (X.shape[1] + 2) + 1, batch_size,
-                         select=self.each)
-        self.dtype = X.dtype
-    def forward(self, x:Tensor, i=slice(None)) -> Forward:
+        with torch.random.fork_rng(devices=[]): # the module's own weights are not used
+            module = Perceptron(X.shape[1], hidden, activation, decay).to(X)
+        self.objective = FiniteSum.from_module(module, logistic, X, y, batch_size)
+    def forward(self, x:Tensor) -> Forward:
         h = self.hidden
         p = self.X.shape[1]
-        X = self.X[i]
         W, b, v, c = x.split([h * p, h, h, 1], -1)
-        z = W.unflatten(-1, (h, p)) @ X.mT + b[..., None]
+        z = W.unflatten(-1, (h, p)) @ self.X.mT + b[..., None]
         v = v[..., None]
         a, slope, bend = self.activation(z)
-        return Forward(X, self.y[i], v, z, a, slope, bend, (v * a).sum(-2) + c)
-    def data_losses(self, x, i=slice(None)):
-        p = self.forward(x, i)
+        return Forward(self.X, self.y, v, a, slope, bend, (v * a).sum(-2) + c)
+    def data_losses(self, x:Tensor) -> Tensor: # (..., n)
+        p = self.forward(x)
         return softplus(-p.y * p.output)
-    def each(self, x, i=slice(None)):
-        return self.data_losses(x, i) + self.decay * (x * x).sum(-1, keepdim=True)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #d344b1e9
 def curvature(net:Network, x:Tensor # (..., d)
@@ -113,12 +117,12 @@ def curvature(net:Network, x:Tensor # (..., d)
     wrong = torch.sigmoid(-p.y * p.output)[..., None, :]
     q, r = wrong * (1 - wrong), -p.y * wrong
     k = q * (p.v * p.slope)**2 + r * p.v * p.bend
-    return torch.cat([(k @ p.X.square()).flatten(-2) / net.n, k.mean(-1), (q * p.a**2).mean(-1),
-                      q.mean(-1)], -1)
+    return torch.cat([(k @ p.X.square()).flatten(-2) / len(p.X), k.mean(-1),
+                      (q * p.a**2).mean(-1), q.mean(-1)], -1)
 
 def sharpness(net:Network, x:Tensor) -> Tensor: # (...)
     "The largest eigenvalue of the Hessian of the data loss"
-    return largest_eigenvalue(lambda z, v: net.hvp(z, v) - 2 * net.decay * v, x)
+    return largest_eigenvalue(lambda z, v: net.objective.hvp(z, v) - 2 * net.decay * v, x)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #035254cd
 def starts(net:Network, n:int, # number of points
@@ -129,7 +133,8 @@ def starts(net:Network, n:int, # number of points
     generator = torch.Generator().manual_seed(seed)
     spread = torch.cat([torch.full((m,), k**-.5, dtype=torch.float64)
                         for m, k in [(h * p, p), (h, p), (h, h), (1, h)]])
-    return (spread * torch.randn(n, net.dim, generator=generator, dtype=torch.float64)).to(net.X)
+    z = torch.randn(n, len(spread), generator=generator, dtype=torch.float64)
+    return (spread * z).to(net.X)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #b46059de
 QUANTITIES = ("training loss", "trace", "largest eigenvalue", "scaled trace", "test loss",
@@ -146,94 +151,46 @@ def measures(net:Network, held:Network, # the data held out
                         held.data_losses(x).mean(-1), (test.y * test.output > 0).to(x).mean(-1)],
                        -1)
 
-# %% ../../nbs/experiments/flat_minima.ipynb #13dae038
-def backward(net:Network, x:Tensor, i=slice(None)) -> Backward:
-    "The gradients of the data losses of samples i, layer by layer"
-    p = net.forward(x, i)
-    r = -p.y * torch.sigmoid(-p.y * p.output)
-    e = r[..., None, :] * p.v * p.slope
-    return Backward(softplus(-p.y * p.output), p.X, r, e, r[..., None, :] * p.a,
-                    (e * p.z).sum(-2) + r * p.output)
-
-def norms(net:Network, x:Tensor
-         ) -> tuple: # f_k, ‖g_k‖² and g_k·ḡ, (..., n) each, and ‖ḡ‖², (..., 1)
-    "Of all samples, with weight decay"
-    k = backward(net, x)
-    c = 2 * net.decay
-    square = (x * x).sum(-1, keepdim=True)
-    W = k.e @ k.X / net.n
-    b, v, o = (t.mean(-1, keepdim=True) for t in (k.e, k.s, k.r))
-    own = k.r**2 + (k.s**2).sum(-2) + (k.e**2).sum(-2) * (1 + (k.X**2).sum(-1))
-    along = k.r * o + (k.s * v).sum(-2) + (k.e * (W @ k.X.mT + b)).sum(-2)
-    own = own + 2 * c * k.radial + c**2 * square
-    along = along + c * (k.radial + k.radial.mean(-1, keepdim=True)) + c**2 * square
-    return k.loss + net.decay * square, own, along, along.mean(-1, keepdim=True)
-
 # %% ../../nbs/experiments/flat_minima.ipynb #731bafad
-class Regularized(FiniteSum):
-    """The losses (1) of a network:
-    SGD's SDE for them is the SDE of USAM or DNSAM for the network's, and at B = 1 of SAM"""
-    def __init__(self, net:Network,
-                 algorithm:Algorithm, # its rho may be a tensor with a value for each path
-                 # weight of the noise part; that of the network's batch size if None
-                 tau:float|None=None
-                ):
-        self.net = net
-        self.algorithm = algorithm
-        self.tau = net.law.tau if tau is None else tau
-        if isinstance(algorithm, SAM) and self.tau != 1:
-            raise ValueError(
-                f"SAM's SDE has no losses of its own for batches of {net.law.batch_size}, "
-                f"only for B = 1")
-        super().__init__(self.losses, net.n, net.dim, net.law.batch_size)
-        self.dtype = net.dtype
-    def losses(self, x:Tensor) -> Tensor:
-        f, own, along, full = norms(self.net, x)
-        rho = per_path(self.algorithm.rho, x)
-        if isinstance(self.algorithm, SAM): return f + rho * own.sqrt()
-        if isinstance(self.algorithm, DNSAM): rho = rho / full.detach().sqrt()
-        return f + rho / 2 * (self.tau * own + (1 - self.tau) * (2 * along - full))
-    def some(self, x, s):
-        return self.losses(x)[..., s] # of all paths together, since each has a radius
+class WithoutNoisePart(SDE):
+    "SGD's SDE of the losses (1)"
+    def __init__(self, objective:FiniteSum, rho, # one for each member of a sweep
+                 eta:float):
+        super().__init__(SGD(), objective, eta)
+        self.rho = rho
+    def euler(self, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
+        f = self.objective
+        full = f.grad(x)
+        w = (self.eta * dt * f.law.tau / f.n)**.5 * less_mean(xi)
+        noise = f.weighted_grad(x, w)
+        Hu = f.hvp(x, dt * full + noise) + f.weighted_hvp(x, w, full)
+        return x - dt * full - noise - per_path(self.rho, x) * Hu
 
 # %% ../../nbs/experiments/flat_minima.ipynb #aab95507
-def batch_norms(net:Network, x:Tensor, i:Tensor # K minibatches of B, (..., K, B)
-               ) -> tuple[Tensor, Tensor]: # f_B and ‖g_B‖, (..., K)
-    "The losses of minibatches and the norms of their gradients, with weight decay"
-    k = backward(net, x, i.flatten(-2))
-    c = 2 * net.decay
-    square = (x * x).sum(-1, keepdim=True)
-    def cut(t): return t.unflatten(-1, i.shape[-2:])
-    e = cut(k.e).movedim(-3, -2)
-    s, r, radial, loss = (cut(t).mean(-1) for t in (k.s, k.r, k.radial, k.loss))
-    W = e @ k.X.unflatten(-2, i.shape[-2:]) / i.shape[-1]
-    own = (W**2).sum((-2, -1)) + (e.mean(-1)**2).sum(-1) + (s**2).sum(-2) + r**2
-    return loss + net.decay * square, (own + 2 * c * radial + c**2 * square).sqrt()
-
 class DrawnSDE(Process):
     "SAM's SDE for any batch size, its expectations over `draws` fresh minibatches a step"
-    def __init__(self, net:Network, algorithm:SAM, eta:float, draws:int=8):
-        self.objective = net
-        self.rho = algorithm.rho
+    def __init__(self, algorithm:SAM, objective:FiniteSum, eta:float, draws:int=8):
+        self.objective = objective
+        self.algorithm = algorithm
         self.eta = eta
         self.draws = draws
-        self.shape = ()
         self.noise_dim = draws
     def check(self, x0, name="x0"): return self.objective.check(x0, name)
     def draw(self, shape, generator=None, *, dtype=None, device=None) -> tuple:
         i = self.objective.law.draw((*shape, self.draws), generator, device=device)
         return i, torch.randn(*shape, self.draws, generator=generator, dtype=dtype, device=device)
     def step(self, x:Tensor, drawn:tuple, dt:float) -> Tensor:
-        net, (i, xi) = self.objective, drawn
-        w = (self.eta * dt / (self.draws - 1))**.5 * (xi - xi.mean(-1, keepdim=True))
-        rho = per_path(self.rho, x)
-        def weighted(z):
-            f, norm = batch_norms(net, z, i)
-            return (dt * (net.each(z).mean(-1, keepdim=True) + rho
-                          * norm.mean(-1, keepdim=True)).sum(-1) + (w * (f + rho * norm)).sum(-1))
-        return x - gradient(weighted, x)
+        gamma, xi = drawn
+        w = (self.eta * dt / (self.draws - 1))**.5 * less_mean(xi)[..., None]
+        points = x[..., None, :] # for all minibatches at once
+        g = self.objective.sample_grad(points, gamma)
+        Hu = hessian_perturbation(self.algorithm, self.objective, points, gamma)
+        change = per_path(self.algorithm.rho, x) * (dt * Hu.mean(-2) + (w * Hu).sum(-2))
+        return x - dt * self.objective.grad(x) - (w * g).sum(-2) - change
     def advance(self, x:Tensor, draw, steps:list) -> Tensor:
-        for h in steps: x = self.step(x, draw(), h)
+        for h in steps:
+            def step(x, gamma, xi): return self.step(x, (gamma, xi), h)
+            x = self.taken(("drawn", h), step, x, *draw())
         return x
 
 # %% ../../nbs/experiments/flat_minima.ipynb #8614afba
@@ -311,9 +268,11 @@ class Study:
         self.seed = seed
         self.every = round(t_end / eta / RECORDS) # steps between two records
         self.t_end = self.every * RECORDS * eta
-        self.objective = NoisyLoss(lambda x: net.each(x).mean(), net.dim, sigma) if sigma else net
+        self.objective = net.objective
+        if sigma: self.objective = NoisyLoss(net.objective.loss, net.objective.dim, sigma)
         self.x0 = starts(net, n, seed).repeat_interleave(seeds, 0)
-        self.noise = f"σ = {sigma:g}" if sigma else f"B = {net.law.batch_size}"
+        self.batch_size = net.objective.law.batch_size
+        self.noise = f"σ = {sigma:g}" if sigma else f"B = {self.batch_size}"
     def run(self, process, members:int=1, times:int=1
            ) -> Tensor: # the last WINDOW of records, or moving means of all if times > 1
         dt = self.eta / 2 if self.sigma or not isinstance(process, Chain) else None
@@ -323,13 +282,9 @@ class Study:
         m = torch.cat([measures(self.net, self.held, z)
                        for z in (x if times > 1 else x[-WINDOW:]).split(few)])
         return moving_mean(m) if times > 1 else m.mean(0)
-    def sde(self, algorithm:Algorithm, tau:float|None=None):
-        if self.sigma: return SDE(algorithm, self.objective, self.eta)
-        if isinstance(algorithm, SAM) and self.net.law.batch_size > 1:
-            return DrawnSDE(self.net, algorithm, self.eta)
-        return SDE(SGD(),
-                   Regularized(self.net, USAM(0.) if isinstance(algorithm, SGD) else algorithm,
-                               tau), self.eta)
+    def sde(self, algorithm:Algorithm) -> Process:
+        drawn = isinstance(algorithm, SAM) and not self.sigma and self.batch_size > 1
+        return (DrawnSDE if drawn else SDE)(algorithm, self.objective, self.eta)
     def rows(self, algorithm:str, rho:float, model:str, end:Tensor, base:Tensor,
              curve:Tensor|None=None) -> list:
         """A row for each quantity:
@@ -359,7 +314,8 @@ def study(s:Study, radii:tuple, models:bool, # SDEs too?
     for name, kind in ALGORITHMS.items():
         kinds = ({"algorithm": Chain(kind(rho), s.objective, s.eta)}
                  | ({OWN: s.sde(kind(rho))} if models else {}))
-        if models and kind is USAM and not s.sigma: kinds[SHORT] = s.sde(kind(rho), 0.)
+        if models and kind is USAM and not s.sigma:
+            kinds[SHORT] = WithoutNoisePart(s.objective, rho, s.eta)
         for model, process in kinds.items():
             ends = run(process, len(radii))
             chain = model == "algorithm"
