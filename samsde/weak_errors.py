@@ -240,7 +240,7 @@ def exact_difference(chain:Chain, # the algorithm
                      sde:SDE, # its model, or any other
                      t_end:float, # a whole number of steps eta
                      test:Callable, # φ, a function of arrays of angles, one for each dimension
-                     nodes:int|None=None # on an axis, even; 96 on the circle, 20 on the torus if None
+                     nodes:int|None=None # on an axis, even; if None, 96 (circle) or 20 (torus)
                     ) -> tuple[Tensor, np.ndarray]: # starts (nodes^d, d), and the error from each
     """The weak error (1) at `t_end` from every node, exactly.
     Raises ValueError or TypeError if the two do not belong together."""
