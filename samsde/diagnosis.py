@@ -44,9 +44,8 @@ def top_eigenvectors(objective:Objective,
         values, vectors = torch.linalg.eigh(objective.hessian(x))
         return values[-k:].flip(0), vectors.T[-k:].flip(0)
     def product(v):
-        return objective.hvp(x,
-                             torch.from_numpy(np.ascontiguousarray(v.ravel())).to(
-                                 x)).double().cpu().numpy()
+        v = torch.from_numpy(np.ascontiguousarray(v.ravel())).to(x)
+        return objective.hvp(x, v).double().cpu().numpy()
     start = np.random.default_rng(0).standard_normal(d)
     if not product(start).any():
         return x.new_zeros(k), torch.eye(k, d).to(x) # the zero matrix, at which Lanczos fails
