@@ -51,9 +51,8 @@ def replicas(batch_size:int, size:dict) -> Callable:
     "Discrete SAM on the breast cancer network, without weight decay as in the peers"
     net = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Sigmoid(), torch.nn.Linear(20, 1))
     X, y = cancer()
-    objective = FiniteSum.from_module(net,
-                                      lambda out, t: torch.nn.functional.softplus(
-                                          -t * out[..., 0]).mean(), X, y, batch_size=batch_size)
+    def loss(out, t): return torch.nn.functional.softplus(-t * out[..., 0]).mean()
+    objective = FiniteSum.from_module(net, loss, X, y, batch_size=batch_size)
     chain = Chain(SAM(.05), objective, .1)
     return lambda: simulate(chain, objective.x0, size["train"] * .1, size["replicas"],
                             every=size["train"], observe={"norm": lambda x: x.norm(dim=-1)})
