@@ -26,8 +26,8 @@ def constant(sigma:float) -> NoisyLoss: return NoisyLoss(lambda x: two_valleys(x
 def minibatches(sigma:float, shift:float=.15, levels:int=64) -> FiniteSum:
     """The valleys, each sample's shifted to the left or right by `shift` and tilted;
     the tilts have standard deviation sigma"""
-    tilt = torch.from_numpy(
-        ndtri((torch.arange(levels, dtype=torch.float64).numpy() + .5) / levels))
+    share = (torch.arange(levels, dtype=torch.float64).numpy() + .5) / levels
+    tilt = torch.from_numpy(ndtri(share))
     tilt = sigma * tilt / tilt.square().mean().sqrt()
     n = 2 * levels
     def some(x, i): return two_valleys(x[0] + shift * (2 * (i % 2) - 1)) + tilt[i // 2] * x[0]
