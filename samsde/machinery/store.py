@@ -320,11 +320,9 @@ def save(run_state:RunState, last:bool=False):
                    for name, t in state.items()}
         arrays = {name: as_array(torch.stack(t) if isinstance(t, list) else t)
                   for name, t in arrays.items()}
+        about = run_state.about | dict(parts=parts, blocks=blocks)
         try:
-            write(run_state.path,
-                  arrays
-                  | {"about": np.array(
-                      json.dumps(run_state.about | dict(parts=parts, blocks=blocks)))})
+            write(run_state.path, arrays | {"about": np.array(json.dumps(about))})
             run_state.new = False
         except OSError as error:
             warnings.warn(
