@@ -9,13 +9,14 @@ VENV := .venv/.made
 RUN := .venv/.run-installed
 DEV := .venv/.dev-installed
 BENCH := .venv-bench/.installed
+FRAMEWORKS := .venv-frameworks/.installed
 PORT ?= 8000
 comma := ,
 
 # A folder that was moved, or whose Python has gone, is set up again.
 $(shell test -x $(BIN)/python && grep -qF "$(CURDIR)/.venv" $(BIN)/pip 2>/dev/null || rm -f $(VENV) $(RUN) $(DEV))
 
-.PHONY: help reproduce test bench endurance docs preview notebooks sync readme check clean
+.PHONY: help reproduce test frameworks bench endurance docs preview notebooks sync readme check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,6 +27,9 @@ reproduce: $(RUN) ## the main job: how well each SDE tracks its algorithm (ARGS=
 
 test: $(DEV) ## run every notebook and tests/ (ARGS="--slow" for the slow cells too)
 	$(BIN)/python -m pytest $(ARGS)
+
+frameworks: $(FRAMEWORKS) ## run the recipes of "SAM in your framework" with the real packages
+	.venv-frameworks/bin/python -m pytest tests/test_frameworks.py $(ARGS)
 
 bench: $(DEV) $(BENCH) ## measure against peers, into benchmarks/ (ARGS="--quick" for a trial)
 	$(BIN)/python -c "import sys; from samsde.experiments.bench import main; sys.exit(main())" --jax .venv-bench/bin/python $(ARGS)
@@ -92,4 +96,12 @@ $(BENCH): benchmarks/requirements.txt | $(VENV)
 	@echo "installing $(notdir $<) into .venv-bench"
 	@$(BIN)/python -m venv --clear .venv-bench
 	@.venv-bench/bin/python -m pip install --disable-pip-version-check -q -r $<
+	@touch $@
+
+# the frameworks, in an environment of their own; a torchvision that does not fit this torch would break those that import it
+$(FRAMEWORKS): settings.ini constraints.txt | $(VENV)
+	@echo "installing the frameworks into .venv-frameworks"
+	@$(BIN)/python -m venv --clear .venv-frameworks
+	@.venv-frameworks/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[frameworks]'
+	@.venv-frameworks/bin/python -c "import torchvision" 2>/dev/null || .venv-frameworks/bin/python -m pip uninstall -q -y torchvision
 	@touch $@

@@ -28,7 +28,7 @@ setup(
     package_data={"samsde": ["py.typed"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "frameworks": cfg["frameworks_requirements"].split()},
     # the second entry point is what turns `names` in backticks into links, in this project's notebooks and in others'
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["samsde=samsde._modidx:d"]},
     zip_safe=False,

@@ -32,4 +32,13 @@ print("oldest versions: Python", sys.version.split()[0], *(f"{name} {v}" for nam
 for name, least in re.findall(r"(\S+?)>=([\d.]+)", settings["DEFAULT"]["requirements"]):
     if strip(found[name]) != strip(least) and name != "torch": raise SystemExit(f"settings.ini allows {name} {least}, but {found[name]} was installed")
 EOF2
-"$oldest/bin/python" -m pytest tests -q -p no:cacheprovider -W ignore::DeprecationWarning
+# in two processes of one thread each, as many as there are cores
+run() { OMP_NUM_THREADS=1 "$oldest/bin/python" -m pytest "$@" -q -p no:cacheprovider -W ignore::DeprecationWarning; }
+heavy=(tests/test_{networks,optim,sources,properties,experiments,frameworks}.py)
+rest=(); for file in tests/test_*.py; do [[ " ${heavy[*]} " == *" $file "* ]] || rest+=("$file"); done
+run "${heavy[@]}" >"$oldest/heavy.log" 2>&1 & first=$!
+status=0
+run "${rest[@]}" || status=$?
+wait "$first" || status=$?
+cat "$oldest/heavy.log"
+exit "$status"

@@ -6,12 +6,12 @@
 __all__ = ['SOURCES', 'Algorithm', 'Linear', 'SGD', 'USAM', 'DNSAM', 'SAM', 'Process', 'Model', 'Chain', 'colours']
 
 # %% ../nbs/01_algorithm.ipynb #72838c0a
-import copy
+import copy, math
 
 import torch
 from torch import Tensor
 
-from .machinery.checks import broadcast_axes, check_int, check_nonzero, check_positive, per_path
+from .machinery.checks import broadcast_axes, check_int, check_nonzero, check_positive, check_scalar, check_share, per_path
 from .machinery.record import replay
 from .objective import Additive, FiniteSum, Noiseless, Objective, gradient
 from .machinery.style import colours
@@ -25,22 +25,32 @@ SOURCES = ("own", "full", "independent", "previous")
 class Algorithm:
     """x⁺ = x − η ∇f_γ(x + ρ u_γ(x)). A subclass defines `potential` or `perturbation`.
     Raises ValueError if `rho` is negative or not finite."""
-    micro_batch, source = None, "own" # see "Which samples perturb"
+    micro_batch, source, adaptive = None, "own", False
     def __init__(self, rho=0.0, # ρ; a number, or a tensor that broadcasts over the paths
                  *, micro_batch:int|None=None, # samples that share a perturbation, a divisor of the batch size; the whole batch if None
-                 source:str="own" # of the perturbation: "own" batch, "full" gradient, "independent" batch, or the "previous" one
+                 source:str="own", # of the perturbation: "own" batch, "full" gradient, "independent" batch, or the "previous" one
+                 adaptive:bool=False # is the perturbation scaled by |x|, as in ASAM?
                 ):
         self.rho = check_positive("rho", rho, zero=True)
         self.micro_batch = micro_batch if micro_batch is None else check_int("micro_batch", micro_batch)
         if source not in SOURCES: raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
-        self.source = source
+        if not isinstance(adaptive, bool): raise TypeError(f"adaptive must be True or False, got {adaptive!r}")
+        self.source, self.adaptive = source, adaptive
 
     def potential(self, g:Tensor) -> Tensor:
         "ψ(g), (..., d) -> (...)"
         raise TypeError(f"{type(self).__name__} has no potential: define `potential` or `perturbation`")
+    def metric(self, x:Tensor) -> Tensor|None:
+        "T(x), (..., d), such that u = T ∇ψ(Tg); None for T = 1"
+        return x.abs() if self.adaptive else None
+    def scaled(self, x:Tensor, v:Tensor) -> Tensor:
+        "T(x) v"
+        T = self.metric(x)
+        return v if T is None else T * v
     def perturbation(self, objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
-        "u_γ(x) = ∇ψ(∇f_γ(x))"
-        return gradient(self.potential, objective.sample_grad(x, gamma))
+        "u_γ(x) = T ∇ψ(T ∇f_γ(x))"
+        g = self.scaled(x, objective.sample_grad(x, gamma))
+        return self.scaled(x, gradient(self.potential, g))
     def draw(self, objective:Objective, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
         "γ of one step for every path of shape `shape`: one, or two behind each other"
         batches = 2 if self.source == "independent" else 1
@@ -80,11 +90,14 @@ class Algorithm:
         words = {"potential", "perturbation", "scale"}
         return next(kind for kind in type(self).__mro__ if words & vars(kind).keys())
     @property
+    def has_metric(self) -> bool: return self.adaptive or type(self).metric is not Algorithm.metric
+    @property
     def has_potential(self) -> bool:
-        "Is u = ∇ψ(g)?"
-        return self.definer is not Algorithm and "potential" in vars(self.definer)
+        "Is u = ∇ψ(g), with a ψ free of x?"
+        known = self.definer is not Algorithm and "potential" in vars(self.definer)
+        return known and not self.has_metric
     def __repr__(self):
-        more = {"micro_batch": self.micro_batch, "source": self.source}
+        more = {name: getattr(self, name) for name in ("micro_batch", "source", "adaptive")}
         told = [f"{k}={v!r}" for k, v in more.items() if v != getattr(Algorithm, k)]
         return f"{type(self).__name__}({', '.join([f'rho={self.rho}', *told])})"
 
@@ -97,12 +110,13 @@ class Linear(Algorithm):
         raise TypeError(f"{type(self).__name__} must define `scale`")
     @property
     def is_linear(self) -> bool:
-        "Has `scale` the last word?"
-        return "scale" in vars(self.definer)
+        "Is u = c g? That is where `scale` has the last word, and there is no metric."
+        return "scale" in vars(self.definer) and not self.has_metric
     def perturbation(self, objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
-        if not self.is_linear: return super().perturbation(objective, x, gamma)
+        if "scale" not in vars(self.definer): return super().perturbation(objective, x, gamma)
         g, grad = objective.grads(x, gamma)
-        return self.scale(grad) * g
+        u = self.scale(self.scaled(x, grad)) * self.scaled(x, g)
+        return self.scaled(x, u)
 
 class SGD(Linear):
     "Stochastic gradient descent: no perturbation"
@@ -116,7 +130,8 @@ class USAM(Linear):
     def potential(self, g): return (g * g).sum(-1) / 2
     def perturbation(self, objective, x, gamma):
         if self.definer is not USAM: return super().perturbation(objective, x, gamma)
-        return objective.sample_grad(x, gamma)
+        g = objective.sample_grad(x, gamma)
+        return self.scaled(x, self.scaled(x, g))
 
 # %% ../nbs/01_algorithm.ipynb #a38bcebc
 class DNSAM(Linear):
@@ -130,9 +145,9 @@ class SAM(Algorithm):
     def potential(self, g): return torch.linalg.vector_norm(g, dim=-1)
     def perturbation(self, objective, x, gamma):
         if self.definer is not SAM: return super().perturbation(objective, x, gamma)
-        g = objective.sample_grad(x, gamma)
+        g = self.scaled(x, objective.sample_grad(x, gamma))
         norm = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
-        return g / torch.where(norm == 0, 1, norm)
+        return self.scaled(x, g / torch.where(norm == 0, 1, norm))
 
 # %% ../nbs/01_algorithm.ipynb #e207e4ca
 _all_ = ["colours"] # also here, beside the algorithms
@@ -181,6 +196,7 @@ def contradictions_of(algorithm:Algorithm, objective:Objective): # of words, two
     x = torch.randn(2, objective.dim, generator=generator, dtype=torch.float64).to(dtype) / 4
     gamma = objective.draw((2,), generator, dtype=dtype)
     u, (g, grad) = algorithm.perturbation(objective, x, gamma), objective.grads(x, gamma)
+    if algorithm.has_metric: return
     if getattr(algorithm, "is_linear", False): yield "scale", u, algorithm.scale(grad) * g
     if algorithm.has_potential: yield "potential", u, gradient(algorithm.potential, g)
 
@@ -214,14 +230,15 @@ def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
 
 def check_plain(algorithm:Algorithm, what:str): # that is asked for, in words
     "Raises ValueError where a formula is for whole batches that perturb themselves"
-    if (algorithm.micro_batch, algorithm.source) == (None, "own"): return
-    raise ValueError(f"{what} is for micro_batch=None and source='own', got {algorithm!r}")
+    if (algorithm.micro_batch, algorithm.source) == (None, "own") and not algorithm.has_metric: return
+    raise ValueError(f"{what} is for micro_batch=None, source='own' and no metric, got {algorithm!r}")
 
 def check_micro_batch(algorithm:Algorithm, objective:Objective):
     "Raises ValueError where micro-batches or a source of the perturbation make no sense"
     m, law, name = algorithm.micro_batch, objective.law, type(algorithm).__name__
-    if (m, algorithm.source) != (None, "own") and overrides(algorithm, "direction"):
-        raise ValueError(f"{name} overrides `direction` and so has no micro_batch and no source")
+    special = (m, algorithm.source) != (None, "own") or algorithm.has_metric
+    if special and overrides(algorithm, "direction"):
+        raise ValueError(f"{name} overrides `direction` and so has no micro_batch, no source and no metric")
     if m is None: return
     if not isinstance(objective, FiniteSum):
         raise ValueError(f"micro_batch needs a FiniteSum, whose batches can be cut, got {type(objective).__name__}")
@@ -254,7 +271,7 @@ def expand_sweep(x:Tensor, **values) -> Tensor:
 class Process:
     """What `simulate` runs: it has `eta`, `noise_dim`, `draw` and `advance`.
     A state is a tensor (..., m); by default it is the point itself."""
-    eta: float # the time that one call of `advance` takes
+    time_step: float # the time that one call of `advance` takes
     noise_dim: int # numbers that one draw has for each path
     shape = () # the axes of a sweep
 
@@ -278,27 +295,70 @@ class Process:
         return replay(self, name, step, state, *noise, reads=lambda: [self])
 
 class Model(Process):
-    """An algorithm with its objective and its learning rate.
+    """An algorithm with its objective, its learning rate, and what training adds to these.
     Raises ValueError or TypeError on arguments that make none."""
     def __init__(self, algorithm:Algorithm, # what steps
                  objective:Objective, # on which loss
-                 eta # learning rate η; a number, or a tensor that broadcasts over the paths
+                 eta, # learning rate η; a number, or a tensor that broadcasts over the paths
+                 *, momentum:float=0.0, # μ, below 1
+                 dampening:float=0.0, # of the gradient's part of the velocity, as in torch.optim.SGD
+                 nesterov:bool=False, # as in torch.optim.SGD
+                 weight_decay:float=0.0, # times x, added to the gradient where the step started
+                 decoupled:bool=False, # decay x itself instead, as AdamW does?
+                 schedule=None # factor of η: a function of the time of the unscheduled run, or a tensor with the rate of each step
                 ):
         self.algorithm, self.objective = pair(algorithm, objective)
         self.eta = check_positive("eta", eta)
+        self.momentum, self.dampening = check_share("momentum", momentum), check_share("dampening", dampening)
+        self.weight_decay = check_scalar("weight_decay", weight_decay, zero=True)
+        for name, value in dict(nesterov=nesterov, decoupled=decoupled).items():
+            if not isinstance(value, bool): raise TypeError(f"{name} must be True or False, got {value!r}")
+        if nesterov and (not self.momentum or self.dampening):
+            raise ValueError("nesterov needs momentum and no dampening, as in torch.optim.SGD")
+        if not (schedule is None or callable(schedule) or isinstance(schedule, Tensor) and schedule.ndim == 1):
+            raise TypeError(f"schedule must be a function of time, or a tensor (steps,), got {type(schedule).__name__}")
+        self.nesterov, self.decoupled, self.schedule = nesterov, decoupled, schedule
         self.shape # raises where ρ and η do not broadcast
 
     @property
     def shape(self) -> tuple:
         "The axes of a sweep over ρ or η"
         return tuple(broadcast_axes(**axes_of(rho=self.algorithm.rho, eta=self.eta)))
+    @property
+    def rate(self):
+        "η_e, how far a steady gradient moves x in one step: η(1 − dampening)/(1 − μ)"
+        if not self.momentum: return self.eta
+        return self.eta * (1 - self.dampening) / (1 - self.momentum)
+    @property
+    def time_step(self): return self.rate
+    def factor(self, k:float) -> float:
+        "What the schedule multiplies η by in step k"
+        if self.schedule is None: return 1.0
+        if callable(self.schedule): s = float(self.schedule(k * float(self.time_step)))
+        elif k < len(self.schedule): s = float(self.schedule[int(k)]) / float(self.eta)
+        else: raise ValueError(f"schedule has {len(self.schedule)} rates, but step {int(k)} is to be taken")
+        if 0 <= s < math.inf: return s
+        raise ValueError(f"schedule must be finite and not negative, got {s:g} at step {k:g}")
+    @property
+    def plain(self) -> bool:
+        "Has it none of what training adds?"
+        return not (self.momentum or self.weight_decay or self.schedule is not None)
     def over_sweep(self, x:Tensor) -> Tensor:
         return expand_sweep(self.objective.check(x), rho=self.algorithm.rho, eta=self.eta)
     def check(self, x0, name="x0"): return self.objective.check(x0, name)
     def looks(self, x, generator): return self.objective.looks(x, generator)
+    def split(self, state:Tensor) -> list:
+        "The parts of a state: x, and what `memory` names"
+        d = self.objective.dim
+        return [*state.split([1 if name == "k" else d for name in ("x", *self.memory)], -1)]
+    memory = () # of "v", the velocity; "u", the perturbation of the step before; "k", the number of steps
+    def start(self, x):
+        sizes = [1 if name == "k" else x.shape[-1] for name in self.memory]
+        return torch.cat([x, x.new_zeros(*x.shape[:-1], sum(sizes))], -1) if self.memory else x
+    def position(self, state): return state[..., :self.objective.dim]
 
 class Chain(Model):
-    "The discrete process x⁺ = x − η G_ρ(x). Where the previous batch perturbs, a state is the point and u."
+    "The discrete process x⁺ = x − η G_ρ(x), or with a velocity v⁺ = μv + G_ρ(x), x⁺ = x − ηv⁺, as in torch.optim.SGD"
     @property
     def size(self) -> int:
         "Numbers in one γ"
@@ -309,33 +369,48 @@ class Chain(Model):
     @property
     def remembers(self) -> bool: return self.algorithm.source == "previous"
     @property
+    def memory(self) -> tuple:
+        counts = self.schedule is not None or (self.momentum and self.dampening)
+        return ("v",) * bool(self.momentum) + ("u",) * self.remembers + ("k",) * bool(counts)
+    @property
     def noise_dim(self) -> int: return self.batches * self.size
-    def start(self, x): return torch.cat([x, torch.zeros_like(x)], -1) if self.remembers else x
-    def position(self, state): return state[..., :self.objective.dim]
     def step(self, state:Tensor, gamma:Tensor) -> Tensor:
         "The next state, for γ of the same leading axes"
         x = self.over_sweep(self.position(state))
-        if self.remembers: state = state.expand(*x.shape[:-1], -1)
-        else: state = x
-        step = self.step_on if self.remembers else self.one_step
-        return self.taken("chain", step, state, gamma) if self.objective.one_pass(x) else step(state, gamma)
-    def one_step(self, x:Tensor, gamma:Tensor) -> Tensor: return self.algorithm.step(self.objective, x, self.eta, gamma)
-    def step_on(self, state:Tensor, gamma:Tensor) -> Tensor:
-        "A step with the u of the batch before, and the u of this one"
-        (x, u), algorithm = state.chunk(2, -1), self.algorithm
-        G = self.objective.sample_grad(x + per_path(algorithm.rho, x) * u, gamma)
-        return torch.cat([x - per_path(self.eta, x) * G, algorithm.perturbation(self.objective, x, gamma)], -1)
+        state = state.expand(*x.shape[:-1], -1) if self.memory else x
+        rate = x.new_tensor(self.factor(state[..., -1].flatten()[0].item()) if self.schedule is not None else 1.0)
+        step = self.trained_step if self.memory or self.weight_decay else self.plain_step
+        return self.taken("chain", step, state, gamma, rate) if self.objective.one_pass(x) else step(state, gamma, rate)
+    def plain_step(self, x:Tensor, gamma:Tensor, rate:Tensor) -> Tensor:
+        return self.algorithm.step(self.objective, x, self.eta, gamma)
+    def trained_step(self, state:Tensor, gamma:Tensor, rate:Tensor) -> Tensor:
+        x, *rest = self.split(state)
+        known, algorithm, eta = dict(zip(self.memory, rest)), self.algorithm, per_path(self.eta, x) * rate
+        if self.remembers:
+            G = self.objective.sample_grad(x + per_path(algorithm.rho, x) * known["u"], gamma)
+            known["u"] = algorithm.perturbation(self.objective, x, gamma)
+        else: G = algorithm.direction(self.objective, x, gamma)
+        if not self.decoupled: G = G + self.weight_decay * x
+        move = G
+        if self.momentum:
+            fresh = (1 - self.dampening) * G
+            if self.dampening: fresh = torch.where(known["k"] == 0, G, fresh) # torch's first buffer
+            known["v"] = self.momentum * known["v"] + fresh
+            move = G + self.momentum * known["v"] if self.nesterov else known["v"]
+        if self.decoupled: x = x * (1 - eta * self.weight_decay)
+        if "k" in known: known["k"] = known["k"] + 1
+        return joined([x - eta * move, *(known[name] for name in self.memory)])
     def draw(self, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
         kind = dict(generator=generator, dtype=dtype, device=device)
         if isinstance(self.objective, Additive): return torch.randn(*shape, self.noise_dim, **kind)
         return self.algorithm.draw(self.objective, shape, **kind)
     def advance(self, state:Tensor, draw, # () -> fresh randomness
-                steps:list # lengths of the substeps, which add up to η
+                steps:list # lengths of the substeps, which add up to the time of one step
                ) -> Tensor:
         "One step of the algorithm. Raises ValueError if minibatches are to be drawn on a finer time grid."
         if isinstance(self.objective, Additive):
             xi = sum((h / sum(steps))**.5 * draw() for h in steps)
             return self.step(state, joined([self.objective.law(part) for part in xi.split(self.size, -1)]))
         if len(steps) > 1:
-            raise ValueError(f"a chain with minibatches has no time step below eta={self.eta}, got dt={steps[0]}")
+            raise ValueError(f"a chain with minibatches has no time step below eta={self.time_step}, got dt={steps[0]}")
         return self.step(state, draw())

@@ -129,7 +129,7 @@ def starts(process, # has .shape, the axes of a sweep over rho or eta
 def checked(process, observe) -> dict:
     """The observables by name.
     Raises TypeError if one is no function, or the process is none, ValueError if there are none."""
-    for what in ("eta", "shape", "draw", "noise_dim", "start", "advance", "position"):
+    for what in ("time_step", "shape", "draw", "noise_dim", "start", "advance", "position"):
         if not hasattr(process, what):
             raise TypeError(
                 f"process must be a Chain, an SDE, or another Process, "
@@ -279,10 +279,10 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
     none stays finite. Ctrl-C has a `partial`."""
     observe = checked(process, observe)
     seed = check_int("seed", seed, least=0)
-    grid = time_grid(process.eta, t_end, dt, every)
+    grid = time_grid(process.time_step, t_end, dt, every)
     x = starts(process, x0, check_int("n_paths", n_paths, least=2))
     shape = tuple(1 if share else n for n in x.shape[1:-1])
-    eta = float(process.eta)
+    eta = float(process.time_step)
     size = block_size(n_paths, max(process.noise_dim, x.shape[-1]) * math.prod(shape))
     many = math.ceil(check_int("chunk", size if chunk is None else chunk) / size)
     threads = (check_int("threads", threads) if threads is not None else torch.get_num_threads()

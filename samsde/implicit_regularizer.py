@@ -88,6 +88,8 @@ DNSAM.mean_potential, SAM.mean_potential = mean_potential_of_dnsam, mean_potenti
 def seen_by(algorithm:Algorithm, objective:Objective) -> Objective:
     """The objective whose E ψ regularises, for the source of a perturbation and its micro-batches.
     Raises ValueError where the drift is no gradient."""
+    if algorithm.has_metric and not algorithm.unperturbed:
+        raise ValueError(f"{type(algorithm).__name__} with a metric has no regularised loss: since T depends on x, its drift is not a gradient")
     if algorithm.micro_batch is not None: objective = objective.with_batch(algorithm.micro_batch)
     if algorithm.source == "own": return objective
     if algorithm.source == "full" or getattr(algorithm, "is_linear", False): return Noiseless(objective)

@@ -649,7 +649,7 @@ def own_moments(algorithm:Algorithm, objective:Objective, x:Tensor, exact:bool, 
 BY_SOURCE = dict(own=own_moments, full=full_moments, independent=independent_moments, previous=previous_moments)
 Algorithm.closed_form, Algorithm.moments = closed_form, moments
 
-# %% ../nbs/02d_moments.ipynb #95677f58
+# %% ../nbs/02d_moments.ipynb #78d1ec1e
 def moments_by_scale(algorithm:Linear, scale, # c, a number or a function of ∇f
                      objective:Objective, x:Tensor, exact:bool) -> StepMoments|None:
     "The closed form for u = c g"
@@ -662,7 +662,7 @@ def of_linear(self:Linear, objective, x, exact):
     return moments_by_scale(self, self.scale, objective, x, exact) if self.is_linear else None
 
 def of_usam(self:USAM, objective, x, exact):
-    if self.definer is not USAM: return of_linear(self, objective, x, exact)
+    if self.definer is not USAM or not self.is_linear: return of_linear(self, objective, x, exact)
     return moments_by_scale(self, 1.0, objective, x, exact)
 
 def of_sgd(self:SGD, objective, x, exact):
@@ -670,7 +670,7 @@ def of_sgd(self:SGD, objective, x, exact):
     return known and Unperturbed(known)
 
 def of_sam(self:SAM, objective, x, exact):
-    if exact or self.definer is not SAM: return None
+    if exact or self.definer is not SAM or self.has_metric: return None
     if isinstance(objective, FiniteSum) and objective.law.batch_size == 1:
         return SampleMoments(self, objective, x, NORM)
     isotropic = isinstance(objective, Additive) and objective.law.cov is None

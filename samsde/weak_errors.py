@@ -25,7 +25,7 @@ from .moments import gamma_support, with_pairs
 from .machinery.checks import (
     broadcast_paths, check_finite, check_int, check_points, check_positive)
 from .objective import Additive, FiniteSum, Quadratic
-from .sde import SDE, one_process
+from .sde import SDE, KineticSDE, one_process
 
 # %% ../nbs/05b_weak_errors.ipynb #73fb23be
 def wave_data(c, a, m, p) -> list: # tensors in double precision
@@ -165,8 +165,9 @@ def chain_operator(chain:Chain, # on a circle_problem or torus_problem
     Raises TypeError or ValueError if γ cannot be enumerated."""
     dim = periodic(chain).dim
     axis, x = torus_nodes(nodes, dim)
-    if chain.remembers:
-        raise ValueError("the exact operators need a chain without memory, got source='previous'")
+    if chain.memory:
+        raise ValueError(
+            f"the exact operators need a chain without memory, got {', '.join(chain.memory)}")
     objective = with_pairs(chain.objective) if chain.batches == 2 else chain.objective
     support = gamma_support(objective, x, 1024, 0)
     if not support.exact:
@@ -215,7 +216,7 @@ def together(chain:Chain, sde:SDE):
         raise ValueError(
             f"chain and sde must have the same dimension, "
             f"got {chain.objective.dim} and {sde.objective.dim}")
-    if float(chain.eta) != float(sde.eta):
+    if float(chain.time_step) != float(sde.time_step):
         raise ValueError(f"chain and sde must share eta, got {chain.eta} and {sde.eta}")
 
 @contextmanager
@@ -245,7 +246,7 @@ def exact_difference(chain:Chain, # the algorithm
     """The weak error (1) at `t_end` from every node, exactly.
     Raises ValueError or TypeError if the two do not belong together."""
     together(chain, sde)
-    steps = step_count(chain.eta, t_end)
+    steps = step_count(chain.time_step, t_end)
     dim = periodic(chain).dim
     if nodes is None: nodes = 96 if dim == 1 else 20
     x = torus_nodes(nodes, dim)[1]
@@ -311,14 +312,28 @@ def linear_system(process:Chain|SDE) -> tuple[np.ndarray, np.ndarray]: # F and C
     H = process.objective.H
     def array(v): return v.double().cpu().numpy()
     def eye(n): return torch.eye(n, dtype=H.dtype, device=H.device)
+    if "k" in process.memory:
+        raise ValueError(
+            "moments are exact for a step that is the same at all times, "
+            "got a schedule or dampening")
+    if isinstance(process, KineticSDE): return kinetic_system(process, eye(len(H)), array)
     if isinstance(process, SDE):
-        C = process.covariance(torch.zeros_like(H[0]))
-        return array(process.drift(eye(len(H))).T), array(C)
+        return (array(process.drift(eye(len(H))).T),
+                array(process.covariance(torch.zeros_like(H[0]))))
     m = process.start(H[0]).shape[-1]
     k = process.noise_dim
-    F = process.advance(eye(m), lambda: H.new_zeros(m, k), [process.eta])
-    B = process.advance(H.new_zeros(k, m), lambda: eye(k), [process.eta])
+    F = process.advance(eye(m), lambda: H.new_zeros(m, k), [process.time_step])
+    B = process.advance(H.new_zeros(k, m), lambda: eye(k), [process.time_step])
     return array(F.T), array(B.T @ B)
+
+def kinetic_system(process, eye, array) -> tuple[np.ndarray, np.ndarray]: # (2d, 2d) each
+    "F and C for points and velocities"
+    b = array(process.drift(eye).T)
+    d = len(eye)
+    zero = np.zeros((len(eye),) * 2)
+    noise = array(process.covariance(torch.zeros_like(eye[0]))) / float(process.eta)**.5
+    F = np.block([[zero, np.eye(d)], [b, -float(process.friction) * np.eye(d)]])
+    return F, np.block([[zero, zero], [zero, noise]])
 
 def of_positions(process, V:Tensor) -> Tensor: # (m, m) -> (d, d)
     "The covariance of positions, from that of states"
@@ -348,7 +363,7 @@ def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
     if process.objective.check(x0, "x0").shape != (d,):
         raise ValueError(f"x0 must have shape ({d},), got {tuple(x0.shape)}")
     check_finite("x0", x0)
-    if isinstance(process, Chain): n = step_count(process.eta, t_end)
+    if isinstance(process, Chain): n = step_count(process.time_step, t_end)
     else:
         size = np.abs(F).sum(1).max() * float(check_positive("t_end", t_end))
         n = 2**max(0, int(np.ceil(np.log2(size + 1e-300))))
@@ -385,7 +400,7 @@ class Coupled(Process):
         self.chain = chain
         self.sde = sde
         self.parts = 3 if chain else 2
-        self.eta = float(sde.eta)
+        self.time_step = float(sde.time_step)
         self.noise_dim = sde.noise_dim
     def check(self, x0, name="x0"): return self.sde.check(x0, name)
     def start(self, x): return torch.cat([x] * self.parts, -1)
@@ -487,9 +502,9 @@ def weak_error(chain:Chain, # the algorithm
         raise ValueError(f"x0 must have shape ({d},), got {tuple(x0.shape)}")
     if check_int("substeps", substeps, least=2) % 2:
         raise ValueError(f"substeps must be even, got {substeps}")
-    every = max(1, step_count(chain.eta, t_end) // 20) if every is None else every
+    every = max(1, step_count(chain.time_step, t_end) // 20) if every is None else every
     settings = dict(every=every, seed=check_int("seed", seed, least=0),
-                    dt=float(sde.eta) / substeps)
+                    dt=float(sde.time_step) / substeps)
     def run(process, x, observe, **other):
         return simulate(process, x, t_end, n_paths, observe=observe, **settings | other)
     paired = (all(isinstance(p.objective, Additive) for p in (chain, sde))

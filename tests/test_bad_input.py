@@ -1,4 +1,5 @@
 """Bad input gets a ValueError or TypeError that says what was given and what is expected, and leaves no file behind: a table for each module."""
+import functools
 import math
 import pickle
 import re
@@ -22,7 +23,7 @@ from samsde.random_direction import kappa
 from samsde.saddle_attraction import arrival_time, basin_radius, escape_time, exit_time, flow, hover_radius, is_attracting, latest_arrival
 from samsde.stability import edge_of_stability, mean_square_radius, stability_number
 from samsde.sample_sums import HALF_SQUARE, signed_products, square_norms, way_of
-from samsde.sde import SDE
+from samsde.sde import SDE, KineticSDE
 from samsde.stationarity import closed_covariance, suboptimality
 from samsde.weak_approximation import plot_validity, validity_map, weak_order
 from samsde.weak_errors import (TrigonometricSum, chain_operator, circle_error, circle_problem, exact_difference, exact_error, generator, linear_moments,
@@ -133,7 +134,7 @@ TABLE = {
     "chunk of 0": (lambda: run(chunk=0), ValueError, "chunk must be at least 1, got 0"),
     "several eta in one run": (lambda: run(Chain(SGD(), bowl, torch.tensor([.1, .2]))), ValueError, "different eta share no time grid"),
     "negative seed": (lambda: run(seed=-1), ValueError, "seed must be at least 0, got -1"),
-    "algorithm for a process": (lambda: run(SAM(.1)), TypeError, "process must be a Chain, an SDE, or another Process, got SAM without 'eta'"),
+    "algorithm for a process": (lambda: run(SAM(.1)), TypeError, "process must be a Chain, an SDE, or another Process, got SAM without 'time_step'"),
     "observable that is a number": (lambda: run(observe={"m": 3.}), TypeError, "observable 'm' must be a function of points, got float"),
     "observable that mixes paths": (lambda: run(observe={"m": lambda x: x.mean()}), ValueError, r"observable 'm' must keep the leading axes \([41],\), got shape \(\)"),
 }
@@ -226,21 +227,36 @@ TABLE |= { # sums over samples, drift, noise, SDE
     "edge of SAM without a norm": (lambda: edge_of_stability(SAM(.1), .1), ValueError, "SAM needs grad_norm, the norm of the full gradient"),
     "edge of SAM with noise in no dimension": (lambda: edge_of_stability(SAM(.1), .1, grad_norm=1., sigma=.1), ValueError, "SAM with noise needs dim"),
     "edge with a momentum of 1": (lambda: edge_of_stability(USAM(.1), .1, momentum=1.), ValueError, "momentum must be below 1, got 1"),
-    "edge of micro-batches": (lambda: edge_of_stability(USAM(.1, micro_batch=2), .1), ValueError, r"this edge is for micro_batch=None and source='own', got USAM\(rho=0.1, micro_batch=2\)"),
+    "edge of micro-batches": (lambda: edge_of_stability(USAM(.1, micro_batch=2), .1), ValueError, r"this edge is for micro_batch=None, source='own' and no metric, got USAM\(rho=0.1, micro_batch=2\)"),
     "stability without curvature": (lambda: stability_number(USAM(.1), .1, 0.), ValueError, "largest_eigenvalue must be positive and finite, got 0.0"),
     "mean square of SAM": (lambda: mean_square_radius(SAM(.1), torch.ones(3, 1, 1, **f64), .1, 2), TypeError, "algorithm must be SGD or USAM, whose step is linear, got SAM"),
     "mean square of a matrix": (lambda: mean_square_radius(USAM(.1), torch.ones(1, 1, **f64), .1, 2), ValueError, r"hessians must have shape \(n, d, d\), got \(1, 1\)"),
     "mean square of the previous batch": (lambda: mean_square_radius(USAM(.1, source="previous"), torch.ones(3, 1, 1, **f64), .1, 2), ValueError, "source='previous' has no such matrix"),
     "mean square of too many batches": (lambda: mean_square_radius(USAM(.1), torch.ones(99, 1, 1, **f64), .1, 8), ValueError, "batches must be at most 20000, to be enumerated"),
     "a source that is none": (lambda: SAM(.1, source="mine"), ValueError, "source must be one of own, full, independent, previous, got 'mine'"),
+    "momentum of 1": (lambda: Chain(SAM(.1), bowl, .1, momentum=1.), ValueError, "momentum must be below 1, got 1"),
+    "dampening below 0": (lambda: SDE(SAM(.1), bowl, .1, dampening=-.1), ValueError, "dampening must be non-negative and finite"),
+    "nesterov without momentum": (lambda: Chain(SAM(.1), bowl, .1, nesterov=True), ValueError, "nesterov needs momentum and no dampening"),
+    "nesterov by a word": (lambda: Chain(SAM(.1), bowl, .1, momentum=.5, nesterov="yes"), TypeError, "nesterov must be True or False, got 'yes'"),
+    "a schedule that is a list": (lambda: Chain(SAM(.1), bowl, .1, schedule=[.1]), TypeError, r"schedule must be a function of time, or a tensor \(steps,\), got list"),
+    "a schedule that ends early": (lambda: run(Chain(SAM(.1), bowl, .1, schedule=torch.ones(3) / 10), t_end=1.), ValueError, "schedule has 3 rates, but step 3 is to be taken"),
+    "a schedule below 0": (lambda: run(SDE(SAM(.1), bowl, .1, schedule=lambda t: -t - 1)), ValueError, "schedule must be finite and not negative, got -1 at step 0"),
+    "decoupled decay of second order": (lambda: SDE(SAM(.1), bowl, .1, "exact", order=2, momentum=.5, weight_decay=.1, decoupled=True), ValueError, "order=2 with momentum is known for weight decay in the gradient"),
+    "a kinetic model without momentum": (lambda: KineticSDE(SAM(.1), bowl, .1), ValueError, "a kinetic model needs momentum, got 0"),
+    "a kinetic model with dampening": (lambda: KineticSDE(SAM(.1), bowl, .1, momentum=.5, dampening=.1), ValueError, "a kinetic model has no dampening"),
+    "moments of a schedule": (lambda: linear_moments(Chain(USAM(.1), bowl, .1, schedule=lambda t: 1.), x, 1.), ValueError, "moments are exact for a step that is the same at all times"),
+    "exact operators of a chain with momentum": (lambda: exact_error(Chain(USAM(.1), circle, .1, momentum=.5), SDE(USAM(.1), circle, .2), 1., np.sin), ValueError, "the exact operators need a chain without memory, got v"),
+    "adaptive by a number": (lambda: SAM(.1, adaptive=1), TypeError, "adaptive must be True or False, got 1"),
+    "a loss of ASAM": (lambda: regularized_loss(SAM(.1, adaptive=True), bowl, x), ValueError, "SAM with a metric has no regularised loss"),
+    "edge of ASAM": (lambda: edge_of_stability(USAM(.1, adaptive=True), .1), ValueError, "this edge is for micro_batch=None, source='own' and no metric"),
     "half a micro-batch": (lambda: SAM(.1, micro_batch=.5), TypeError, "micro_batch must be a whole number, got float"),
     "micro-batches that do not fit": (lambda: Chain(SAM(.1, micro_batch=2), data(3), .1), ValueError, "micro_batch must divide batch_size=3, got 2"),
     "micro-batches of additive noise": (lambda: SDE(SAM(.1, micro_batch=2), bowl, .1), ValueError, "micro_batch needs a FiniteSum, whose batches can be cut, got Quadratic"),
-    "a source for a direction of one's own": (lambda: Chain(Turns(.1, source="full"), bowl, .1), ValueError, "Turns overrides `direction` and so has no micro_batch and no source"),
+    "a source for a direction of one's own": (lambda: Chain(Turns(.1, source="full"), bowl, .1), ValueError, "Turns overrides `direction` and so has no micro_batch, no source and no metric"),
     "the previous batch without a state": (lambda: SAM(.1, source="previous").step(bowl, x, .1, x), ValueError, "source='previous' needs the step before"),
     "an exact form of the previous batch": (lambda: drift(USAM(.1, source="previous"), data(), x, "exact"), ValueError, "source='previous' has no exact form"),
     "a loss of an independent batch": (lambda: regularized_loss(SAM(.1, source="independent"), data(), x), ValueError, "has no regularised loss for SAM: its drift is not a gradient"),
-    "saddle of micro-batches": (lambda: flow(USAM(.1, source="full"), H, x, 1.), ValueError, "this formula is for micro_batch=None and source='own'"),
+    "saddle of micro-batches": (lambda: flow(USAM(.1, source="full"), H, x, 1.), ValueError, "this formula is for micro_batch=None, source='own' and no metric"),
     "a batch size of 0": (lambda: data().with_batch(0), ValueError, "batch_size must be at least 1, got 0"),
     "noiseless nothing": (lambda: Noiseless(3), TypeError, "objective must be an Objective"),
     "moments of a step of one's own": (lambda: Jumps(.1).moments(bowl, x), ValueError, "Jumps overrides `step` and so has no first-order moments"),
@@ -298,7 +314,7 @@ TABLE |= { # sums over samples, drift, noise, SDE
 }
 
 TABLE |= { # simulate
-    "no process": (lambda: simulate(None, x, 1., 4), TypeError, "process must be a Chain, .* got NoneType without 'eta'"),
+    "no process": (lambda: simulate(None, x, 1., 4), TypeError, "process must be a Chain, .* got NoneType without 'time_step'"),
     "no x0": (lambda: run(x0=None), TypeError, "x0 must be a floating-point tensor, got NoneType"),
     "x0 infinite": (lambda: run(x0=x * inf), ValueError, "x0 must be finite"),
     "x0 in another precision": (lambda: run(x0=x.float()), TypeError, "x0 is torch.float32, but the data it meets are torch.float64"),
@@ -488,6 +504,30 @@ TABLE |= { # optimizers
     "the second step first": (lambda: optimizer().second_step(), ValueError, "step needs a closure, or first_step before it"),
     "two first steps": (lambda: [o.first_step() for o in [optimizer()] * 2], ValueError, "first_step was called twice"),
     "an optimizer without a scale": (lambda: stepped(optim.Perturbed), TypeError, "Perturbed must define `scale`"),
+    "base optimizer needs a closure, partly given": (lambda: optimizer(base=functools.partial(torch.optim.LBFGS, max_iter=2)), TypeError, "must step without a closure, got LBFGS"),
+    "base optimizer is SAM": (lambda: optimizer(base=functools.partial(optim.SAM, base_optimizer=torch.optim.SGD)), TypeError, "optimizer of torch's, such as SGD, got SAM"),
+    "base optimizer makes none": (lambda: optimizer(base=lambda params, lr: 3), TypeError, "optimizer of torch's, such as SGD, got int"),
+    "interval 0": (lambda: optimizer(interval=0), ValueError, "interval must be at least 1, got 0"),
+    "interval 1.5": (lambda: optimizer(interval=1.5), TypeError, "interval must be a whole number, got float"),
+    "adaptive a number": (lambda: optimizer(adaptive=1), TypeError, "adaptive must be True or False, got 1"),
+    "perturb text": (lambda: optimizer(params=[dict(params=[torch.nn.Parameter(torch.ones(1))], perturb="no")]), TypeError, "perturb must be True or False, got 'no'"),
+    "preserve_rng_state a number": (lambda: optimizer(preserve_rng_state=0), TypeError, "preserve_rng_state must be True or False, got 0"),
+    "optimizer's rho complex": (lambda: optimizer(rho=1j), TypeError, "rho must be a number, got complex"),
+    "a base's checkpoint of other groups": (lambda: optimizer().load_state_dict(dict(state={}, param_groups=[])), ValueError, "different number of parameter groups"),
+    "no closures": (lambda: optimizer().step(closures=[]), TypeError, "closures must be functions, one for each micro-batch"),
+    "closures that are losses": (lambda: optimizer().step(closures=[1.]), TypeError, "closures must be functions"),
+    "closure and closures": (lambda: optimizer().step(empty, closures=[empty]), ValueError, "got two of them"),
+    "perturbation unknown": (lambda: optimizer().step(closures=[empty], perturbation="each"), ValueError, "perturbation must be 'joined' or 'own', got 'each'"),
+    "too few weights of micro-batches": (lambda: optimizer().step(closures=[empty] * 2, weights=[1]), ValueError, "one for each of 2 micro-batches"),
+    "negative weight of a micro-batch": (lambda: optimizer().step(closures=[empty], weights=[-1]), ValueError, "weights must be positive"),
+    "radius of a plain optimizer": (lambda: optim.LambdaRho(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), len), TypeError, "optimizer must be a SAM, USAM or DNSAM, got SGD"),
+    "radius by no function": (lambda: optim.LambdaRho(optimizer(), .5), TypeError, "factor must be a function of the step, got 0.5"),
+    "radius that becomes infinite": (lambda: optim.LambdaRho(optimizer(), lambda step: inf), ValueError, "rho must be non-negative and finite, got inf"),
+    "radius along a line to below 0": (lambda: optim.LinearRho(optimizer(), 1, -1, 5), ValueError, "rho must be non-negative and finite, got -1"),
+    "radius along a line without steps": (lambda: optim.LinearRho(optimizer(), 1, 0, 0), ValueError, "total_iters must be at least 1, got 0"),
+    "norm of no data": (lambda: optim.full_gradient_norm(torch.nn.Linear(2, 1), torch.nn.MSELoss(), []) (), ValueError, "at least one pair, got none"),
+    "norm of an iterator": (lambda: optim.full_gradient_norm(torch.nn.Linear(2, 1), torch.nn.MSELoss(), iter([])), TypeError, "X must be a tensor, got list_iterator"),
+    "norm of batches that are no pairs": (lambda: optim.full_gradient_norm(torch.nn.Linear(2, 1), torch.nn.MSELoss(), [A])(), TypeError, "pairs of tensors .inputs, targets., got Tensor"),
     "norm of no module": (lambda: optim.full_gradient_norm(None, torch.nn.MSELoss(), A, A), TypeError, "module must be a torch.nn.Module, got NoneType"),
     "norm of rows without targets": (lambda: measured_norm(y=A[:2, :1], chunk=1), ValueError, "equally long, got 3 and 2 rows"),
     "norm of no rows": (lambda: measured_norm(X=A[:0], y=A[:0, :1]), ValueError, "non-empty and equally long, got 0 and 0 rows"),

@@ -172,7 +172,7 @@ class DrawnSDE(Process):
     def __init__(self, algorithm:SAM, objective:FiniteSum, eta:float, draws:int=8):
         self.objective = objective
         self.algorithm = algorithm
-        self.eta = eta
+        self.eta = self.time_step = eta
         self.draws = draws
         self.noise_dim = draws
     def check(self, x0, name="x0"): return self.objective.check(x0, name)

@@ -158,7 +158,8 @@ def settings(run:Run) -> dict:
     def parts(thing, *names): # the name of its class, and what it has of these
         values = [getattr(thing, name, None) for name in names]
         return [type(thing).__name__, *(v.tolist() if isinstance(v, Tensor) else v for v in values)]
-    process = parts(run.process, "eta", "noise_dim", "expansion", "noise", "order", "draws", "seed")
+    process = parts(run.process, "eta", "noise_dim", "expansion", "noise", "order", "momentum",
+                    "dampening", "nesterov", "weight_decay", "decoupled", "draws", "seed")
     algorithm = parts(getattr(run.process, "algorithm", None), "rho")
     start = run.x if run.x.stride(0) else run.x[:1] # one point for all
     times = [run.grid[0], len(run.grid[1]), run.grid[1][-2:]]
