@@ -158,7 +158,8 @@ def settings(run:Run) -> dict:
     def parts(thing, *names): # the name of its class, and what it has of these
         values = [getattr(thing, name, None) for name in names]
         return [type(thing).__name__, *(v.tolist() if isinstance(v, Tensor) else v for v in values)]
-    process = parts(run.process, "eta", "noise_dim", "expansion", "noise", "order", "momentum", "dampening", "nesterov", "weight_decay", "decoupled", "draws", "seed")
+    process = parts(run.process, "eta", "noise_dim", "expansion", "noise", "order", "momentum",
+                    "dampening", "nesterov", "weight_decay", "decoupled", "draws", "seed")
     algorithm = parts(getattr(run.process, "algorithm", None), "rho")
     start = run.x if run.x.stride(0) else run.x[:1] # one point for all
     times = [run.grid[0], len(run.grid[1]), run.grid[1][-2:]]
@@ -320,11 +321,9 @@ def save(run_state:RunState, last:bool=False):
                    for name, t in state.items()}
         arrays = {name: as_array(torch.stack(t) if isinstance(t, list) else t)
                   for name, t in arrays.items()}
+        about = run_state.about | dict(parts=parts, blocks=blocks)
         try:
-            write(run_state.path,
-                  arrays
-                  | {"about": np.array(
-                      json.dumps(run_state.about | dict(parts=parts, blocks=blocks)))})
+            write(run_state.path, arrays | {"about": np.array(json.dumps(about))})
             run_state.new = False
         except OSError as error:
             warnings.warn(
