@@ -97,8 +97,8 @@ def test_weight_decay_in_the_model(momentum):
             chain, sde = Chain(USAM(0.2), line, eta, **how), SDE(USAM(0.2), line, eta, **how | forget)
             return abs(linear_moments(chain, one, 1.0)[0] - linear_moments(sde, one, 1.0)[0]).item()
 
-        assert 1.7 < gap(1 / 64) / gap(1 / 128) < 2.3
-        assert gap(1 / 128, weight_decay=0.0) > 4 * gap(1 / 128)
+        assert 1.7 < gap(1 / 256) / gap(1 / 512) < 2.3
+        assert gap(1 / 512, weight_decay=0.0) > 4 * gap(1 / 512)
 
 
 def test_a_schedule_is_another_clock():
