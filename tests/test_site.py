@@ -241,7 +241,7 @@ def test_every_notebook_has_a_page(pages):
 
 def test_sidebar_follows_the_first_page(pages):
     order = re.findall(r'<a href="([^"]+)" class="sidebar-item-text', pages["index.html"].html)
-    assert order[:3] == ["index.html", "how_to.html", "objective.html"] and order[-1] == "machinery/record.html" and "experiments/bench.html" in order, order
+    assert order[:3] == ["index.html", "how_to.html", "objective.html"] and order[-1] == "machinery/style.html" and "experiments/bench.html" in order, order
 
 
 @pytest.mark.parametrize("page, name, words", [
