@@ -11,7 +11,8 @@ import copy, math
 import torch
 from torch import Tensor
 
-from .machinery.checks import broadcast_axes, check_int, check_nonzero, check_positive, check_scalar, check_share, per_path
+from .machinery.checks import (
+    broadcast_axes, check_int, check_nonzero, check_positive, check_scalar, check_share, per_path)
 from .machinery.record import replay
 from .objective import Additive, FiniteSum, Noiseless, Objective, gradient
 from .machinery.style import colours
@@ -27,19 +28,22 @@ class Algorithm:
     Raises ValueError if `rho` is negative or not finite."""
     micro_batch, source, adaptive = None, "own", False
     def __init__(self, rho=0.0, # ρ; a number, or a tensor that broadcasts over the paths
-                 *, micro_batch:int|None=None, # samples that share a perturbation, a divisor of the batch size; the whole batch if None
-                 source:str="own", # of the perturbation: "own" batch, "full" gradient, "independent" batch, or the "previous" one
+                 *, micro_batch:int|None=None, # samples that share a perturbation; None: the batch
+                 source:str="own", # "own" batch, "full" gradient, "independent" or "previous" batch
                  adaptive:bool=False # is the perturbation scaled by |x|, as in ASAM?
                 ):
         self.rho = check_positive("rho", rho, zero=True)
-        self.micro_batch = micro_batch if micro_batch is None else check_int("micro_batch", micro_batch)
-        if source not in SOURCES: raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
-        if not isinstance(adaptive, bool): raise TypeError(f"adaptive must be True or False, got {adaptive!r}")
+        self.micro_batch = None if micro_batch is None else check_int("micro_batch", micro_batch)
+        if source not in SOURCES:
+            raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
+        if not isinstance(adaptive, bool):
+            raise TypeError(f"adaptive must be True or False, got {adaptive!r}")
         self.source, self.adaptive = source, adaptive
 
     def potential(self, g:Tensor) -> Tensor:
         "ψ(g), (..., d) -> (...)"
-        raise TypeError(f"{type(self).__name__} has no potential: define `potential` or `perturbation`")
+        raise TypeError(
+            f"{type(self).__name__} has no potential: define `potential` or `perturbation`")
     def metric(self, x:Tensor) -> Tensor|None:
         "T(x), (..., d), such that u = T ∇ψ(Tg); None for T = 1"
         return x.abs() if self.adaptive else None
@@ -51,10 +55,12 @@ class Algorithm:
         "u_γ(x) = T ∇ψ(T ∇f_γ(x))"
         g = self.scaled(x, objective.sample_grad(x, gamma))
         return self.scaled(x, gradient(self.potential, g))
-    def draw(self, objective:Objective, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
+    def draw(self, objective:Objective, shape:tuple, generator=None, *, dtype=None,
+             device=None) -> Tensor:
         "γ of one step for every path of shape `shape`: one, or two behind each other"
         batches = 2 if self.source == "independent" else 1
-        return joined([objective.draw(shape, generator, dtype=dtype, device=device) for _ in range(batches)])
+        return joined([objective.draw(shape, generator, dtype=dtype, device=device)
+                       for _ in range(batches)])
     def of_gradient(self, gamma:Tensor) -> Tensor:
         "The γ of the gradient; an independent batch for the perturbation stands behind it"
         return gamma.chunk(2, -1)[0] if self.source == "independent" else gamma
@@ -64,13 +70,17 @@ class Algorithm:
         halves = [torch.stack(half.split(self.micro_batch, -1)) for half in gamma.split(size, -1)]
         return joined(halves)
     def ascent(self, objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
-        "Where the perturbation points, u of the `source`. Raises ValueError for the previous batch, which only a Chain knows."
+        """Where the perturbation points, u of the `source`.
+        Raises ValueError for the previous batch, which only a Chain knows."""
         if self.source == "own": return self.perturbation(objective, x, gamma)
-        if self.source == "independent": return self.perturbation(objective, x, gamma.chunk(2, -1)[1])
-        if self.source == "full": return self.perturbation(Noiseless(objective), x, torch.zeros_like(x))
+        if self.source == "independent":
+            return self.perturbation(objective, x, gamma.chunk(2, -1)[1])
+        if self.source == "full":
+            return self.perturbation(Noiseless(objective), x, torch.zeros_like(x))
         raise ValueError("source='previous' needs the step before: use Chain.advance, or simulate")
     def direction(self, objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
-        "G_ρ(x) = ∇f_γ(x + ρ u), with the same γ twice where the source is its own; the mean over micro-batches"
+        """G_ρ(x) = ∇f_γ(x + ρ u), with the same γ twice where the source is its own.
+        Micro-batches are averaged."""
         if self.unperturbed: return objective.sample_grad(x, self.of_gradient(gamma))
         B = self.of_gradient(gamma).shape[-1]
         if self.micro_batch in (None, B): return self.one_direction(objective, x, gamma)
@@ -103,7 +113,7 @@ class Algorithm:
 
 # %% ../nbs/01_algorithm.ipynb #1358a09f
 class Linear(Algorithm):
-    "An algorithm with u = c g, where c depends on the full gradient alone. A subclass defines `scale`."
+    "An algorithm with u = c g, where c depends on ∇f alone. A subclass defines `scale`."
     def scale(self, grad:Tensor # ∇f(x), (..., d)
              ): # a number, or (..., 1)
         "c, from the full gradient"
@@ -141,7 +151,7 @@ class DNSAM(Linear):
         return 1 / check_nonzero("DNSAM divides by the norm of the full gradient", norm)
 
 class SAM(Algorithm):
-    "Sharpness-Aware Minimization: u = g/‖g‖, with the minibatch gradient's norm (and u = 0 where g = 0)"
+    "Sharpness-Aware Minimization: u = g/‖g‖ of the minibatch (and u = 0 where g = 0)"
     def potential(self, g): return torch.linalg.vector_norm(g, dim=-1)
     def perturbation(self, objective, x, gamma):
         if self.definer is not SAM: return super().perturbation(objective, x, gamma)
@@ -156,22 +166,26 @@ _all_ = ["colours"] # also here, beside the algorithms
 def close(a:Tensor, b:Tensor) -> bool:
     "Are two tensors equal up to rounding, or is one of them not finite?"
     slack = 16 * torch.finfo(b.dtype).eps**.5
-    gap, size = (a - b).abs().max(), b.abs().max()
+    gap = (a - b).abs().max()
+    size = b.abs().max()
     return not torch.isfinite(gap + size) or bool(gap <= slack * (size + 1))
 
 def contradictions(objective:Objective): # of words, two values that should be equal
     "What an objective says in two ways, at two random points"
-    generator, dtype = torch.Generator().manual_seed(0), objective.dtype or torch.float64
+    generator = torch.Generator().manual_seed(0)
+    dtype = objective.dtype or torch.float64
     x, v = torch.randn(2, 2, objective.dim, generator=generator, dtype=torch.float64).to(dtype) / 4
     gamma = objective.draw((2,), generator, dtype=dtype)
     yield "grad is not the gradient of loss", objective.grad(x), Objective.grad(objective, x)
     yield "hvp is not the derivative of grad", objective.hvp(x, v), Objective.hvp(objective, x, v)
-    ours, known = objective.sample_grad(x, gamma), Objective.sample_grad(objective, x, gamma)
+    ours = objective.sample_grad(x, gamma)
+    known = Objective.sample_grad(objective, x, gamma)
     yield "sample_grad is not the gradient of sample_loss", ours, known
     if isinstance(objective, FiniteSum):
         losses = objective.losses(x)
         yield "loss is not the mean of losses", objective.loss(x), losses.mean(-1)
-        yield "sample_loss is not a mean of losses", objective.sample_loss(x, gamma), losses.gather(-1, gamma).mean(-1)
+        of_batch = losses.gather(-1, gamma).mean(-1)
+        yield "sample_loss is not a mean of losses", objective.sample_loss(x, gamma), of_batch
     elif (support := objective.law.support(1024, generator, dtype=dtype)).exact:
         losses = torch.stack([objective.sample_loss(x, c.expand(2, -1)) for c in support.gammas])
         yield "loss is not the mean of sample_loss", objective.loss(x), losses.mean(0)
@@ -181,48 +195,63 @@ def is_ours(thing) -> bool:
     return type(thing).__module__.startswith("samsde.")
 
 def check_objective(objective:Objective):
-    "Raises ValueError if a class of a user's own contradicts itself, such as a loss that its inherited gradient does not belong to"
+    """Raises ValueError if a class of a user's own contradicts itself.
+    Such as one whose loss the inherited gradient does not belong to."""
     if is_ours(objective) or "consistent" in vars(objective): return
     try: found = [(words, close(a, b)) for words, a, b in contradictions(objective)]
     except Exception: found = [] # what is wrong with it is told where it is used
     for words, equal in found:
-        if not equal: raise ValueError(f"{type(objective).__name__} contradicts itself: its {words}")
+        if not equal:
+            raise ValueError(f"{type(objective).__name__} contradicts itself: its {words}")
     objective.consistent = True
 
 # %% ../nbs/01_algorithm.ipynb #73f898a1
-def contradictions_of(algorithm:Algorithm, objective:Objective): # of words, two values that should be equal
-    "What an algorithm says of its perturbation in other ways, at two random points"
-    generator, dtype = torch.Generator().manual_seed(0), objective.dtype or torch.float64
+def contradictions_of(algorithm:Algorithm, objective:Objective):
+    """What an algorithm says of its perturbation in other ways, at two random points.
+    Yields words, and two values that should be equal."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = objective.dtype or torch.float64
     x = torch.randn(2, objective.dim, generator=generator, dtype=torch.float64).to(dtype) / 4
     gamma = objective.draw((2,), generator, dtype=dtype)
-    u, (g, grad) = algorithm.perturbation(objective, x, gamma), objective.grads(x, gamma)
+    u = algorithm.perturbation(objective, x, gamma)
+    g, grad = objective.grads(x, gamma)
     if algorithm.has_metric: return
     if getattr(algorithm, "is_linear", False): yield "scale", u, algorithm.scale(grad) * g
     if algorithm.has_potential: yield "potential", u, gradient(algorithm.potential, g)
 
 def check_algorithm(algorithm:Algorithm, objective:Objective):
-    "Raises ValueError if a class of a user's own has a perturbation that does not belong to its potential or scale"
+    """Raises ValueError if a class of a user's own contradicts itself.
+    That is one whose perturbation does not belong to its potential or scale."""
     if is_ours(algorithm) or "consistent" in vars(algorithm): return
     free = copy.copy(algorithm)
     free.rho = 0.0 # one radius may be given for each path
     try: found = [(words, close(a, b)) for words, a, b in contradictions_of(free, objective)]
     except Exception: found = [] # what is wrong with it is told where it is used
     for words, equal in found:
-        if not equal: raise ValueError(f"{type(algorithm).__name__} contradicts itself: its perturbation is not that of its {words}")
+        if not equal:
+            raise ValueError(
+                f"{type(algorithm).__name__} contradicts itself: "
+                f"its perturbation is not that of its {words}")
     algorithm.consistent = True
 
 # %% ../nbs/01_algorithm.ipynb #b07a64c6
 def an_objective(objective) -> Objective:
     "`objective` if it is one; else a TypeError, or a ValueError if it contradicts itself"
-    if not isinstance(objective, Objective): raise TypeError(f"objective must be an Objective, such as Quadratic(H), got {type(objective).__name__}")
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"objective must be an Objective, such as Quadratic(H), got {type(objective).__name__}")
     check_objective(objective)
     return objective
 
 def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
     "Both, if they are what their names say; else a TypeError"
-    if not isinstance(algorithm, Algorithm): raise TypeError(f"algorithm must be an Algorithm, such as SAM(0.05), got {algorithm!r}")
-    if replaced := vars(algorithm).keys() & {"potential", "perturbation", "direction", "step", "scale"}:
-        raise TypeError(f"methods must be defined in a class, but {type(algorithm).__name__} has {', '.join(sorted(replaced))} set on the object")
+    if not isinstance(algorithm, Algorithm):
+        raise TypeError(f"algorithm must be an Algorithm, such as SAM(0.05), got {algorithm!r}")
+    methods = {"potential", "perturbation", "direction", "step", "scale"}
+    if replaced := vars(algorithm).keys() & methods:
+        raise TypeError(
+            "methods must be defined in a class, "
+            f"but {type(algorithm).__name__} has {', '.join(sorted(replaced))} set on the object")
     an_objective(objective)
     check_micro_batch(algorithm, objective)
     check_algorithm(algorithm, objective)
@@ -230,19 +259,27 @@ def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
 
 def check_plain(algorithm:Algorithm, what:str): # that is asked for, in words
     "Raises ValueError where a formula is for whole batches that perturb themselves"
-    if (algorithm.micro_batch, algorithm.source) == (None, "own") and not algorithm.has_metric: return
-    raise ValueError(f"{what} is for micro_batch=None, source='own' and no metric, got {algorithm!r}")
+    if (algorithm.micro_batch, algorithm.source) == (None, "own") and not algorithm.has_metric:
+        return
+    raise ValueError(
+        f"{what} is for micro_batch=None, source='own' and no metric, got {algorithm!r}")
 
 def check_micro_batch(algorithm:Algorithm, objective:Objective):
     "Raises ValueError where micro-batches or a source of the perturbation make no sense"
-    m, law, name = algorithm.micro_batch, objective.law, type(algorithm).__name__
+    m = algorithm.micro_batch
+    law = objective.law
+    name = type(algorithm).__name__
     special = (m, algorithm.source) != (None, "own") or algorithm.has_metric
     if special and overrides(algorithm, "direction"):
-        raise ValueError(f"{name} overrides `direction` and so has no micro_batch, no source and no metric")
+        raise ValueError(
+            f"{name} overrides `direction` and so has no micro_batch, no source and no metric")
     if m is None: return
     if not isinstance(objective, FiniteSum):
-        raise ValueError(f"micro_batch needs a FiniteSum, whose batches can be cut, got {type(objective).__name__}")
-    if law.batch_size % m: raise ValueError(f"micro_batch must divide batch_size={law.batch_size}, got {m}")
+        raise ValueError(
+            "micro_batch needs a FiniteSum, whose batches can be cut, "
+            f"got {type(objective).__name__}")
+    if law.batch_size % m:
+        raise ValueError(f"micro_batch must divide batch_size={law.batch_size}, got {m}")
 
 def overrides(algorithm:Algorithm, name:str) -> bool: # "direction" or "step"
     return getattr(type(algorithm), name) is not getattr(Algorithm, name)
@@ -251,19 +288,23 @@ def check_model(algorithm:Algorithm, what:str, # that is asked for, in words
                 exact:str|None=None, # what there is of an algorithm with a direction of its own
                 direction:bool=False # does `what` exist for such a one?
                ):
-    "Raises ValueError where a formula does not describe the algorithm, which overrides `direction` or `step`"
+    "Raises ValueError where no formula holds, as the algorithm overrides `direction` or `step`"
     name = type(algorithm).__name__
     if overrides(algorithm, "step"):
-        raise ValueError(f"{name} overrides `step` and so has no {what}: override `perturbation`, or `direction`")
+        raise ValueError(
+            f"{name} overrides `step` and so has no {what}: override `perturbation`, "
+            f"or `direction`")
     if overrides(algorithm, "direction") and not direction:
-        raise ValueError(f"{name} overrides `direction` and so has no {what}" + f": use {exact}" * bool(exact))
+        raise ValueError(f"{name} overrides `direction` and so has no {what}"
+                         + f": use {exact}" * bool(exact))
 
 def axes_of(**values) -> dict: # name -> shape
     "The shapes of those values that have axes"
     return {name: v.shape for name, v in values.items() if isinstance(v, Tensor) and v.ndim}
 
 def expand_sweep(x:Tensor, **values) -> Tensor:
-    "`x` with the axes of a sweep over `values`, numbers or tensors, before its last; a ValueError if they do not fit"
+    """`x` with the axes of a sweep over `values`, numbers or tensors, before its last.
+    Raises ValueError if they do not fit."""
     shapes = axes_of(**values)
     return x.expand(*broadcast_axes(x=x.shape[:-1], **shapes), -1) if shapes else x
 
@@ -301,22 +342,27 @@ class Model(Process):
                  objective:Objective, # on which loss
                  eta, # learning rate η; a number, or a tensor that broadcasts over the paths
                  *, momentum:float=0.0, # μ, below 1
-                 dampening:float=0.0, # of the gradient's part of the velocity, as in torch.optim.SGD
+                 dampening:float=0.0, # of the gradient in the velocity, as in torch.optim.SGD
                  nesterov:bool=False, # as in torch.optim.SGD
                  weight_decay:float=0.0, # times x, added to the gradient where the step started
                  decoupled:bool=False, # decay x itself instead, as AdamW does?
-                 schedule=None # factor of η: a function of the time of the unscheduled run, or a tensor with the rate of each step
+                 schedule=None # factor of η: a function of unscheduled time, or a tensor of rates
                 ):
         self.algorithm, self.objective = pair(algorithm, objective)
         self.eta = check_positive("eta", eta)
-        self.momentum, self.dampening = check_share("momentum", momentum), check_share("dampening", dampening)
+        self.momentum = check_share("momentum", momentum)
+        self.dampening = check_share("dampening", dampening)
         self.weight_decay = check_scalar("weight_decay", weight_decay, zero=True)
         for name, value in dict(nesterov=nesterov, decoupled=decoupled).items():
-            if not isinstance(value, bool): raise TypeError(f"{name} must be True or False, got {value!r}")
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
         if nesterov and (not self.momentum or self.dampening):
             raise ValueError("nesterov needs momentum and no dampening, as in torch.optim.SGD")
-        if not (schedule is None or callable(schedule) or isinstance(schedule, Tensor) and schedule.ndim == 1):
-            raise TypeError(f"schedule must be a function of time, or a tensor (steps,), got {type(schedule).__name__}")
+        if not (schedule is None or callable(schedule) or isinstance(schedule, Tensor)
+                and schedule.ndim == 1):
+            raise TypeError(
+                "schedule must be a function of time, or a tensor (steps,), "
+                f"got {type(schedule).__name__}")
         self.nesterov, self.decoupled, self.schedule = nesterov, decoupled, schedule
         self.shape # raises where ρ and η do not broadcast
 
@@ -336,14 +382,17 @@ class Model(Process):
         if self.schedule is None: return 1.0
         if callable(self.schedule): s = float(self.schedule(k * float(self.time_step)))
         elif k < len(self.schedule): s = float(self.schedule[int(k)]) / float(self.eta)
-        else: raise ValueError(f"schedule has {len(self.schedule)} rates, but step {int(k)} is to be taken")
+        else:
+            raise ValueError(
+                f"schedule has {len(self.schedule)} rates, but step {int(k)} is to be taken")
         if 0 <= s < math.inf: return s
         raise ValueError(f"schedule must be finite and not negative, got {s:g} at step {k:g}")
     def check_untrained(self, what:str): # that is asked for, in words
         "Raises ValueError where a formula is for steps without what training adds to them"
         if not (self.momentum or self.weight_decay or self.schedule is not None): return
         raise ValueError(f"{what} is for momentum=0, weight_decay=0 and no schedule, got "
-                         f"momentum={self.momentum:g}, weight_decay={self.weight_decay:g}, schedule={self.schedule}")
+                         f"momentum={self.momentum:g}, weight_decay={self.weight_decay:g}, "
+                         f"schedule={self.schedule}")
     def over_sweep(self, x:Tensor) -> Tensor:
         return expand_sweep(self.objective.check(x), rho=self.algorithm.rho, eta=self.eta)
     def check(self, x0, name="x0"): return self.objective.check(x0, name)
@@ -352,18 +401,21 @@ class Model(Process):
         "The parts of a state: x, and what `memory` names"
         d = self.objective.dim
         return [*state.split([1 if name == "k" else d for name in ("x", *self.memory)], -1)]
-    memory = () # of "v", the velocity; "u", the perturbation of the step before; "k", the number of steps
+    # of "v", the velocity; "u", the perturbation of the step before; "k", the number of steps
+    memory = ()
     @property
     def width(self) -> int:
         "Numbers in a state"
-        return self.objective.dim + sum(1 if name == "k" else self.objective.dim for name in self.memory)
+        sizes = (1 if name == "k" else self.objective.dim for name in self.memory)
+        return self.objective.dim + sum(sizes)
     def start(self, x):
         rest = self.width - self.objective.dim
         return torch.cat([x, x.new_zeros(*x.shape[:-1], rest)], -1) if rest else x
     def position(self, state): return state[..., :self.objective.dim]
 
 class Chain(Model):
-    "The discrete process x⁺ = x − η G_ρ(x), or with a velocity v⁺ = μv + G_ρ(x), x⁺ = x − ηv⁺, as in torch.optim.SGD"
+    """The discrete process x⁺ = x − η G_ρ(x).
+    With momentum v⁺ = μv + G_ρ(x) and x⁺ = x − ηv⁺, as in torch.optim.SGD."""
     @property
     def size(self) -> int:
         "Numbers in one γ"
@@ -383,14 +435,19 @@ class Chain(Model):
         "The next state, for γ of the same leading axes"
         x = self.over_sweep(self.position(state))
         state = state.expand(*x.shape[:-1], -1) if self.memory else x
-        rate = x.new_tensor(self.factor(state[..., -1].flatten()[0].item()) if self.schedule is not None else 1.0)
+        s = 1.0
+        if self.schedule is not None: s = self.factor(state[..., -1].flatten()[0].item())
+        rate = x.new_tensor(s)
         step = self.trained_step if self.memory or self.weight_decay else self.plain_step
-        return self.taken("chain", step, state, gamma, rate) if self.objective.one_pass(x) else step(state, gamma, rate)
+        if not self.objective.one_pass(x): return step(state, gamma, rate)
+        return self.taken("chain", step, state, gamma, rate)
     def plain_step(self, x:Tensor, gamma:Tensor, rate:Tensor) -> Tensor:
         return self.algorithm.step(self.objective, x, self.eta, gamma)
     def trained_step(self, state:Tensor, gamma:Tensor, rate:Tensor) -> Tensor:
         x, *rest = self.split(state)
-        known, algorithm, eta = dict(zip(self.memory, rest)), self.algorithm, per_path(self.eta, x) * rate
+        known = dict(zip(self.memory, rest))
+        algorithm = self.algorithm
+        eta = per_path(self.eta, x) * rate
         if self.remembers:
             G = self.objective.sample_grad(x + per_path(algorithm.rho, x) * known["u"], gamma)
             known["u"] = algorithm.perturbation(self.objective, x, gamma)
@@ -412,10 +469,14 @@ class Chain(Model):
     def advance(self, state:Tensor, draw, # () -> fresh randomness
                 steps:list # lengths of the substeps, which add up to the time of one step
                ) -> Tensor:
-        "One step of the algorithm. Raises ValueError if minibatches are to be drawn on a finer time grid."
+        """One step of the algorithm.
+        Raises ValueError if minibatches are to be drawn on a finer time grid."""
         if isinstance(self.objective, Additive):
             xi = sum((h / sum(steps))**.5 * draw() for h in steps)
-            return self.step(state, joined([self.objective.law(part) for part in xi.split(self.size, -1)]))
+            parts = xi.split(self.size, -1)
+            return self.step(state, joined([self.objective.law(part) for part in parts]))
         if len(steps) > 1:
-            raise ValueError(f"a chain with minibatches has no time step below eta={self.time_step}, got dt={steps[0]}")
+            raise ValueError(
+                f"a chain with minibatches has no time step below eta={self.time_step}, "
+                f"got dt={steps[0]}")
         return self.step(state, draw())

@@ -39,8 +39,10 @@ class TruncatedMoments(Wrapped):
     def combine(self, h, xi, rho):
         return self.inner.combine(h, None, rho) + (self.root(rho) @ xi[..., None])[..., 0]
 
-def noise_moments(algorithm:Algorithm, objective:Objective, x:Tensor, form:str, **draws) -> StepMoments:
-    "The moments that have a form of the noise. Raises ValueError on an unknown form, or where there is none."
+def noise_moments(algorithm:Algorithm, objective:Objective, x:Tensor, form:str,
+                  **draws) -> StepMoments:
+    """The moments that have a form of the noise.
+    Raises ValueError on an unknown form, or where there is none."""
     if form not in FORMS: raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     if form not in ("sgd", "none"):
         check_model(algorithm, f"{form} form", "form='exact'", direction=form == "exact")
@@ -52,11 +54,12 @@ def noise_moments(algorithm:Algorithm, objective:Objective, x:Tensor, form:str, 
 # %% ../nbs/04_hessian_noise.ipynb #4fb18945
 def sgd_covariance(objective:Objective,
                    x:Tensor, # (..., d)
-                   *, draws:int=1024, # γ drawn where there is no closed form: neither additive noise nor a finite sum
+                   *, draws:int=1024, # γ drawn where there is no closed form
                    seed:int=0 # of those draws
                   ) -> Tensor: # (..., d, d)
     "Σ(x) = Cov(∇f_γ(x)), for minibatches of the objective's size"
-    G = SGD().moments(an_objective(objective), objective.check(x), draws=draws, seed=seed).columns(0.0)
+    m = SGD().moments(an_objective(objective), objective.check(x), draws=draws, seed=seed)
+    G = m.columns(0.0)
     return product(G, G)
 
 # %% ../nbs/04_hessian_noise.ipynb #noise002
@@ -64,9 +67,10 @@ def cross_covariance(algorithm:Algorithm, objective:Objective,
                      x:Tensor, # (..., d)
                      *, draws:int=1024, # γ drawn where there is no closed form
                      seed:int=0, # of those draws
-                     return_sem:bool=False # also return the standard error that the draws leave, 0 for a closed form?
+                     return_sem:bool=False # also return the standard error, 0 for a closed form?
                     ) -> Tensor: # (..., d, d), not symmetric in general
-    "S = Cov(g, Hu) of Theorem 1, Eq. (1), at every point. Raises ValueError for an algorithm with a direction of its own."
+    """S = Cov(g, Hu) of Theorem 1, Eq. (1), at every point.
+    Raises ValueError for an algorithm with a direction of its own."""
     pair(algorithm, objective)
     check_model(algorithm, "cross covariance S")
     S, sem = algorithm.moments(objective, objective.check(x), draws=draws, seed=seed).cross()
@@ -79,7 +83,8 @@ def noise_covariance(algorithm:Algorithm, objective:Objective,
                      *, draws:int=1024, # γ drawn where there is no closed form
                      seed:int=0 # of those draws
                     ) -> Tensor: # (..., d, d)
-    "a(x), the covariance of the noise without η. Raises ValueError on an unknown form, or a truncated one that is no covariance."
+    """a(x), the covariance of the noise without η.
+    Raises ValueError on an unknown form, or a truncated one that is no covariance."""
     pair(algorithm, objective)
     x = expand_sweep(objective.check(x), rho=algorithm.rho)
     m = noise_moments(algorithm, objective, x, form, draws=draws, seed=seed)
@@ -92,7 +97,8 @@ def nowhere(objective:Objective) -> Tensor: # (d,)
     return torch.zeros(objective.dim, dtype=objective.dtype or torch.float64)
 
 # %% ../nbs/04_hessian_noise.ipynb #3943df66
-def noise_dim(objective:Objective, algorithm:Algorithm|None=None, form:str="factor", draws:int=1024) -> int:
+def noise_dim(objective:Objective, algorithm:Algorithm|None=None, form:str="factor",
+              draws:int=1024) -> int:
     "The length of ξ that `noise_sample` takes; without an algorithm, that of SGD's noise"
     algorithm, objective = pair(SGD() if algorithm is None else algorithm, objective)
     return noise_moments(algorithm, objective, nowhere(objective), form, draws=draws).size
@@ -100,12 +106,13 @@ def noise_dim(objective:Objective, algorithm:Algorithm|None=None, form:str="fact
 # %% ../nbs/04_hessian_noise.ipynb #b0a6e8f3
 def noise_sample(algorithm:Algorithm, objective:Objective,
                  x:Tensor, # (..., d)
-                 xi:Tensor, # standard normal, (..., m) with m = noise_dim(objective, algorithm, form, draws)
+                 xi:Tensor, # standard normal, (..., m) with m = noise_dim(...)
                  form:str="factor", # as in noise_covariance
                  *, draws:int=1024, # γ drawn where there is no closed form
                  seed:int=0 # of those draws
                 ) -> Tensor: # (..., d)
-    "R(x) ξ with R Rᵀ = a(x), matrix-free but for the truncated form. Raises ValueError on an unknown form or a ξ of the wrong length."
+    """R(x) ξ with R Rᵀ = a(x), matrix-free but for the truncated form.
+    Raises ValueError on an unknown form or a ξ of the wrong length."""
     m = noise_dim(objective, algorithm, form, draws)
     x = expand_sweep(objective.check(x), rho=algorithm.rho)
     x = broadcast_paths(x, xi=check_points("xi", xi, m, x.dtype))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .algorithm import DNSAM, SAM, USAM, Algorithm, check_model, expand_sweep, overrides, pair
 from .machinery.checks import per_path
-from .moments import ExactMoments, StepMoments, all_samples, expectation, gamma_support, simplest
+from .moments import (
+    ExactMoments, StepMoments, all_samples, expectation, gamma_support, simplest)
 from .objective import Additive, FiniteSum, Noiseless, Objective, Quadratic, Support
 from .random_direction import gaussian_direction
 
@@ -19,11 +20,13 @@ from .random_direction import gaussian_direction
 _all_ = ["expectation", "gaussian_direction"] # also here, beside what they serve
 
 # %% ../nbs/03_implicit_regularizer.ipynb #c813e978
-def mean_moments(algorithm:Algorithm, objective:Objective, x:Tensor, expansion:str, **draws) -> StepMoments:
+def mean_moments(algorithm:Algorithm, objective:Objective, x:Tensor, expansion:str,
+                 **draws) -> StepMoments:
     "The moments that have the mean of an expansion"
     exact = expansion == "exact"
     check_model(algorithm, "first-order expansion", "expansion='exact'", direction=exact)
-    affine = isinstance(objective, Quadratic) and not overrides(algorithm, "direction") # G_ρ = g + ρHu
+    # G_ρ = g + ρHu
+    affine = isinstance(objective, Quadratic) and not overrides(algorithm, "direction")
     x = expand_sweep(objective.check(x), rho=algorithm.rho)
     return simplest(algorithm).moments(objective, x, exact=exact and not affine, **draws)
 
@@ -33,7 +36,7 @@ def drift(algorithm:Algorithm, objective:Objective,
           expansion:str="first", # "first": −(ḡ + ρ E[Hu]), or "exact": −E ∇f_γ(x + ρu)
           *, draws:int=1024, # γ drawn where an expectation has no closed form
           seed:int=0, # of those draws
-          return_sem:bool=False # also return the standard error that the draws leave, 0 for a closed form?
+          return_sem:bool=False # also return the standard error, 0 for a closed form?
          ) -> Tensor: # (..., d), per unit of time
     "The SDE's drift (Theorem 1, Eq. (1)). Raises ValueError on an unknown `expansion`."
     pair(algorithm, objective)
@@ -71,13 +74,15 @@ def mean_potential_of_usam(self:USAM, objective, x, draws=1024, seed=0):
 def mean_potential_of_dnsam(self:DNSAM, objective, x, draws=1024, seed=0):
     if self.definer is not DNSAM: return mean_potential(self, objective, x, draws, seed)
     if not (isinstance(objective, Additive) or objective.law.silent):
-        raise ValueError("DNSAM with minibatch noise has no regularised loss: its drift is not a gradient")
+        raise ValueError(
+            "DNSAM with minibatch noise has no regularised loss: its drift is not a gradient")
     value = torch.linalg.vector_norm(objective.grad(x), dim=-1)
     return value, torch.zeros_like(value)
 
 def mean_potential_of_sam(self:SAM, objective, x, draws=1024, seed=0):
     isotropic = isinstance(objective, Additive) and objective.law.cov is None
-    if self.definer is not SAM or not isotropic: return mean_potential(self, objective, x, draws, seed)
+    if self.definer is not SAM or not isotropic:
+        return mean_potential(self, objective, x, draws, seed)
     value = gaussian_direction(objective.grad(x), objective.law.sigma).norm
     return value, torch.zeros_like(value)
 
@@ -89,12 +94,17 @@ def seen_by(algorithm:Algorithm, objective:Objective) -> Objective:
     """The objective whose E ψ regularises, for the source of a perturbation and its micro-batches.
     Raises ValueError where the drift is no gradient."""
     if algorithm.has_metric and not algorithm.unperturbed:
-        raise ValueError(f"{type(algorithm).__name__} with a metric has no regularised loss: since T depends on x, its drift is not a gradient")
+        raise ValueError(
+            f"{type(algorithm).__name__} with a metric has no regularised loss: "
+            f"since T depends on x, its drift is not a gradient")
     if algorithm.micro_batch is not None: objective = objective.with_batch(algorithm.micro_batch)
     if algorithm.source == "own": return objective
-    if algorithm.source == "full" or getattr(algorithm, "is_linear", False): return Noiseless(objective)
+    if algorithm.source == "full" or getattr(algorithm, "is_linear", False):
+        return Noiseless(objective)
     if isinstance(objective, Additive): return objective
-    raise ValueError(f"source={algorithm.source!r} with minibatches has no regularised loss for {type(algorithm).__name__}: "
+    raise ValueError(
+        f"source={algorithm.source!r} with minibatches has no regularised loss for "
+        f"{type(algorithm).__name__}: "
                      "its drift is not a gradient")
 
 # %% ../nbs/03_implicit_regularizer.ipynb #f90f0d42
@@ -104,8 +114,9 @@ def regularized_loss(algorithm:Algorithm, objective:Objective,
                      seed:int=0, # of those draws
                      return_sem:bool=False # also return the standard error that the draws leave?
                     ) -> Tensor: # (...)
-    """f̃(x) = f + ρ E ψ(∇f_γ) (Theorem 1, Eq. (1)). Raises ValueError where there is none: DNSAM with noise
-    that depends on x, an algorithm with a direction of its own; TypeError without a potential."""
+    """f̃(x) = f + ρ E ψ(∇f_γ) (Theorem 1, Eq. (1)).
+    Raises ValueError where there is none: DNSAM with noise that depends on x, an algorithm
+    with a direction of its own; TypeError without a potential."""
     pair(algorithm, objective)
     check_model(algorithm, "regularised loss")
     x = expand_sweep(objective.check(x), rho=algorithm.rho)

@@ -16,15 +16,18 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .algorithm import SAM, SGD, USAM, Algorithm, Linear, check_micro_batch, check_model, overrides
+from .algorithm import (
+    SAM, SGD, USAM, Algorithm, Linear, check_micro_batch, check_model, overrides)
 from .machinery.checks import broadcast_paths, check_int, per_path
-from .objective import Additive, FiniteSum, Minibatches, Objective, Quadratic, Support, gradient
+from .objective import (
+    Additive, FiniteSum, Minibatches, Objective, Quadratic, Support, gradient)
 from .random_direction import gaussian_factors
-from .sample_sums import HALF_SQUARE, NORM, Potential, gradient_of_sum, signed_products, way_of
+from .sample_sums import (
+    HALF_SQUARE, NORM, Potential, gradient_of_sum, signed_products, way_of)
 
 # %% ../nbs/02d_moments.ipynb #4e139b6d
 class StepMoments:
-    "The mean and the noise of one step at the points x, (..., d). A subclass gives `size` and `combine`."
+    "The mean and the noise of one step at x, (..., d). A subclass gives `size` and `combine`."
     objective: Objective
     x: Tensor
     size: int # number of columns, the length of ξ
@@ -94,12 +97,13 @@ def generator_of(seed, device) -> torch.Generator:
     return torch.Generator(device).manual_seed(check_int("seed", seed, least=0))
 
 def gamma_support(objective:Objective, x:Tensor, draws:int,
-                  seed # a number: all points share the γ; a generator: each path has minibatches of its own; or a Support
+                  seed # a number: γ shared by all points; a generator: of each path; or a Support
                  ) -> Support:
     """The γ over which an expectation at `x` is taken, along a first axis in front of those of `x`.
     Raises ValueError on fewer than 4 draws."""
     if isinstance(seed, Support): return seed
-    law, generator = objective.law, generator_of(seed, x.device)
+    law = objective.law
+    generator = generator_of(seed, x.device)
     K = law.size(check_int("draws", draws, least=4))
     if isinstance(objective, FiniteSum) and generator is seed and x.ndim > 1 and K < law.count:
         shape = K, len(x), *(1,) * (x.ndim - 2)
@@ -132,7 +136,8 @@ def expectation(fn:Callable, # values of γ (k, 1, ..., 1, b) -> (k, ..., m)
                 chunk:int|None=None # samples times paths at once, if bounded
                ) -> tuple[Tensor, Tensor]: # mean and standard error
     "E fn(γ) over a support, with its standard error"
-    gammas, n = support.gammas, len(support.gammas)
+    gammas = support.gammas
+    n = len(support.gammas)
     if support.antithetic: n = n // 2
     def values(s): # of a pair ±Z, its mean
         if not support.antithetic: return fn(gammas[s])
@@ -153,8 +158,10 @@ def hessian_perturbation(algorithm:Algorithm, objective:Objective,
                          x:Tensor, # (..., d)
                          gamma:Tensor # broadcasts with the paths of x
                         ) -> Tensor: # (..., d)
-    """H_γ u, Theorem 1's Hessian-vector product, with the u of the algorithm's source; the mean over micro-batches"""
-    x, own = broadcast_paths(x, gamma=gamma), algorithm.of_gradient(gamma)
+    """H_γ u, the Hessian-vector product of Theorem 1.
+    u is that of the algorithm's source, and micro-batches are averaged."""
+    x = broadcast_paths(x, gamma=gamma)
+    own = algorithm.of_gradient(gamma)
     if algorithm.micro_batch not in (None, own.shape[-1]):
         return hessian_perturbation(algorithm, objective, x, algorithm.cuts(gamma)).mean(0)
     if algorithm.has_potential and algorithm.source == "own":
@@ -169,7 +176,9 @@ def centred(v:Tensor, # a value for each γ, (K, ...)
     K = len(v)
     if not support.antithetic: return (v - v.mean(0)) / max(K - (not support.exact), 1)**.5
     plus, minus = v.chunk(2)
-    odd, even, pairs = (plus - minus) / 2, (plus + minus) / 2, K // 2
+    odd = (plus - minus) / 2
+    even = (plus + minus) / 2
+    pairs = K // 2
     return torch.cat([odd / pairs**.5, (even - even.mean(0)) / (pairs - 1)**.5])
 
 def less_mean(xi:Tensor) -> Tensor: return xi - xi.mean(-1, keepdim=True)
@@ -177,11 +186,13 @@ def less_mean(xi:Tensor) -> Tensor: return xi - xi.mean(-1, keepdim=True)
 def weights(xi:Tensor, # (..., K)
             support:Support # the γ
            ) -> Tensor: # (..., K)
-    "What each γ's value is multiplied by, such that the sum is that of ξ and the columns of `centred`"
+    "The factor of each γ's value, such that the sum is that of ξ and the columns of `centred`"
     K = xi.shape[-1]
     if not support.antithetic: return less_mean(xi) / max(K - (not support.exact), 1)**.5
-    (odd, even), pairs = xi.chunk(2, -1), K // 2
-    odd, even = odd / (2 * pairs**.5), less_mean(even) / (2 * (pairs - 1)**.5)
+    odd, even = xi.chunk(2, -1)
+    pairs = K // 2
+    odd = odd / (2 * pairs**.5)
+    even = less_mean(even) / (2 * (pairs - 1)**.5)
     return torch.cat([even + odd, even - odd], -1)
 
 # %% ../nbs/02d_moments.ipynb #0125115a
@@ -196,13 +207,15 @@ class GammaMoments(StepMoments):
         self.size = objective.law.size(check_int("draws", draws, least=4))
 
     @cached_property
-    def support(self) -> Support: return gamma_support(self.objective, self.x, self.draws, self.seed)
+    def support(self) -> Support:
+        return gamma_support(self.objective, self.x, self.draws, self.seed)
     @property
     def is_exact(self) -> bool: return self.support.exact
     @property
     def drawn(self) -> Support|None: return None if self.is_exact else self.support
     @property
-    def passes(self) -> int: return len(chunks(self.support.gammas, self.x, chunk=self.objective.chunk))
+    def passes(self) -> int:
+        return len(chunks(self.support.gammas, self.x, chunk=self.objective.chunk))
     @property
     def way(self) -> str: return f"{self.size} minibatches"
     def columns(self, rho):
@@ -241,7 +254,8 @@ class GammaMoments(StepMoments):
 # %% ../nbs/02d_moments.ipynb #a022bf11
 class ExactMoments(GammaMoments):
     "G_ρ in place of g + ρHu: exact at the radius of the algorithm, whatever `rho` is"
-    def G(self, gamma:Tensor) -> Tensor: return self.algorithm.direction(self.objective, self.x, gamma)
+    def G(self, gamma:Tensor) -> Tensor:
+        return self.algorithm.direction(self.objective, self.x, gamma)
     def columns(self, rho): return centred(self.G(self.support.gammas), self.support)
     def combine(self, h, xi, rho): return self.summed(self.G, self.weights(xi) + h / self.size)
     @cached_property
@@ -292,7 +306,8 @@ def sample_sum(objective:FiniteSum, x:Tensor, # (..., d)
     if way == "signs":
         return objective.weighted_grad(x, w) + signed_products(objective, x, v)[0] + products
     if takes_functions(objective):
-        return potential_sum(objective, x, potential.of_gradient, all_samples(objective, x), w, v) + products
+        every = all_samples(objective, x)
+        return potential_sum(objective, x, potential.of_gradient, every, w, v) + products
     def product(gamma):
         z = broadcast_paths(x, gamma=gamma)
         return gradient(lambda z: potential.of_gradient(objective.sample_grad(z, gamma)), z)
@@ -315,7 +330,8 @@ class SampleMoments(GammaMoments):
     def way(self): return f"all samples, by {way_of(self.potential, self.objective)}"
     def total(self, w, v, rho):
         if is_zero(rho): return self.objective.weighted_grad(self.x, w)
-        if self.potential is None: return self.objective.weighted_grad(self.x, w) + rho * self.summed(self.Hu, v)
+        if self.potential is None:
+            return self.objective.weighted_grad(self.x, w) + rho * self.summed(self.Hu, v)
         return sample_sum(self.objective, self.x, self.potential, w, rho * v)
 
 # %% ../nbs/02d_moments.ipynb #576f30f7
@@ -323,7 +339,7 @@ class LinearSampleMoments(StepMoments):
     "Columns by sample, for minibatches of any size and u = c g: Eq. (5)"
     def __init__(self, objective:FiniteSum, x:Tensor, # (..., d)
                  scale, # c, a number or a function of ∇f
-                 same:bool=True # has H_i the batch of u? If not, no product H_i g_i is left: r = 0, and τ = 0 in the mean
+                 same:bool=True # has H_i the batch of u? If not, r = 0, and τ = 0 in the mean
                 ):
         self.objective, self.x, self.scale, self.size = objective, x, scale, objective.n
         self.tau, law = objective.law.tau, objective.law
@@ -371,7 +387,8 @@ class AdditiveMoments(StepMoments):
     def __init__(self, algorithm:Algorithm|None, objective:Additive, x:Tensor, # (..., d)
                  draws:int=1024, seed=0):
         self.algorithm, self.objective, self.x, self.size = algorithm, objective, x, objective.dim
-        self.draws, self.seed = check_int("draws", draws, least=4), seed
+        self.draws = check_int("draws", draws, least=4)
+        self.seed = seed
     needs_grad = False # does the answer use ∇f?
     @cached_property
     def grad(self) -> Tensor: return self.objective.grad(self.x)
@@ -384,7 +401,8 @@ class AdditiveMoments(StepMoments):
         "Standard normal draws, in pairs ±ζ; one zero where there is no noise"
         x, law = self.x, self.objective.law
         if self.is_exact: return x.new_zeros(1, self.size)
-        generator, K = generator_of(self.seed, x.device), law.size(self.draws)
+        generator = generator_of(self.seed, x.device)
+        K = law.size(self.draws)
         half = torch.randn(K // 2, self.size, generator=generator, dtype=x.dtype, device=x.device)
         return torch.cat([half, -half])
     def u(self, zeta:Tensor) -> Tensor:
@@ -436,7 +454,8 @@ class LinearAdditiveMoments(AdditiveMoments):
                  scale # c, a number or a function of ∇f
                 ):
         super().__init__(None, objective, x)
-        self.scale, self.needs_grad = scale, callable(scale)
+        self.scale = scale
+        self.needs_grad = callable(scale)
     way, sem, is_exact = "one product", 0.0, True
     def answer(self, h, s, xi, w):
         if self.needs_grad: return self.scale(self.grad) * w
@@ -465,9 +484,11 @@ class FullSampleMoments(StepMoments):
     @property
     def passes(self): return len(self.objective.slices(self.x))
     def columns(self, rho):
-        objective, every = self.objective, Support(all_samples(self.objective, self.x), True)
+        objective = self.objective
+        every = Support(all_samples(self.objective, self.x), True)
         values = objective.sample_grad(self.x, every.gammas)
-        if not is_zero(rho): values = values + rho * objective.sample_hvp(self.x, every.gammas, self.v)
+        if not is_zero(rho):
+            values = values + rho * objective.sample_hvp(self.x, every.gammas, self.v)
         return objective.law.tau**.5 * centred(values, every)
     def combine(self, h, xi, rho):
         w = self.x.new_full((self.size,), h / self.size)
@@ -494,7 +515,8 @@ class FullExactMoments(Wrapped):
     def combine(self, h, xi, rho): return self.inner.combine(h, xi, 0.0)
 
 # %% ../nbs/02d_moments.ipynb #3ce04245
-def full_moments(algorithm:Algorithm, objective:Objective, x:Tensor, exact:bool, draws:int, seed) -> StepMoments:
+def full_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
+                 exact:bool, draws:int, seed) -> StepMoments:
     if exact: return FullExactMoments(algorithm, objective, x, draws=draws, seed=seed)
     if isinstance(objective, Additive): return FullAdditiveMoments(algorithm, objective, x)
     if isinstance(objective, FiniteSum): return FullSampleMoments(algorithm, objective, x)
@@ -515,10 +537,13 @@ class Pairs:
     def support(self, draws, generator=None, **kind) -> Support:
         first = self.law.support(draws, generator, **kind)
         if not first.exact: # pairs ±Z stay pairs
-            return first._replace(gammas=torch.cat([first.gammas, self.law.support(draws, generator, **kind).gammas], -1))
+            second = self.law.support(draws, generator, **kind)
+            return first._replace(gammas=torch.cat([first.gammas, second.gammas], -1))
         K = len(first.gammas)
-        if self.size(draws) != K**2: return Support(self.draw((self.size(draws),), generator, device=kind["device"]), False)
-        i, j = torch.cartesian_prod(torch.arange(K), torch.arange(K)).to(first.gammas.device).unbind(-1)
+        if self.size(draws) != K**2:
+            return Support(self.draw((self.size(draws),), generator, device=kind["device"]), False)
+        both = torch.cartesian_prod(torch.arange(K), torch.arange(K))
+        i, j = both.to(first.gammas.device).unbind(-1)
         return Support(torch.cat([first.gammas[i], first.gammas[j]], -1), True)
 
 def with_pairs(objective:Objective) -> Objective:
@@ -533,17 +558,21 @@ class IndependentAdditiveMoments(Wrapped):
         super().__init__(inner)
         self.size = 2 * inner.size
     def combine(self, h, xi, rho):
-        inner, (first, second) = self.inner, (None, None) if xi is None else xi.chunk(2, -1)
+        inner = self.inner
+        first, second = (None, None) if xi is None else xi.chunk(2, -1)
         def drawn(xi): return h * inner.grad + (0 if xi is None else inner.objective.law(xi))
         if is_zero(rho): return drawn(first)
-        return drawn(first) + rho * self.objective.hvp(self.x, inner.answer(h, 1.0, second, drawn(second)))
+        v = inner.answer(h, 1.0, second, drawn(second))
+        return drawn(first) + rho * self.objective.hvp(self.x, v)
 
 # %% ../nbs/02d_moments.ipynb #280f4ebe
-def independent_moments(algorithm:Algorithm, objective:Objective, x:Tensor, exact:bool, draws:int, seed) -> StepMoments:
+def independent_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
+                        exact:bool, draws:int, seed) -> StepMoments:
     pairs = with_pairs(objective)
     if exact: return ExactMoments(algorithm, pairs, x, draws, seed)
     if not isinstance(objective, Additive): return GammaMoments(algorithm, pairs, x, draws, seed)
-    return IndependentAdditiveMoments(own_moments(with_source(algorithm, "own"), objective, x, False, draws, seed))
+    own = own_moments(with_source(algorithm, "own"), objective, x, False, draws, seed)
+    return IndependentAdditiveMoments(own)
 
 def with_source(algorithm:Algorithm, source:str) -> Algorithm:
     other = copy.copy(algorithm)
@@ -556,10 +585,12 @@ class PreviousMoments(GammaMoments):
     @cached_property
     def mean_u(self) -> Tensor: # (..., d)
         return expectation(self.u, self.support, self.x, self.objective.chunk)[0]
-    def u(self, gamma:Tensor) -> Tensor: return self.algorithm.perturbation(self.objective, self.x, gamma)
+    def u(self, gamma:Tensor) -> Tensor:
+        return self.algorithm.perturbation(self.objective, self.x, gamma)
     def Hu(self, gamma):
         x = broadcast_paths(self.x, gamma=gamma)
-        return self.objective.hvp(x, self.u(gamma)) + self.objective.sample_hvp(x, gamma, self.mean_u)
+        return (self.objective.hvp(x, self.u(gamma))
+                + self.objective.sample_hvp(x, gamma, self.mean_u))
     def combine(self, h, xi, rho):
         w = self.weights(xi)
         mean = self.objective.grad(self.x)
@@ -567,13 +598,20 @@ class PreviousMoments(GammaMoments):
         return h * mean if xi is None else h * mean + self.total(w, w, rho)
     @cached_property
     def sem(self):
-        def Hu(gamma): return self.objective.hvp(broadcast_paths(self.x, gamma=gamma), self.u(gamma))
-        return 0.0 if self.is_exact else expectation(Hu, self.support, self.x, self.objective.chunk)[1]
+        def Hu(gamma):
+            return self.objective.hvp(broadcast_paths(self.x, gamma=gamma), self.u(gamma))
+        if self.is_exact: return 0.0
+        return expectation(Hu, self.support, self.x, self.objective.chunk)[1]
 
 # %% ../nbs/02d_moments.ipynb #2145f29c
-def previous_moments(algorithm:Algorithm, objective:Objective, x:Tensor, exact:bool, draws:int, seed) -> StepMoments:
-    if exact: raise ValueError("source='previous' has no exact form: its long-run covariance is known to first order in ρ")
-    if isinstance(objective, Additive): return own_moments(with_source(algorithm, "own"), objective, x, exact, draws, seed)
+def previous_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
+                     exact:bool, draws:int, seed) -> StepMoments:
+    if exact:
+        raise ValueError(
+            "source='previous' has no exact form: "
+            "its long-run covariance is known to first order in ρ")
+    if isinstance(objective, Additive):
+        return own_moments(with_source(algorithm, "own"), objective, x, exact, draws, seed)
     if isinstance(objective, FiniteSum) and getattr(algorithm, "is_linear", False):
         return LinearSampleMoments(objective, x, algorithm.scale, same=False)
     return PreviousMoments(algorithm, objective, x, draws, seed)
@@ -598,7 +636,8 @@ def noise_share(law:Minibatches, m:int) -> float:
     if law.replace: return m / B
     return m * (N - B) / (B * (N - m)) if m < N else 1.0
 
-def micro_moments(algorithm:Algorithm, objective:FiniteSum, x:Tensor, exact:bool, draws:int, seed) -> StepMoments:
+def micro_moments(algorithm:Algorithm, objective:FiniteSum, x:Tensor,
+                  exact:bool, draws:int, seed) -> StepMoments:
     law, m = objective.law, algorithm.micro_batch
     if exact and not law.replace and m > 1: # by whole batches
         if algorithm.source == "independent": objective = with_pairs(objective)
@@ -626,8 +665,9 @@ def moments(self:Algorithm, objective:Objective, x:Tensor, # (..., d)
             draws:int=1024, # γ drawn where there is no closed form
             seed=0 # of those draws
            ) -> StepMoments:
-    """The mean and the noise of one step. Raises ValueError for an algorithm with a `step` of its own,
-    and unless `exact` for one with a `direction` of its own."""
+    """The mean and the noise of one step.
+    Raises ValueError for an algorithm with a `step` of its own, and unless `exact` for one
+    with a `direction` of its own."""
     check_model(self, "first-order moments", "exact=True", direction=exact)
     check_micro_batch(self, objective)
     if self.micro_batch not in (None, getattr(objective.law, "batch_size", None)):
@@ -635,18 +675,21 @@ def moments(self:Algorithm, objective:Objective, x:Tensor, # (..., d)
     return BY_SOURCE[self.source](self, objective, x, exact, draws, seed)
 
 # %% ../nbs/02d_moments.ipynb #c789a46e
-def own_moments(algorithm:Algorithm, objective:Objective, x:Tensor, exact:bool, draws:int, seed) -> StepMoments:
+def own_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
+                exact:bool, draws:int, seed) -> StepMoments:
     "The batch of the gradient perturbs"
     known = algorithm.closed_form(objective, x, exact)
     if known is not None: return known
     if exact: return ExactMoments(algorithm, objective, x, draws, seed)
     if isinstance(objective, Additive): return AdditiveMoments(algorithm, objective, x, draws, seed)
-    if not isinstance(objective, FiniteSum): return GammaMoments(algorithm, objective, x, draws, seed)
+    if not isinstance(objective, FiniteSum):
+        return GammaMoments(algorithm, objective, x, draws, seed)
     if objective.law.batch_size > 1: return MinibatchMoments(algorithm, objective, x, draws, seed)
     psi = Potential(algorithm.potential) if algorithm.has_potential else None
     return SampleMoments(algorithm, objective, x, psi)
 
-BY_SOURCE = dict(own=own_moments, full=full_moments, independent=independent_moments, previous=previous_moments)
+BY_SOURCE = dict(own=own_moments, full=full_moments, independent=independent_moments,
+                 previous=previous_moments)
 Algorithm.closed_form, Algorithm.moments = closed_form, moments
 
 # %% ../nbs/02d_moments.ipynb #78d1ec1e
@@ -676,7 +719,10 @@ def of_sam(self:SAM, objective, x, exact):
     isotropic = isinstance(objective, Additive) and objective.law.cov is None
     if isotropic and not objective.law.silent: return UnitAdditiveMoments(objective, x)
 
-Linear.closed_form, USAM.closed_form, SGD.closed_form, SAM.closed_form = of_linear, of_usam, of_sgd, of_sam
+Linear.closed_form = of_linear
+USAM.closed_form = of_usam
+SGD.closed_form = of_sgd
+SAM.closed_form = of_sam
 
 # %% ../nbs/02d_moments.ipynb #f2df5512
 def simplest(algorithm:Algorithm) -> Algorithm:

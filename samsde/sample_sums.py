@@ -36,13 +36,19 @@ HALF_SQUARE, NORM = Potential(half_square, half), Potential(norm, root)
 def square_norms(objective:FiniteSum, # from a module
                  x:Tensor # (..., d)
                 ) -> Tensor: # (..., n)
-    "‖∇f_i(x)‖² of all samples, from the layers' inputs and signals where these are right. Raises ValueError if the objective was not made from a module."
+    """‖∇f_i(x)‖² of all samples, from the layers' inputs and signals where these are right.
+    Raises ValueError if the objective was not made from a module."""
     network = getattr(objective, "network", None)
-    if network is None: raise ValueError(f"square_norms needs an objective from a module, got {type(objective).__name__}")
+    if network is None:
+        raise ValueError(
+            f"square_norms needs an objective from a module, got {type(objective).__name__}")
     x = objective.check(x)
-    if has_norms(network): return torch.cat([objective.lift(lambda z: terms(network, z, s)[1], x) for s in objective.slices(x)], -1)
+    if has_norms(network):
+        return torch.cat([objective.lift(lambda z: terms(network, z, s)[1], x)
+                          for s in objective.slices(x)], -1)
     numbers = torch.arange(objective.n, device=x.device)
-    return torch.stack([objective.sample_grad(x, i.expand(*x.shape[:-1], 1)).square().sum(-1) for i in numbers], -1)
+    return torch.stack([objective.sample_grad(x, i.expand(*x.shape[:-1], 1)).square().sum(-1)
+                        for i in numbers], -1)
 
 # %% ../nbs/02c_sample_sums.ipynb #65183ca0
 def gradient_of_sum(objective:FiniteSum, # from a module
@@ -79,7 +85,8 @@ def signed_products(objective:FiniteSum, # any
                     draws:int=8 # of the signs, at least 2
                    ) -> tuple[Tensor, Tensor]: # (..., d) each
     "Σ_i w_i H_i g_i and its standard error, by random signs"
-    generator, values = torch.Generator().manual_seed(seed_of(w)), []
+    generator = torch.Generator().manual_seed(seed_of(w))
+    values = []
     for _ in range(check_int("draws", draws, least=2)):
         signs = (2 * torch.randint(2, w.shape, generator=generator) - 1).to(x)
         values.append(objective.weighted_hvp(x, signs * w, objective.weighted_grad(x, signs)))
@@ -90,8 +97,10 @@ def signed_products(objective:FiniteSum, # any
 def why_no_norms(potential:Potential|None, objective:FiniteSum) -> str|None:
     "Why sums of products cannot go by the norms of sample gradients, in words; None if they can"
     if objective.network is None: return "the objective was not made from a module"
-    if potential is None or potential.of_square is None: return "its potential is no function of ‖g‖"
-    if not has_norms(objective.network): return "the network's sample gradients cannot be had by vmap"
+    if potential is None or potential.of_square is None:
+        return "its potential is no function of ‖g‖"
+    if not has_norms(objective.network):
+        return "the network's sample gradients cannot be had by vmap"
 
 # %% ../nbs/02c_sample_sums.ipynb #62e835b4
 WAYS = ("norms", "samples", "signs")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .algorithm import Algorithm, Chain, Model
-from .hessian_noise import NoNoise, noise_covariance, noise_dim, noise_moments, noise_sample, nowhere
+from .hessian_noise import (
+    NoNoise, noise_covariance, noise_dim, noise_moments, noise_sample, nowhere)
 from .implicit_regularizer import drift, mean_moments
 from .machinery.checks import broadcast_paths, check_int, check_points, per_path
 from .moments import StepMoments
@@ -34,7 +35,8 @@ def along_itself(b, # a vector field, (..., d) -> (..., d)
 
 # %% ../nbs/05_sde.ipynb #6209e9de
 class SDE(Model):
-    "dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 1). Raises ValueError or TypeError on arguments that make no SDE."
+    """dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 1).
+    Raises ValueError or TypeError on arguments that make no SDE."""
     def __init__(self, algorithm:Algorithm, # what it is a model of
                  objective:Objective, # on which loss
                  eta, # learning rate η; a number, or a tensor that broadcasts over the paths
@@ -43,23 +45,31 @@ class SDE(Model):
                  order:int=1, # weak order in η; 2 needs expansion="exact"
                  *, draws:int=1024, # γ drawn where an expectation has no closed form
                  seed:int|None=0, # of those draws; None: new ones in every step of a simulation
-                 **training # momentum, dampening, nesterov, weight_decay, decoupled, schedule, as of a Chain
+                 **training # as of a Chain: momentum, nesterov, weight_decay, schedule, ...
                 ):
         super().__init__(algorithm, objective, eta, **training)
         if order == 2 and self.momentum and self.decoupled:
-            raise ValueError("order=2 with momentum is known for weight decay in the gradient, got decoupled=True")
-        if expansion not in ("first", "exact"): raise ValueError(f"expansion must be 'first' or 'exact', got {expansion!r}")
+            raise ValueError(
+                "order=2 with momentum is known for weight decay in the gradient, "
+                "got decoupled=True")
+        if expansion not in ("first", "exact"):
+            raise ValueError(f"expansion must be 'first' or 'exact', got {expansion!r}")
         if order not in (1, 2): raise ValueError(f"order must be 1 or 2, got {order!r}")
-        if order == 2 and expansion != "exact": raise ValueError(f"order=2 needs expansion='exact', got {expansion!r}")
-        self.expansion, self.order, self.draws = expansion, order, check_int("draws", draws, least=4)
+        if order == 2 and expansion != "exact":
+            raise ValueError(f"order=2 needs expansion='exact', got {expansion!r}")
+        self.expansion = expansion
+        self.order = order
+        self.draws = check_int("draws", draws, least=4)
         self.seed = seed if seed is None else check_int("seed", seed, least=0)
         self.noise = noise
         self.noise_dim # raises where there is no such noise
 
     @property
-    def noise_dim(self) -> int: return noise_dim(self.objective, self.algorithm, self.noise, self.draws)
+    def noise_dim(self) -> int:
+        return noise_dim(self.objective, self.algorithm, self.noise, self.draws)
     def moments(self, x:Tensor, seed=None) -> tuple[StepMoments, StepMoments]:
-        "The moments whose mean is the drift, and those whose columns are the noise: one object where they are the same"
+        """The moments whose mean is the drift, and those whose columns are the noise.
+        One object where they are the same."""
         draws = self.settings(seed)
         mean = mean_moments(self.algorithm, self.objective, x, self.expansion, **draws)
         noise = noise_moments(self.algorithm, self.objective, x, self.noise, **draws)
@@ -69,24 +79,32 @@ class SDE(Model):
         "How a step finds the products of Hessians and perturbations, in words"
         mean, noise = self.moments(nowhere(self.objective))
         return mean.way if isinstance(noise, NoNoise) or noise.way == "no products" else noise.way
-    def __repr__(self) -> str: return f"SDE({self.algorithm}, {type(self.objective).__name__} in {self.objective.dim} dimensions, eta={self.eta}; {self.way})"
-    def settings(self, seed=None) -> dict: return dict(draws=self.draws, seed=self.seed or 0 if seed is None else seed)
-    def drift(self, x:Tensor, seed=None # of the draws: a number or a generator; the SDE's own if None
+    def __repr__(self) -> str:
+        where = f"{type(self.objective).__name__} in {self.objective.dim} dimensions"
+        return f"SDE({self.algorithm}, {where}, eta={self.eta}; {self.way})"
+    def settings(self, seed=None) -> dict:
+        return dict(draws=self.draws, seed=self.seed or 0 if seed is None else seed)
+    def drift(self, x:Tensor, seed=None # a number or a generator; None: the SDE's own
              ) -> Tensor:
         "b(x), (..., d) -> (..., d)"
         x = self.over_sweep(x)
-        def field(z): return drift(self.algorithm, self.objective, z, self.expansion, **self.settings(seed)) - self.decay * z
+        def field(z):
+            b = drift(self.algorithm, self.objective, z, self.expansion, **self.settings(seed))
+            return b - self.decay * z
         if self.order == 1: return field(x)
         b, derivative = along_itself(field, x)
         return b - per_path(self.rate, x) / 2 * self.memory_factor * derivative
     def diffusion(self, x:Tensor, xi:Tensor, seed=None) -> Tensor:
         "−√η_e R(x) ξ, (..., d) and (..., noise_dim) -> (..., d)"
         x = self.over_sweep(x)
-        return -per_path(self.rate, x)**.5 * noise_sample(self.algorithm, self.objective, x, xi, self.noise, **self.settings(seed))
+        settings = self.settings(seed)
+        sample = noise_sample(self.algorithm, self.objective, x, xi, self.noise, **settings)
+        return -per_path(self.rate, x)**.5 * sample
     def covariance(self, x:Tensor) -> Tensor:
         "η_e a(x), (..., d) -> (..., d, d): the covariance of the noise in one unit of time"
         x = self.over_sweep(x)
-        return per_path(per_path(self.rate, x), x) * noise_covariance(self.algorithm, self.objective, x, self.noise, **self.settings())
+        a = noise_covariance(self.algorithm, self.objective, x, self.noise, **self.settings())
+        return per_path(per_path(self.rate, x), x) * a
     def draw(self, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
         return torch.randn(*shape, self.noise_dim, generator=generator, dtype=dtype, device=device)
     def euler(self, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
@@ -107,23 +125,27 @@ class SDE(Model):
         def step(x, xi, *gammas):
             return self.euler(x, xi, dt, drawn._replace(gammas=gammas[0]) if gammas else seed)
         gammas = [drawn.gammas] if drawn else []
-        if max(mean.passes, noise.passes) > 1: return step(x, xi, *gammas) # a record would be as long
+        if max(mean.passes, noise.passes) > 1:
+            return step(x, xi, *gammas) # a record would be as long
         return self.taken(("sde", dt), step, x, xi, *gammas)
     def step(self, x:Tensor, xi:Tensor, dt:float) -> Tensor:
         "Euler–Maruyama, x + dt b(x) + √dt · diffusion(x, ξ)"
         if not dt > 0: raise ValueError(f"dt must be positive, got {dt}")
         longest = self.rate.min() if isinstance(self.rate, Tensor) else self.rate
-        if longest < dt * (1 - 1e-9): raise ValueError(f"dt must be at most eta={self.rate}, got {dt}")
+        if longest < dt * (1 - 1e-9):
+            raise ValueError(f"dt must be at most eta={self.rate}, got {dt}")
         x = self.over_sweep(x)
         x = broadcast_paths(x, xi=check_points("xi", xi, self.noise_dim, x.dtype))
         return self.one_step(x, xi, dt, self.seed or 0)
     def advance(self, state:Tensor, draw, steps:list) -> Tensor:
         "The time of one step of the algorithm, in steps of these lengths; `draw` gives fresh noise"
         x, *k = self.split(state) if self.memory else [state]
-        x, t = self.over_sweep(x), k[0].flatten()[0].item() if k else 0.0
+        x = self.over_sweep(x)
+        t = k[0].flatten()[0].item() if k else 0.0
         for dt in steps:
             xi = draw()
-            fresh = torch.Generator(x.device).manual_seed(seed_of(xi)) if self.seed is None else self.seed
+            fresh = self.seed
+            if fresh is None: fresh = torch.Generator(x.device).manual_seed(seed_of(xi))
             x = self.one_step(x, xi, dt, fresh, self.factor(t))
             t += dt / sum(steps)
         return torch.cat([x, (k[0] + 1).expand(*x.shape[:-1], 1)], -1) if k else x
@@ -146,7 +168,8 @@ class SDE(Model):
         b = drift(self.algorithm, self.objective, y, self.expansion, **self.settings())
         return self.decay * y - b
     def start(self, x):
-        "With torch's first buffer, which is not dampened, a path of second order starts a little further on"
+        """The state in which a path starts at x, (..., d) -> (..., m).
+        Torch does not dampen its first buffer, so at second order x is moved a little."""
         if self.lags and self.dampening:
             first = per_path(self.eta, x) * self.dampening / (1 - self.momentum)
             x = self.over_sweep(x)
@@ -162,22 +185,27 @@ class SDE(Model):
     def to_torchsde(self):
         "For torchsde.sdeint. Raises ValueError where a state is more than a point."
         if not self.memory: return ForTorchsde(self)
-        raise ValueError(f"torchsde takes an SDE whose state is its point, got {', '.join(self.memory)} besides")
+        raise ValueError(
+            f"torchsde takes an SDE whose state is its point, got {', '.join(self.memory)} besides")
 
 # %% ../nbs/05_sde.ipynb #1ad9833d
 def exponential(a): return a.exp() if isinstance(a, Tensor) else math.exp(a)
 
 # %% ../nbs/05_sde.ipynb #4e0582f9
 class KineticSDE(SDE):
-    """dX = P dt, dP = (b − cP) dt + η^{1/4} a^{1/2} dW with c = (1 − μ)/√η: the model of an algorithm with momentum
-    close to 1, in time t = k√η. A state is (X, P), with P = −√η v for torch's velocity v. Raises ValueError or TypeError
-    as SDE does, and without momentum, with dampening, Nesterov's form or decoupled decay."""
-    def __init__(self, algorithm:Algorithm, objective:Objective, eta, expansion:str="first", noise:str="factor",
+    """dX = P dt, dP = (b − cP) dt + η^{1/4} a^{1/2} dW with c = (1 − μ)/√η, in time t = k√η.
+    The model of an algorithm with momentum close to 1. A state is (X, P), with P = −√η v for
+    torch's velocity v. Raises ValueError or TypeError as SDE does, and without momentum, with
+    dampening, Nesterov's form or decoupled decay."""
+    def __init__(self, algorithm:Algorithm, objective:Objective, eta,
+                 expansion:str="first", noise:str="factor",
                  *, draws:int=1024, seed:int|None=0, **training):
-        super().__init__(algorithm, objective, eta, expansion, noise, draws=draws, seed=seed, **training)
+        super().__init__(algorithm, objective, eta, expansion, noise,
+                         draws=draws, seed=seed, **training)
         if not self.momentum: raise ValueError("a kinetic model needs momentum, got 0")
         if self.dampening or self.nesterov or self.decoupled:
-            raise ValueError("a kinetic model has no dampening, no nesterov and no decoupled weight decay")
+            raise ValueError(
+                "a kinetic model has no dampening, no nesterov and no decoupled weight decay")
     @property
     def rate(self): return self.eta
     @property
@@ -189,17 +217,23 @@ class KineticSDE(SDE):
     def position(self, state): return state[..., :self.objective.dim]
     def start(self, x): return Model.start(self, x)
     def advance(self, state:Tensor, draw, steps:list) -> Tensor:
-        "The time of one step, each piece of it by half a kick, half a drift, friction and noise exactly, and back again"
+        """The time of one step of the algorithm, in steps of these lengths.
+        Each is half a kick, half a drift, friction and noise exactly, and back again."""
         x, P, *k = self.split(state)
         x = self.over_sweep(x)
-        P, t = P.expand_as(x), k[0].flatten()[0].item() if k else 0.0
+        P = P.expand_as(x)
+        t = k[0].flatten()[0].item() if k else 0.0
         for h in steps:
-            xi, s = draw(), self.factor(t)
-            seed = torch.Generator(x.device).manual_seed(seed_of(xi)) if self.seed is None else self.seed
-            c, root = per_path(self.friction, x), per_path(self.eta, x)**.25
+            xi = draw()
+            s = self.factor(t)
+            seed = self.seed
+            if seed is None: seed = torch.Generator(x.device).manual_seed(seed_of(xi))
+            c = per_path(self.friction, x)
+            root = per_path(self.eta, x)**.25
             P = P + h / 2 * self.drift(x, seed)
             x = x + h / 2 * s * P
-            shrink, kick = exponential(-c * h), ((1 - exponential(-2 * c * h)) / (2 * c))**.5
+            shrink = exponential(-c * h)
+            kick = ((1 - exponential(-2 * c * h)) / (2 * c))**.5
             # diffusion is −√η R ξ, and the noise of P η^{1/4} R ξ with the sign of −v
             P = shrink * P + kick / root * self.diffusion(x, xi, seed)
             x = x + h / 2 * s * P
@@ -210,8 +244,10 @@ class KineticSDE(SDE):
 # %% ../nbs/05_sde.ipynb #c74e5ec0
 def one_process(process) -> Chain|SDE:
     "`process` if it is one Chain or SDE, not a sweep; else a TypeError or ValueError"
-    if not isinstance(process, (Chain, SDE)): raise TypeError(f"process must be a Chain or an SDE, got {type(process).__name__}")
-    if process.shape: raise ValueError(f"one eta and one rho at a time, got a sweep of shape {process.shape}")
+    if not isinstance(process, (Chain, SDE)):
+        raise TypeError(f"process must be a Chain or an SDE, got {type(process).__name__}")
+    if process.shape:
+        raise ValueError(f"one eta and one rho at a time, got a sweep of shape {process.shape}")
     return process
 
 # %% ../nbs/05_sde.ipynb #8704c0ba

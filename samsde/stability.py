@@ -26,7 +26,8 @@ def factor(algorithm:Algorithm, grad_norm:float|None, sigma:float, dim:int|None)
         raise TypeError(f"algorithm must be SGD, USAM, DNSAM or SAM, got {algorithm!r}")
     check_plain(algorithm, "this edge")
     if kind in (SGD, USAM) or algorithm.unperturbed: return 1.0
-    if grad_norm is None: raise ValueError(f"{kind.__name__} needs grad_norm, the norm of the full gradient")
+    if grad_norm is None:
+        raise ValueError(f"{kind.__name__} needs grad_norm, the norm of the full gradient")
     r = check_scalar("grad_norm", grad_norm, zero=True)
     if kind is DNSAM or sigma == 0: return 1 / r if r else math.inf
     if dim is None: raise ValueError("SAM with noise needs dim, the number of dimensions")
@@ -43,24 +44,29 @@ def edge_of_stability(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
                       eta:float, # learning rate η
                       *, grad_norm:float|None=None, # ‖∇f‖, for DNSAM and SAM
                       momentum:float=0.0, # μ of torch's SGD
-                      sigma:float=0.0, # standard deviation of each coordinate of the gradient noise, for SAM
+                      sigma:float=0.0, # standard deviation of a coordinate of the noise, for SAM
                       dim:int|None=None # d, for SAM with noise
                      ) -> float:
     """The eigenvalue of the Hessian at which the mean step loses its stability, Eq. (1).
-    Raises ValueError or TypeError on bad input, and where a norm or dimension is needed and not given."""
-    eta, mu = check_scalar("eta", eta), check_momentum(momentum)
+    Raises ValueError or TypeError on bad input, or without a norm or dimension that is needed."""
+    eta = check_scalar("eta", eta)
+    mu = check_momentum(momentum)
     c = factor(algorithm, grad_norm, check_scalar("sigma", sigma, zero=True), dim)
-    q = 8 * (1 + mu) * check_scalar("rho", algorithm.rho, zero=True) * c / eta if algorithm.rho else 0.0
+    rho = check_scalar("rho", algorithm.rho, zero=True) if algorithm.rho else 0.0
+    q = 8 * (1 + mu) * rho * c / eta if rho else 0.0
     return 4 * (1 + mu) / (eta * (1 + math.sqrt(1 + q)))
 
 def stability_number(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
                      eta:float, # learning rate η
                      largest_eigenvalue:float, # of the Hessian, positive
-                     *, grad_norm:float|None=None, momentum:float=0.0, sigma:float=0.0, dim:int|None=None # as in edge_of_stability
+                     *, grad_norm:float|None=None, momentum:float=0.0, # as in edge_of_stability,
+                     sigma:float=0.0, dim:int|None=None # and these
                     ) -> float:
     """ηλ(1 + ρcλ)/(2(1 + μ)): 1 at the edge of stability, more beyond it.
     Raises ValueError or TypeError as edge_of_stability does."""
-    eta, lam, mu = check_scalar("eta", eta), check_scalar("largest_eigenvalue", largest_eigenvalue), check_momentum(momentum)
+    eta = check_scalar("eta", eta)
+    lam = check_scalar("largest_eigenvalue", largest_eigenvalue)
+    mu = check_momentum(momentum)
     c = factor(algorithm, grad_norm, check_scalar("sigma", sigma, zero=True), dim)
     push = check_scalar("rho", algorithm.rho, zero=True) * c * lam if algorithm.rho else 0.0
     return eta * lam * (1 + push) / (2 * (1 + mu))
@@ -68,26 +74,32 @@ def stability_number(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
 # %% ../nbs/07c_stability.ipynb #b4b337d3
 def mean_outer(h:np.ndarray, # (k, d, d)
                share:float, # of the covariance: τ
-               other:np.ndarray|None=None # (k, d, d), what the fluctuations meet on the right; themselves if None
+               other:np.ndarray|None=None # (k, d, d), on the right; None: those on the left
               ):
     "M ↦ h̄ M h̄ᵀ + share · mean of δh M δhᵀ"
     mean = h.mean(0)
     left = h - mean
     right = left if other is None else other
-    def apply(M): return mean @ M @ mean.T + share * np.einsum("kab,bc,kdc->ad", left, M, right, optimize=True) / len(h)
+    def apply(M):
+        products = np.einsum("kab,bc,kdc->ad", left, M, right, optimize=True)
+        return mean @ M @ mean.T + share * products / len(h)
     return apply
 
-def batches_of(H:np.ndarray, m:int, replace:bool, limit:int=20_000) -> tuple[np.ndarray, list]: # (k, d, d), and sample numbers
+def batches_of(H:np.ndarray, m:int, replace:bool, limit:int=20_000
+              ) -> tuple[np.ndarray, list]: # (k, d, d), and sample numbers
     "The mean Hessians of all batches of m. Raises ValueError if there are too many."
     law = Minibatches(len(H), m, replace)
-    if law.count > limit: raise ValueError(f"batches must be at most {limit}, to be enumerated, got {law.count}")
-    sets = [*(itertools.product(range(len(H)), repeat=m) if replace else itertools.combinations(range(len(H)), m))]
+    if law.count > limit:
+        raise ValueError(f"batches must be at most {limit}, to be enumerated, got {law.count}")
+    sets = [*(itertools.product(range(len(H)), repeat=m) if replace
+              else itertools.combinations(range(len(H)), m))]
     return np.stack([H[list(s)].mean(0) for s in sets]), sets
 
 def over_micro_batches(H:np.ndarray, rho:float, m:int, B:int, replace:bool): # Ā, and M ↦ E[A M Aᵀ]
     "For A the mean of H_β(I + ρH_β) over the B/m micro-batches of a batch"
     means, sets = batches_of(H, m, replace)
-    h, K = means + rho * means @ means, B // m
+    h = means + rho * means @ means
+    K = B // m
     if replace or K == 1: return h.mean(0), mean_outer(h, 1 / K)
     apart = np.array([[not set(s) & set(t) for t in sets] for s in sets], float)
     partner = np.einsum("kl,lab->kab", apart / apart.sum(1, keepdims=True), h - h.mean(0))
@@ -96,10 +108,14 @@ def over_micro_batches(H:np.ndarray, rho:float, m:int, B:int, replace:bool): # �
     return mean, lambda M: alone(M) + pairs(M) - mean @ M @ mean.T
 
 def second_moment(algorithm:Algorithm, H:np.ndarray, B:int, replace:bool): # Ā, and M ↦ E[A M Aᵀ]
-    rho, m, tau = float(algorithm.rho), algorithm.micro_batch or B, Minibatches(len(H), B, replace).tau
-    eye, full = np.eye(H.shape[1]), H.mean(0)
+    rho = float(algorithm.rho)
+    m = algorithm.micro_batch or B
+    tau = Minibatches(len(H), B, replace).tau
+    eye = np.eye(H.shape[1])
+    full = H.mean(0)
     if algorithm.source == "independent":
-        outer, inner = mean_outer(H, tau), mean_outer(eye + rho * H, Minibatches(len(H), m, replace).tau)
+        outer = mean_outer(H, tau)
+        inner = mean_outer(eye + rho * H, Minibatches(len(H), m, replace).tau)
         return full @ (eye + rho * full), lambda M: outer(inner(M))
     if algorithm.source == "full" or rho == 0: h = H @ (eye + rho * full)
     elif m == 1: h = H + rho * H @ H
@@ -113,22 +129,33 @@ def mean_square_radius(algorithm:Algorithm, # SGD or USAM
                        batch_size:int, # B
                        replace:bool=True # are minibatches drawn with replacement?
                       ) -> float:
-    """The spectral radius of M ↦ E[(I − ηA)M(I − ηA)ᵀ] at a minimum that all samples share, Eq. (2): below 1 iff
-    E‖x‖² shrinks. Raises TypeError on another algorithm, ValueError on bad input or a source that is none of this kind."""
-    if type(algorithm) not in (SGD, USAM): raise TypeError(f"algorithm must be SGD or USAM, whose step is linear, got {algorithm!r}")
-    if algorithm.source == "previous": raise ValueError("source='previous' has no such matrix: its step depends on the one before")
+    """The spectral radius of M ↦ E[(I − ηA)M(I − ηA)ᵀ] at a minimum that all samples share, Eq.
+    (2). It is below 1 iff E‖x‖² shrinks. Raises TypeError on another algorithm, ValueError on
+    bad input or a source that is none of this kind."""
+    if type(algorithm) not in (SGD, USAM):
+        raise TypeError(f"algorithm must be SGD or USAM, whose step is linear, got {algorithm!r}")
+    if algorithm.source == "previous":
+        raise ValueError("source='previous' has no such matrix: its step depends on the one before")
     if algorithm.source == "independent" and algorithm.micro_batch not in (None, batch_size):
-        raise ValueError("micro-batches with an independent source are not implemented here: use micro_batch=None")
-    if getattr(hessians, "ndim", 0) != 3: raise ValueError(f"hessians must have shape (n, d, d), got {tuple(getattr(hessians, 'shape', ()))}")
+        raise ValueError(
+            "micro-batches with an independent source are not implemented here: "
+            "use micro_batch=None")
+    if getattr(hessians, "ndim", 0) != 3:
+        raise ValueError(
+            f"hessians must have shape (n, d, d), got {tuple(getattr(hessians, 'shape', ()))}")
     for H in hessians: check_symmetric("a Hessian", H)
-    eta, B = check_scalar("eta", eta), check_int("batch_size", batch_size)
-    if algorithm.micro_batch and B % algorithm.micro_batch: raise ValueError(f"micro_batch must divide batch_size={B}, got {algorithm.micro_batch}")
+    eta = check_scalar("eta", eta)
+    B = check_int("batch_size", batch_size)
+    if algorithm.micro_batch and B % algorithm.micro_batch:
+        raise ValueError(f"micro_batch must divide batch_size={B}, got {algorithm.micro_batch}")
     H = hessians.detach().double().cpu().numpy()
     mean, outer = second_moment(algorithm, H, B, replace)
     d = len(mean)
     def T(v):
         M = v.reshape(d, d)
         return (M - eta * (mean @ M + M @ mean.T) + eta**2 * outer(M)).ravel()
-    if d <= 12: return abs(np.linalg.eigvals(np.stack([T(e) for e in np.eye(d * d)], 1))).max().item()
+    if d <= 12:
+        return abs(np.linalg.eigvals(np.stack([T(e) for e in np.eye(d * d)], 1))).max().item()
     operator = LinearOperator((d * d, d * d), matvec=T, dtype=float)
-    return abs(eigs(operator, k=1, which="LM", v0=np.eye(d).ravel(), return_eigenvectors=False))[0].item()
+    return abs(eigs(operator, k=1, which="LM", v0=np.eye(d).ravel(),
+                    return_eigenvectors=False))[0].item()

@@ -19,19 +19,24 @@ def check_positive(name:str, # what to call the value in the error message
              value, # a number, or a tensor with one value for each path
              zero:bool=False # is zero allowed?
             ):
-    "`value` if it is a positive (or, with `zero`, non-negative) finite number or tensor; else a ValueError or TypeError"
+    """`value` if it is a positive finite number or tensor; with `zero`, also 0.
+    Else a ValueError or TypeError."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     t = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
-    if t.is_complex() or t.dtype == torch.bool: raise TypeError(f"{name} must hold real numbers, got {t.dtype}")
-    if not t.numel(): raise ValueError(f"{name} must hold at least one number, got shape {tuple(t.shape)}")
+    if t.is_complex() or t.dtype == torch.bool:
+        raise TypeError(f"{name} must hold real numbers, got {t.dtype}")
+    if not t.numel():
+        raise ValueError(f"{name} must hold at least one number, got shape {tuple(t.shape)}")
     if not (torch.isfinite(t) & ((t >= 0) if zero else (t > 0))).all():
-        raise ValueError(f"{name} must be {'non-negative' if zero else 'positive'} and finite, got {value}")
+        raise ValueError(
+            f"{name} must be {'non-negative' if zero else 'positive'} and finite, got {value}")
     return value
 
 def check_scalar(name:str, value, zero:bool=False) -> float:
     "A positive (or, with `zero`, non-negative) number; else a ValueError or TypeError"
-    if isinstance(value, Tensor) and value.numel() != 1: raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
     return float(check_positive(name, value, zero))
 
 def check_share(name:str, value) -> float:
@@ -54,14 +59,16 @@ def check_int(name:str, # what to call the value in the error message
 def per_path(value, # a number, or a tensor with one value for each path
              x:Tensor # (..., d)
             ):
-    "`value` such that it multiplies points: a number as it is, a tensor with an axis for the coordinates, in kind with `x`"
+    """`value` such that it multiplies points.
+    A number stays, a tensor gets an axis for the coordinates, in kind with `x`."""
     return value.to(x)[..., None] if isinstance(value, Tensor) else value
 
 # %% ../../nbs/machinery/checks.ipynb #694dcd48
 def check_floating(name:str, x) -> Tensor:
     "`x` if it is a floating-point tensor; else a TypeError"
     if isinstance(x, Tensor) and x.is_floating_point(): return x
-    raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    raise TypeError(
+        f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
 
 def check_finite(name:str, x:Tensor) -> Tensor:
     "`x` if all of it is finite; else a ValueError"
@@ -73,8 +80,10 @@ def check_points(name:str, # what to call the tensor in the error message
           dim:int, # the length of a point, d
           dtype:torch.dtype|None=None # the dtype that it must have, if any
          ) -> Tensor:
-    "`x` if it is a floating-point tensor of shape (..., dim) and of the right dtype; else a ValueError or TypeError"
-    if check_floating(name, x).ndim == 0 or x.shape[-1] != dim: raise ValueError(f"{name} must have shape (..., {dim}), got {tuple(x.shape)}")
+    """`x` if it is a floating-point tensor of shape (..., dim) and of the right dtype.
+    Else a ValueError or TypeError."""
+    if check_floating(name, x).ndim == 0 or x.shape[-1] != dim:
+        raise ValueError(f"{name} must have shape (..., {dim}), got {tuple(x.shape)}")
     if dtype in (None, x.dtype): return x
     raise TypeError(f"{name} is {x.dtype}, but the data it meets are {dtype}: convert one of them")
 
@@ -102,19 +111,25 @@ def check_symmetric(name:str, # what to call the matrix in the error message
     "`M` if it is a finite, symmetric, floating-point matrix; else a ValueError or TypeError"
     if check_floating(name, M).ndim != 2 or M.shape[0] != M.shape[1] or not len(M):
         raise ValueError(f"{name} must be a square matrix (d, d), got shape {tuple(M.shape)}")
-    gap, scale = (check_finite(name, M) - M.mT).abs().max().item(), M.abs().max().item()
+    gap = (check_finite(name, M) - M.mT).abs().max().item()
+    scale = M.abs().max().item()
     if gap <= 100 * torch.finfo(M.dtype).eps * scale: return M
-    raise ValueError(f"{name} must be symmetric, got entries that differ from their transposes by up to {gap:.3g}")
+    raise ValueError(
+        f"{name} must be symmetric, "
+        f"got entries that differ from their transposes by up to {gap:.3g}")
 
 # %% ../../nbs/machinery/checks.ipynb #15eaf7ba
 def psd_root(name:str, # what to call the matrix in the error message
              C:Tensor # (..., d, d), symmetric
             ) -> Tensor: # (..., d, d), symmetric
-    "The symmetric square root of a covariance; a ValueError that names the least eigenvalue if `C` is not one"
+    """The symmetric square root of a covariance.
+    Raises a ValueError that names the least eigenvalue if `C` is none."""
     lam, V = torch.linalg.eigh(C)
-    least, tiny = lam[..., 0], 100 * C.shape[-1] * torch.finfo(C.dtype).eps * lam.abs().amax(-1)
+    least = lam[..., 0]
+    tiny = 100 * C.shape[-1] * torch.finfo(C.dtype).eps * lam.abs().amax(-1)
     if (least < -tiny).any():
-        raise ValueError(f"{name} must be positive semidefinite, got an eigenvalue of {least.min().item():.9g}")
+        raise ValueError(
+            f"{name} must be positive semidefinite, got an eigenvalue of {least.min().item():.9g}")
     return (V * lam.clamp(min=0).sqrt()[..., None, :]) @ V.mT
 
 # %% ../../nbs/machinery/checks.ipynb #644f3395
@@ -122,7 +137,9 @@ def broadcast_axes(**shapes) -> torch.Size: # leading axes by name
     "The shape to which all broadcast; else a ValueError that names them"
     try: return torch.broadcast_shapes(*shapes.values())
     except RuntimeError:
-        raise ValueError(f"leading axes must broadcast, got {', '.join(f'{k} {tuple(v)}' for k, v in shapes.items())}") from None
+        raise ValueError(
+            "leading axes must broadcast, "
+            f"got {', '.join(f'{k} {tuple(v)}' for k, v in shapes.items())}") from None
 
 def broadcast_paths(x:Tensor, **others:Tensor) -> Tensor: # (..., d) each
     "`x` with the leading axes that all have together; a ValueError if they do not broadcast"

@@ -55,8 +55,10 @@ def codes(code:types.CodeType) -> list:
 def read_by(fn:types.FunctionType) -> list: # of functions that fetch
     "The globals, the closure and the defaults of a function"
     names = dict.fromkeys(name for code in codes(fn.__code__) for name in code.co_names)
-    known = [functools.partial(fn.__globals__.get, name) for name in names if name in fn.__globals__]
-    cells = [functools.partial(getattr, cell, "cell_contents", None) for cell in fn.__closure__ or ()]
+    known = [functools.partial(fn.__globals__.get, name)
+             for name in names if name in fn.__globals__]
+    cells = [functools.partial(getattr, cell, "cell_contents", None)
+             for cell in fn.__closure__ or ()]
     return known + cells + [lambda: fn.__defaults__, lambda: fn.__kwdefaults__]
 
 # %% ../../nbs/machinery/record.ipynb #5e62ddf4
@@ -86,9 +88,11 @@ def element(thing, key): # None where it is gone
 
 def attributes(thing) -> list:
     "The attributes of an object, and the methods that its class has from a user"
-    own = [lambda: len(vars(thing))] + [functools.partial(vars(thing).get, name) for name in vars(thing)]
+    own = ([lambda: len(vars(thing))]
+           + [functools.partial(vars(thing).get, name) for name in vars(thing)])
     methods = [m for kind in type(thing).__mro__ if not trusted(kind) for m in vars(kind).values()]
-    return own + [functools.partial(lambda m: m, m) for m in methods if isinstance(m, types.FunctionType)]
+    return (own + [functools.partial(lambda m: m, m)
+                   for m in methods if isinstance(m, types.FunctionType)])
 
 # %% ../../nbs/machinery/record.ipynb #adea5d3f
 def readings(*things, limit:int=2000, # of objects
@@ -100,7 +104,8 @@ def readings(*things, limit:int=2000, # of objects
     while todo:
         fetch, outside = todo.pop()
         value = fetch()
-        if isinstance(value, Tensor) and value.is_inference(): raise Unreadable("a tensor whose changes are not counted")
+        if isinstance(value, Tensor) and value.is_inference():
+            raise Unreadable("a tensor whose changes are not counted")
         changes = version(value) if isinstance(value, Tensor) else None
         found.append(Reading(fetch, value, changes, outside))
         function = isinstance(value, types.FunctionType)
@@ -118,7 +123,8 @@ def unchanged(found:list) -> bool: return all(reading.same() for reading in foun
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.permute.default)
 UNITS = (aten.mul.Scalar, aten.div.Scalar, aten.pow.Tensor_Scalar)
-FILLED = (aten.ones_like.default, aten.zeros_like.default, aten.new_zeros.default) # of whose argument only the shape matters
+# of whose argument only the shape matters
+FILLED = (aten.ones_like.default, aten.zeros_like.default, aten.new_zeros.default)
 
 class Watch(torch.fx.Interpreter):
     "Runs a record and keeps what every operation returns"
@@ -144,15 +150,17 @@ def mutates(node) -> bool:
     return bool(schema and schema.is_mutable)
 
 def simplified(graph:torch.fx.GraphModule, *tensors:Tensor) -> torch.fx.GraphModule:
-    "Take out the operations that return their argument, and compute once those that depend on no argument"
-    watch, constant = Watch(graph), set()
+    "Take out operations that return their argument, and compute those of no argument once"
+    watch = Watch(graph)
+    constant = set()
     watch.run(*tensors)
     nodes = [node for node in graph.graph.nodes if node.op in ("call_function", "get_attr")]
     if any(map(mutates, nodes)): return graph
     for node in nodes:
         fixed = node.target in FILLED or constant.issuperset(node.all_input_nodes)
         if watch.returns_argument(node, constant): node.replace_all_uses_with(node.args[0])
-        elif fixed and isinstance(watch.seen[node], Tensor): constant |= {node, fold(graph, node, watch)}
+        elif fixed and isinstance(watch.seen[node], Tensor):
+            constant |= {node, fold(graph, node, watch)}
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -186,7 +194,8 @@ def compiled(fn:Callable, tensors:tuple) -> Callable|None:
     except Exception: pass # whatever a module does that no record can hold: it works without
 
 def traced(graph:Callable, tensors:tuple) -> Callable:
-    "A graph in torch.jit's form; as it is where that is gone, or cannot hold it, as for derivatives of convolutions"
+    """A graph in torch.jit's form.
+    As it is where that is gone, or cannot hold it, as for derivatives of convolutions."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore") # torch.jit.trace is deprecated
@@ -209,7 +218,9 @@ def modes(kind:str # of device
 
 class Recorder:
     "Runs functions of tensors; what is called often with the same shapes is recorded, and replayed"
-    lock, patience, room = threading.Lock(), 16, 32 # calls before a record, and how many there may be
+    lock = threading.Lock()
+    patience = 16 # calls before a record
+    room = 32 # records that there may be
     worth = 256 # calls that a record pays for: to make it takes as long as a hundred or two of them
     def __init__(self): self.entries = {}
     @property
@@ -224,7 +235,8 @@ class Recorder:
         shapes = ((t.shape, t.dtype, t.device) for t in tensors)
         key = (id(owner), name, modes(tensors[0].device.type), *shapes)
         entry = self.entries.get(key)
-        if entry is None: entry = self.entries.setdefault(key, Entry(owner)) # so an id stays its owner's
+        if entry is None:
+            entry = self.entries.setdefault(key, Entry(owner)) # so an id stays its owner's
         entry.calls += 1
         tensors = [t.detach().contiguous() for t in tensors]
         compared = entry.calls & (entry.calls - 1) == 0 # at powers of two
