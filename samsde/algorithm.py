@@ -435,15 +435,15 @@ class Chain(Model):
         "The next state, for γ of the same leading axes"
         x = self.over_sweep(self.position(state))
         state = state.expand(*x.shape[:-1], -1) if self.memory else x
-        s = 1.0
-        if self.schedule is not None: s = self.factor(state[..., -1].flatten()[0].item())
-        rate = x.new_tensor(s)
+        rate = []
+        if self.schedule is not None:
+            rate = [x.new_tensor(self.factor(state[..., -1].flatten()[0].item()))]
         step = self.trained_step if self.memory or self.weight_decay else self.plain_step
-        if not self.objective.one_pass(x): return step(state, gamma, rate)
-        return self.taken("chain", step, state, gamma, rate)
-    def plain_step(self, x:Tensor, gamma:Tensor, rate:Tensor) -> Tensor:
+        if not self.objective.one_pass(x): return step(state, gamma, *rate)
+        return self.taken("chain", step, state, gamma, *rate)
+    def plain_step(self, x:Tensor, gamma:Tensor) -> Tensor:
         return self.algorithm.step(self.objective, x, self.eta, gamma)
-    def trained_step(self, state:Tensor, gamma:Tensor, rate:Tensor) -> Tensor:
+    def trained_step(self, state:Tensor, gamma:Tensor, rate=1.0) -> Tensor:
         x, *rest = self.split(state)
         known = dict(zip(self.memory, rest))
         algorithm = self.algorithm

@@ -64,6 +64,7 @@ class StepMoments:
         "x − combine(dt, s ξ, ρ), for a number s or a tensor (..., 1)"
         return x - self.combine(dt, s * xi, rho)
 
+# %% ../nbs/02d_moments.ipynb #45e3dab9
 class Wrapped(StepMoments):
     "Moments that are made of others"
     def __init__(self, inner:StepMoments):
