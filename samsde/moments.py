@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .algorithm import SAM, SGD, USAM, Algorithm, Linear, check_micro_batch, check_model, overrides
 from .machinery.checks import broadcast_paths, check_int, per_path
-from .objective import Additive, FiniteSum, Minibatches, Objective, Quadratic, Support, gradient
+from .objective import (
+    Additive, FiniteSum, Minibatches, Objective, Quadratic, Support, gradient)
 from .random_direction import gaussian_factors
 from .sample_sums import HALF_SQUARE, NORM, Potential, gradient_of_sum, signed_products, way_of
 
@@ -101,7 +102,7 @@ def gamma_support(objective:Objective, x:Tensor, draws:int,
     if isinstance(seed, Support): return seed
     law, generator = objective.law, generator_of(seed, x.device)
     K = law.size(check_int("draws", draws, least=4))
-    if isinstance(objective, FiniteSum) and generator is seed and x.ndim > 1 and K < law.count:
+    if isinstance(law, Minibatches) and generator is seed and x.ndim > 1 and K < law.count:
         shape = K, len(x), *(1,) * (x.ndim - 2)
         return Support(law.draw(shape, generator, device=x.device), False)
     s = law.support(draws, generator, dtype=x.dtype, device=x.device)
@@ -202,7 +203,9 @@ class GammaMoments(StepMoments):
     @property
     def drawn(self) -> Support|None: return None if self.is_exact else self.support
     @property
-    def passes(self) -> int: return len(chunks(self.support.gammas, self.x, chunk=self.objective.chunk))
+    def passes(self) -> int:
+        pieces = chunks(self.support.gammas, self.x, chunk=self.objective.chunk)
+        return len(pieces) if self.objective.one_pass(self.x) else len(pieces) + 1
     @property
     def way(self) -> str: return f"{self.size} minibatches"
     def columns(self, rho):
