@@ -6,22 +6,27 @@
 __all__ = ['top_eigenvectors', 'largest_eigenvalue', 'Diagnosis', 'diagnose']
 
 # %% ../nbs/08b_diagnosis.ipynb #632055e8
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Callable
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
-from .algorithm import Algorithm, an_objective, pair
+from . import optim
+from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, an_objective, overrides, pair
 from .machinery.style import colours
 from .implicit_regularizer import drift
 from .moments import chunks, hessian_perturbation
 from .machinery.checks import (
     check_finite, check_floating, check_int, check_positive, check_scalar)
-from .objective import Objective
+from .machinery.network import trainable
+from .objective import MinibatchLoss, Objective
 
 # %% ../nbs/08b_diagnosis.ipynb #f41251e1
 def one_point(objective, x) -> Tensor: # (d,)
@@ -83,31 +88,94 @@ def largest_eigenvalue(hvp:Callable, # x, v, (..., d) each -> (..., d), such as 
     return torch.linalg.eigvalsh(T)[..., -1]
 
 # %% ../nbs/08b_diagnosis.ipynb #68513415
-def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, # (d,)
-          V:Tensor, # (m, d)
-          draws:int, seed:int) -> tuple[dict, dict, Tensor]:
-    """What one step is made of, for drawn γ: projections of g, c and G on V, (draws, m);
-    total variances of g, c and G − c; and the mean of G − c, (d,)"""
-    gammas = algorithm.draw(objective, (draws,), torch.Generator(x.device).manual_seed(seed),
-                            dtype=x.dtype, device=x.device)
-    projections = {n: [] for n in ("g", "c", "G")}
-    first = {}
-    # of differences to the first, so that equal values have no variance
-    sums, squares = (dict.fromkeys(["g", "c", "gap"], 0) for _ in range(2))
-    for s in chunks(gammas, x, chunk=getattr(objective, "chunk", None)):
-        g = objective.sample_grad(x, algorithm.of_gradient(gammas[s]))
-        G = algorithm.direction(objective, x, gammas[s])
-        c = g + algorithm.rho * hessian_perturbation(algorithm, objective, x, gammas[s])
-        for name, value in {"g": g, "c": c, "G": G}.items(): projections[name].append(value @ V.T)
-        for name, value in {"g": g, "c": c, "gap": G - c}.items():
-            value = value.double() - first.setdefault(name, value[0].double())
-            sums[name] = sums[name] + value.sum(0)
-            squares[name] = squares[name] + value.square().sum().item()
-    power = {name: max(0., square - sums[name].square().sum().item() / draws) / (draws - 1)
-             for name, square in squares.items()}
-    return ({name: torch.cat(parts).double() for name, parts in projections.items()}, power,
-            first["gap"] + sums["gap"] / draws)
+class KnownGradient(Objective):
+    "An objective of which ∇f_γ and ∇f are known at a point, for an algorithm to perturb by"
+    def __init__(self, objective:Objective, g:Tensor, grad:Tensor): # (d,) each
+        self.dim, self.dtype, self.law = objective.dim, objective.dtype, objective.law
+        self.known = g, grad
+    def sample_grad(self, x, gamma): return self.known[0].expand_as(x)
+    def grad(self, x): return self.known[1].expand_as(x)
 
+def is_fused(algorithm:Algorithm, objective:Objective) -> bool:
+    "Can one graph give ∇f_γ and H_γ u?"
+    plain = (algorithm.source, algorithm.micro_batch) == ("own", None)
+    return isinstance(objective, MinibatchLoss) and plain and not overrides(algorithm, "direction")
+
+def perturbations(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor) -> Tensor:
+    "u of each γ, (k, d); the mean over its micro-batches"
+    if algorithm.source == "previous": return algorithm.perturbation(objective, x, gammas)
+    own = algorithm.of_gradient(gammas).shape[-1]
+    if algorithm.micro_batch in (None, own): return algorithm.ascent(objective, x, gammas)
+    return algorithm.ascent(objective, x, algorithm.cuts(gammas)).mean(0)
+
+def step_parts(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor,
+               grad:Tensor) -> tuple: # of (k, d)
+    "g, u, c = g + ρHu and G of each γ"
+    rho = algorithm.rho
+    if algorithm.unperturbed and not overrides(algorithm, "direction"):
+        g = objective.sample_grad(x, algorithm.of_gradient(gammas))
+        return g, torch.zeros_like(g), g, g
+    if is_fused(algorithm, objective) and len(gammas) == 1:
+        def direction(g):
+            known = KnownGradient(objective, g, grad)
+            return algorithm.perturbation(known, x, gammas[0])
+        g, u, Hu = objective.along(x, gammas[0], direction)
+        G = objective.sample_grad(x + rho * u, gammas[0])
+        return g[None], u[None], (g + rho * Hu)[None], G[None]
+    g = objective.sample_grad(x, algorithm.of_gradient(gammas))
+    c = g + rho * hessian_perturbation(algorithm, objective, x, gammas)
+    u = perturbations(algorithm, objective, x, gammas).expand_as(g)
+    return g, u, c, algorithm.direction(objective, x, gammas)
+
+# %% ../nbs/08b_diagnosis.ipynb #619d4c2e
+class Sums:
+    "Mean and total variance of vectors that come one by one, as differences to the first"
+    def __init__(self): self.n, self.first, self.total, self.square = 0, None, 0, 0.
+    def add(self, values:Tensor): # (k, d)
+        dtype = torch.float64 if values.shape[-1] < 10**6 else values.dtype
+        values = values.to(dtype)
+        if self.first is None: self.first = values[0].clone()
+        values = values - self.first
+        self.n = self.n + len(values)
+        self.total = self.total + values.sum(0)
+        self.square = self.square + values.double().square().sum().item()
+    @property
+    def mean(self) -> Tensor: return self.first + self.total / self.n
+    @property
+    def power(self) -> float:
+        "The trace of the covariance; of equal values exactly 0"
+        spread = self.square - self.total.double().square().sum().item() / self.n
+        return max(0., spread) / (self.n - 1)
+
+@dataclass
+class Drawn:
+    "What one step is made of, for drawn γ"
+    gammas: Tensor
+    projections: dict # name -> (draws, m): g, c and G along the directions
+    sums: dict # name -> Sums: of g, c, G − c, and c − g
+    push: float # c, in E u = c ḡ along ḡ
+    push_error: float
+
+def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,)
+          V:Tensor, # (m, d)
+          draws:int, seed:int, bar=iter) -> Drawn:
+    generator = torch.Generator(x.device).manual_seed(seed)
+    gammas = algorithm.draw(objective, (draws,), generator, dtype=x.dtype, device=x.device)
+    projections = {n: [] for n in ("g", "c", "G")}
+    sums = {n: Sums() for n in ("g", "c", "gap", "Hu")}
+    pushes = []
+    for s in bar(chunks(gammas, x, chunk=getattr(objective, "chunk", None))):
+        g, u, c, G = step_parts(algorithm, objective, x, gammas[s], grad)
+        for name, value in {"g": g, "c": c, "G": G}.items(): projections[name].append(value @ V.T)
+        for name, value in {"g": g, "c": c, "gap": G - c, "Hu": c - g}.items():
+            sums[name].add(value)
+        pushes.append(u @ grad)
+    projections = {name: torch.cat(parts).double() for name, parts in projections.items()}
+    pushes = torch.cat(pushes).double() / grad.double().square().sum()
+    return Drawn(gammas, projections, sums, pushes.mean().item(),
+                 (pushes.var() / draws).sqrt().item())
+
+# %% ../nbs/08b_diagnosis.ipynb #cbcd5d9c
 def moments(eta:float, b:Tensor, # (m,), the drift along the directions
             projections:dict) -> dict: # columns, (m,) each
     """Mean and variance of a step x⁺ − x along directions:
@@ -124,6 +192,13 @@ def moments(eta:float, b:Tensor, # (m,), the drift along the directions
                 "se of variance": wider.std(0) / root}
     return mean | {name: eta**2 * value for name, value in variance.items()}
 
+def push_of(algorithm:Algorithm, step:Drawn, size:float) -> tuple[float, float]:
+    "c in E u = c ḡ and its standard error: where it is known, as it is; else from the drawn γ"
+    own = algorithm.source == "own" and not algorithm.has_metric
+    if own and algorithm.definer in (SGD, USAM): return 1., 0.
+    if own and algorithm.definer is DNSAM: return 1 / size, 0.
+    return step.push, step.push_error
+
 # %% ../nbs/08b_diagnosis.ipynb #c0cc8019
 @dataclass
 class Diagnosis:
@@ -132,17 +207,32 @@ class Diagnosis:
     # top eigenvectors and random directions: curvature, noise, and the moments of one step
     directions: pd.DataFrame
     tolerance: float # what is small
+    settings: dict=field(default_factory=dict) # of a training run: algorithm, η, momentum, ...
+    coarse: list=field(default_factory=list) # what was measured on less than all, in words
 
+    @property
+    def stable(self) -> bool:
+        "Is the point below the edge of stability?"
+        return self.terms["stability number"] < 1
     @property
     def reason(self) -> str:
         neglected = {name: self.terms[name] for name in ("neglected in ρ", "neglected in η")}
         large = {name: value for name, value in neglected.items() if not value <= self.tolerance}
         said = ", ".join(f"{name}: {value:.2g} of the drift"
                          for name, value in (large or neglected).items())
-        return f"{said}, {'more than' if large else 'at most'} {self.tolerance:g}"
+        said = f"{said}, {'more than' if large else 'at most'} {self.tolerance:g}"
+        number = f"stability number {self.terms['stability number']:.2g}"
+        if self.stable: return f"{said}; {number}, below the edge 1"
+        return f"{number}, at or beyond the edge 1; {said}"
     def __bool__(self) -> bool:
-        return all(self.terms[name] <= self.tolerance
-                   for name in ("neglected in ρ", "neglected in η"))
+        small = all(self.terms[name] <= self.tolerance
+                    for name in ("neglected in ρ", "neglected in η"))
+        return small and self.stable
+    @property
+    def table(self) -> pd.DataFrame:
+        "The settings and all terms, a row each"
+        values = {**self.settings, **self.terms, "fair": bool(self), "reason": self.reason}
+        return pd.DataFrame({"value": values}).rename_axis("term")
     def __repr__(self) -> str: return f"{'fair' if self else 'not fair'} ({self.reason})"
     def plot(self, ax=None):
         """Variance of one step along every direction, that of the algorithm with two standard
@@ -154,6 +244,7 @@ class Diagnosis:
         error = 2 * t["se of variance"] / t["variance, SDE"]
         ax.errorbar(t.index, ratio, error, fmt="o", capsize=2, color=colours["SAM"],
                     label="algorithm")
+        if self.coarse: ax.set_title("; ".join(self.coarse), fontsize=6, wrap=True)
         ax.plot(t.index, t["variance, SGD"] / t["variance, SDE"], "x", color=colours["SGD"],
                 label="SGD")
         ax.axhline(1, color="k", lw=1, label="SDE")
@@ -161,6 +252,43 @@ class Diagnosis:
         ax.set(ylabel="variance of a step over the SDE's")
         ax.legend(fontsize=8)
         return ax
+
+# %% ../nbs/08b_diagnosis.ipynb #5dfc7e26
+def norm(t:Tensor) -> float: return torch.linalg.vector_norm(t).item()
+
+def ratio_free_of_noise(mean:Tensor, power:float, draws:int, size:float) -> tuple[float, float]:
+    "‖mean‖/size less what noise alone would give, and that"
+    return max(0., norm(mean)**2 - power / draws)**.5 / size, (power / draws)**.5 / size
+
+def change_in_a_step(algorithm, objective, x:Tensor, eta:float, here:Tensor, step:Drawn,
+                     grad:Tensor, decay, bar=iter) -> tuple[Tensor, float]: # mean, and its variance
+    """b(x + ηb) − b(x) by the difference of G for the same γ, one after another"""
+    moved = x + eta * here
+    changes = Sums()
+    rest = decay * (moved - x)
+    for gamma in bar(step.gammas):
+        G = (algorithm.direction(objective, z, gamma[None])[0] for z in (x, moved))
+        before, after = G
+        changes.add((before - after - rest)[None])
+    return changes.mean.to(x), changes.power
+
+def stability(eta:float, lam:float, push:float, rho:float, momentum:float=0., dampening:float=0.,
+              nesterov:bool=False, decay:float=0.) -> float:
+    "η(λ(1 + ρcλ) + weight decay) over the value at which the mean step turns by −1"
+    edge = 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
+    return eta * (1 - dampening) * (lam * (1 + rho * push * lam) + decay) / edge
+
+# %% ../nbs/08b_diagnosis.ipynb #8953badb
+def along_directions(V:Tensor, curvature:Tensor, names:list, eta:float, here:Tensor,
+                     step:Drawn) -> pd.DataFrame:
+    "Curvature, noise and the moments of a step along each direction"
+    power = step.sums["c"].power
+    found = moments(eta, V.double() @ here.double(), step.projections)
+    table = {"curvature": curvature} | found
+    none = torch.zeros(len(V))
+    table["share of noise"] = table["variance, SDE"] / (eta**2 * power) if power else none
+    columns = {name: value.cpu().numpy() for name, value in table.items()}
+    return pd.DataFrame(columns, index=names)
 
 # %% ../nbs/08b_diagnosis.ipynb #7e662a83
 def diagnose(algorithm:Algorithm, # with one radius
@@ -173,11 +301,13 @@ def diagnose(algorithm:Algorithm, # with one radius
              seed:int=0, # of γ and directions
              tolerance:float=.1 # part of the drift that may be neglected
             ) -> Diagnosis:
-    """Is the SDE of an algorithm a fair model at a point? All terms but the first are ratios:
+    """Is the SDE of an algorithm a fair model at a point? The terms, of which the first seven but one are ratios:
     "gradient", ‖ḡ‖; "regulariser", ρ‖E[Hu]‖/‖ḡ‖;
     "neglected in ρ", ‖E[G] − E[g + ρHu]‖/‖b‖, and "error of that", what draws alone would give;
     "neglected in η", ½‖b(x + ηb) − b(x)‖/‖b‖;
-    "noise", the root of the noise's total variance in one step over ‖ηb‖; "noise, SGD", SGD's.
+    "noise", the root of the noise's total variance in one step over ‖ηb‖; "noise, SGD", SGD's;
+    "largest eigenvalue", λ of ∇²f; "c", E[u]·ḡ/‖ḡ‖²; "stability number", ηλ(1 + ρcλ)/2.
+    False where a neglected part is more than `tolerance`, or that number is 1 or more.
     Raises ValueError or TypeError on bad input."""
     eta = check_scalar("eta", eta)
     draws = check_int("draws", draws, least=4)
@@ -192,24 +322,27 @@ def diagnose(algorithm:Algorithm, # with one radius
                          generator=generator, dtype=torch.float64).to(x)
     V = torch.cat([vectors, random / torch.linalg.vector_norm(random, dim=1, keepdim=True)])
     def b(z): return drift(algorithm, objective, z, draws=draws, seed=seed)
-    def norm(t): return torch.linalg.vector_norm(t).item()
-    here = b(x)
     grad = objective.grad(x)
+    size_of_grad = norm(grad)
+    step = drawn(algorithm, objective, x, grad, V, draws, seed)
+    fused = is_fused(algorithm, objective)
+    here = -(grad + step.sums["Hu"].mean.to(x)) if fused else b(x)
     size = norm(here)
-    projections, power, gap = drawn(algorithm, objective, x, V, draws, seed)
-    if size == 0:
+    if size == 0 or size_of_grad == 0:
         raise ValueError("the drift is exactly zero at x, and nothing is small against it")
-    terms = {"gradient": norm(grad), "regulariser": norm(here + grad) / norm(grad),
-             "neglected in ρ": max(0., norm(gap)**2 - power["gap"] / draws)**.5 / size,
-             "error of that": (power["gap"] / draws)**.5 / size,
-             "neglected in η": norm(b(x + eta * here) - here) / (2 * size),
-             "noise": power["c"]**.5 / size, "noise, SGD": power["g"]**.5 / size}
+    if fused: change, power = change_in_a_step(algorithm, objective, x, eta, here, step, grad, 0.)
+    else: change, power = b(x + eta * here) - here, 0.
+    push, push_error = push_of(algorithm, step, size_of_grad)
+    largest = lam[0].item()
+    sums = step.sums
+    in_rho, rho_error = ratio_free_of_noise(sums["gap"].mean, sums["gap"].power, draws, size)
+    in_eta, _ = ratio_free_of_noise(change, power, draws, 2 * size)
+    terms = {"gradient": size_of_grad, "regulariser": norm(here + grad) / size_of_grad,
+             "neglected in ρ": in_rho, "error of that": rho_error, "neglected in η": in_eta,
+             "noise": sums["c"].power**.5 / size, "noise, SGD": sums["g"].power**.5 / size,
+             "largest eigenvalue": largest, "c": push,
+             "stability number": stability(eta, largest, push, float(rho))}
     names = ([f"eigenvector {i + 1}" for i in range(top)]
              + [f"random {i + 1}" for i in range(directions)])
-    table = ({"curvature": (V * objective.hvp(x, V)).sum(1)}
-             | moments(eta, V.double() @ here.double(), projections))
-    table["share of noise"] = (table["variance, SDE"] / (eta**2 * power["c"]) if power["c"]
-                               else torch.zeros(len(V)))
-    return Diagnosis(terms,
-                     pd.DataFrame({name: value.cpu().numpy() for name, value in table.items()},
-                                  index=names), tolerance)
+    curvature = (V * objective.hvp(x, V)).sum(1)
+    return Diagnosis(terms, along_directions(V, curvature, names, eta, here, step), tolerance)

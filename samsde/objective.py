@@ -484,6 +484,18 @@ class MinibatchLoss(Objective):
     def refuse_number(self, rows, f):
         raise ValueError(f"every minibatch must have a finite loss at x0, got {f.item()} for the samples {rows[:8]}"
                          f"{' …' * (len(rows) > 8)}: is a batch all padding, or without a target?")
+    def along(self, x:Tensor, gamma:Tensor, # (d,), (b + 1,)
+              to_direction:Callable # ∇f_γ (d,) -> (d,)
+             ) -> tuple[Tensor, Tensor, Tensor]: # (d,) each
+        "∇f_γ, a direction v that it decides, and ∇²f_γ v, from one graph"
+        *rows, seed = self.numbers(gamma).tolist()
+        seen = []
+        def direction(g):
+            seen.append(to_direction(g))
+            return seen[0]
+        f, g, Hv, _ = self.network.derivative(self.check(x), rows, seed, direction)
+        if not torch.isfinite(f): self.check_number(rows, seed)
+        return g, seen[0], Hv
     def each(self, what:str, x:Tensor, # (..., d)
              gamma:Tensor|None, # (..., b + 1); None: the mean over γ
              v:Tensor|None=None # (..., d)

@@ -235,7 +235,7 @@ def test_everything_takes_it():
 
 def test_sweep_takes_it():
     o = objective("dropout", full_batches=4)
-    table = sweep([SAM(.1)], {"net": (o, o.x0)}, [.1], t_end=.2, n_paths=3)
+    table = sweep([SAM(.1)], {"net": o}, [.1], t_end=.2, n_paths=3)
     assert len(table)
 
 
