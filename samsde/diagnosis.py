@@ -173,7 +173,7 @@ def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,
     sums = {n: Sums() for n in ("g", "c", "gap")}
     pushes = []
     kept = []
-    keep = is_fused(algorithm, objective) and draws * len(x) <= 2**24
+    keep = is_fused(algorithm, objective) and draws * len(x) <= 2**26
     for s in bar(chunks(gammas, x, chunk=getattr(objective, "chunk", None))):
         g, u, c, G = step_parts(algorithm, objective, x, gammas[s], grad)
         for name, value in {"g": g, "c": c, "G": G}.items(): projections[name].append(value @ V.T)
@@ -425,8 +425,7 @@ def lanczos(product, start:Tensor, # (d,) -> (d,), and (d,)
     for _ in range(min(steps, len(start))):
         w = product(Q[-1])
         diagonal.append(w @ Q[-1])
-        for _ in range(2):
-            for q in Q: w = w - (w @ q) * q
+        for q in [*Q, *Q]: w -= (w @ q) * q
         beside.append(torch.linalg.vector_norm(w))
         if beside[-1] <= 1e-6 * abs(diagonal[0]): break
         Q.append(w / beside[-1])
@@ -460,7 +459,6 @@ def plan(objective:MinibatchLoss, algorithm:Algorithm, budget_s:float, effort:fl
     single = timed(lambda: objective.sample_grad(x, gamma[1]))
     product = timed(lambda: objective.sample_hvp(x, gamma[1], x + 1)) # x may be 0
     draw = 2 * single if algorithm.unperturbed else product + 4 * single
-    if 256 * len(x) > 2**24: draw = draw + single
     every = -(-law.n // law.batch_size)
     limit = min(clock.left, max(3., effort * single + every * single))
     batches = max(2, min(every, int(.4 * limit / single)))

@@ -509,6 +509,7 @@ class MinibatchLoss(Objective):
         one = self.mean if gamma is None else self.at
         out = [one(what, *row) for row in zip(rows(x), rows(gamma), rows(v))]
         shape = lead if what == "value" else (*lead, self.dim)
+        if len(out) == 1: return out[0].reshape(shape)
         return torch.stack(out).reshape(shape) if out else x.new_zeros(shape)
 
     @property
@@ -547,24 +548,27 @@ class MinibatchLoss(Objective):
     def bar(self, batches, name:str): return tqdm(batches, name, leave=False, disable=not self.progress)
     def mean(self, what:str, x:Tensor, gamma=None, v=None) -> Tensor:
         "f, ∇f or ∇²f v at one point (d,)"
-        if what == "product": return sum(w * self.at(what, x, c, v) for c, w in self.bar(self.batches(), "∇²f v"))
-        return self.all_of(x)[("value", "slope").index(what)]
+        if what != "product": return self.all_of(x)[("value", "slope").index(what)].clone()
+        total = torch.zeros_like(x)
+        for gamma, w in self.bar(self.batches(), "∇²f v"): total.add_(self.at(what, x, gamma, v), alpha=w)
+        return total
     def all_of(self, x:Tensor) -> tuple: # f, ∇f, and their standard errors
         "A pass over the batches of f at one point; those of the last two points are remembered"
         for point, data, found in self.known:
             if point.equal(x) and data == self.data_version(): return found
-        f = g = f2 = g2 = 0
+        f = f2 = g2 = 0.
+        g = torch.zeros_like(x)
         for gamma, w in self.bar(self.batches(), "∇f"):
             *rows, seed = gamma.tolist()
             value, slope = self.network.derivative(x, rows, seed)[:2]
             if not torch.isfinite(value): self.check_number(rows, seed)
             f = f + w * value.double()
-            g = w * slope if isinstance(g, int) else g.add_(slope, alpha=w)
+            g.add_(slope, alpha=w)
             f2 = f2 + w * value.double()**2
-            g2 = g2 + w * torch.linalg.vector_norm(slope, dtype=torch.float64)**2
+            g2 = g2 + w * torch.linalg.vector_norm(slope).double()**2
         K, drawn = len(self.batches()), self.full == "drawn"
         def error(square, mean): return (max(0., (square - mean).item()) / (K - 1))**.5 if drawn else 0.
-        found = f.to(x.dtype), g, error(f2, f**2), error(g2, torch.linalg.vector_norm(g, dtype=torch.float64)**2)
+        found = f.to(x.dtype), g, error(f2, f**2), error(g2, torch.linalg.vector_norm(g).double()**2)
         self.known = [(x.detach().clone(), self.data_version(), found), *self.known[:1]]
         return found
     def data_version(self) -> tuple:
