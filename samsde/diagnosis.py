@@ -484,10 +484,10 @@ def momentum_terms(settings:dict, A:float, in_eta:float, tolerance:float) -> dic
     else: model = "none"
     return {"momentum number": number, "model": model}
 
-def run_objective(model, loss, data, batch_size, batch_loss) -> MinibatchLoss:
+def run_objective(model, loss, data, batch_size, collate_fn, batch_loss) -> MinibatchLoss:
     "The minibatches of a run: those of a DataLoader, or of data and a batch size"
     if isinstance(data, DataLoader): return MinibatchLoss.from_module(model, loss, data, batch_loss=batch_loss)
-    return MinibatchLoss.from_module(model, loss, data, batch_size, replace=False, batch_loss=batch_loss)
+    return MinibatchLoss.from_module(model, loss, data, batch_size, replace=False, collate_fn=collate_fn, batch_loss=batch_loss)
 
 # %% ../nbs/08b_diagnosis.ipynb #ed1b90de
 def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
@@ -496,6 +496,7 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
                       optimizer, # of samsde.optim, or torch.optim.SGD
                       *, rho:float|None=None, # in place of the optimizer's
                       batch_size:int|None=None, # of data that are no DataLoader
+                      collate_fn=None, # of data that are a Dataset
                       batch_loss=None, # (model, batch) -> scalar, in place of `loss`
                       budget_s:float=60, # seconds
                       effort:float=40, # of gradients beyond ∇f, where these take more than 3 s
@@ -512,7 +513,7 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
     check_scalar("tolerance", tolerance), check_int("top", top), check_int("seed", seed, least=0)
     clock = Timed(budget_s)
     algorithm, settings, decay = read_optimizer(model, optimizer, rho)
-    objective = run_objective(model, loss, data, batch_size, batch_loss)
+    objective = run_objective(model, loss, data, batch_size, collate_fn, batch_loss)
     x = objective.x0
     how = plan(objective, algorithm, clock.left, effort)
     steps = how["batches"] + how["curved"] * how["steps"] + 2 * how["draws"]

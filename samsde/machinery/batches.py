@@ -131,7 +131,7 @@ class LossOfOutput:
         output = run(module, inputs)
         return own_loss(output) if self.loss is None else self.loss(output, target)
 
-# %% ../../nbs/machinery/batches.ipynb #f92ca21d
+# %% ../../nbs/machinery/batches.ipynb #186365e0
 def check_parameters(module):
     "Raises ValueError or TypeError unless a module has trainable, real parameters of one dtype"
     if not isinstance(module, nn.Module): raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -151,11 +151,16 @@ def check_parameters(module):
 def differentiable(module:nn.Module):
     "Where torch runs no kernel that lacks a second derivative"
     check_grad_possible()
+    kernels = [torch.backends.mkldnn, torch.backends.cudnn]
     recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
+    before = [kernel.enabled for kernel in kernels]
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        if not recurrent: yield
-        else:
-            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False): yield
+        try:
+            if recurrent:
+                for kernel in kernels: kernel.enabled = False
+            yield
+        finally:
+            for kernel, enabled in zip(kernels, before): kernel.enabled = enabled
 
 class BatchNetwork:
     "A module as it is now, with the loss of a batch and data that are read when they are needed"
