@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Support', 'Objective', 'Gaussian', 'Additive', 'Quadratic', 'NoisyLoss', 'Minibatches', 'FiniteSum', 'from_module',
-           'Noiseless', 'MinibatchLoss', 'minibatches_of_module']
+           'Noiseless', 'MinibatchLoss']
 
 # %% ../nbs/00_objective.ipynb #4ed14a3c
 import copy, itertools, math
