@@ -106,7 +106,8 @@ def gamma_support(objective:Objective, x:Tensor, draws:int,
     law = objective.law
     generator = generator_of(seed, x.device)
     K = law.size(check_int("draws", draws, least=4))
-    if isinstance(objective, FiniteSum) and generator is seed and x.ndim > 1 and K < law.count:
+    count = getattr(law, "count", None) # of minibatches
+    if count and generator is seed and x.ndim > 1 and K < count:
         shape = K, len(x), *(1,) * (x.ndim - 2)
         return Support(law.draw(shape, generator, device=x.device), False)
     s = law.support(draws, generator, dtype=x.dtype, device=x.device)
@@ -216,7 +217,8 @@ class GammaMoments(StepMoments):
     def drawn(self) -> Support|None: return None if self.is_exact else self.support
     @property
     def passes(self) -> int:
-        return len(chunks(self.support.gammas, self.x, chunk=self.objective.chunk))
+        pieces = chunks(self.support.gammas, self.x, chunk=self.objective.chunk)
+        return len(pieces) if self.objective.one_pass(self.x) else len(pieces) + 1
     @property
     def way(self) -> str: return f"{self.size} minibatches"
     def columns(self, rho):

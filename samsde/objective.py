@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['Support', 'Objective', 'Gaussian', 'Additive', 'Quadratic', 'NoisyLoss', 'Minibatches', 'FiniteSum', 'from_module',
-           'Noiseless']
+           'Noiseless', 'MinibatchLoss']
 
 # %% ../nbs/00_objective.ipynb #4ed14a3c
-import copy, math
+import copy, itertools, math
+from contextlib import contextmanager
 from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
+from .machinery.batches import BatchNetwork, LossOfOutput, of_loader
 from .machinery.checks import broadcast_axes, broadcast_paths, check_int, check_points, check_scalar, check_symmetric, psd_root
 from .machinery.comparison import check_network
 from .machinery.network import Network, check_data, check_layers
@@ -310,6 +314,17 @@ class FiniteSum(Objective):
         if not torch.allclose(chosen, known, rtol=1e-3, atol=1e-6, equal_nan=True):
             raise ValueError(f"select must return the losses of the samples {i.tolist()}, {known.tolist()}, got {chosen.tolist()}")
 
+# %% ../nbs/00_objective.ipynb #4ca7400b
+NO_SUM = "no sample losses", "other samples", "mean of the losses", "target ignored", "random numbers", "its own"
+
+@contextmanager
+def pointing_to_minibatches():
+    "Where something is refused that is no finite sum, the words name what takes it"
+    try: yield
+    except ValueError as error:
+        if not any(words in str(error) for words in NO_SUM): raise
+        raise ValueError(f"{error}. MinibatchLoss.from_module takes the loss of a minibatch as torch computes it") from error
+
 # %% ../nbs/00_objective.ipynb #33d4ca28
 def from_module(cls, module:torch.nn.Module, # any network without training-mode batch normalisation or dropout
                 loss:Callable, # (output, target) of a batch -> scalar, the mean of its samples' losses, e.g. torch.nn.CrossEntropyLoss()
@@ -323,11 +338,11 @@ def from_module(cls, module:torch.nn.Module, # any network without training-mode
     Module, loss and data are copied as they are now; what a Python function reads from outside, it reads when it is called.
     Raises ValueError or TypeError on what has no sample losses, and on what differs from a plain loop over samples."""
     check_data(module, loss, X, y)
-    check_layers(module, X)
+    with pointing_to_minibatches(): check_layers(module, X)
     network = Network(module, loss, X, y)
     self = cls(network.losses, len(X), len(network.x0), batch_size, replace, select=network.losses, chunk=chunk)
     network.chunk = self.chunk
-    check_network(network, module, loss)
+    with pointing_to_minibatches(): check_network(network, module, loss)
     self.network, self.x0, self.dtype = network, network.x0, network.x0.dtype
     return self
 
@@ -344,3 +359,269 @@ class Noiseless(Additive):
     def loss(self, x): return self.objective.loss(x)
     def grad(self, x): return self.objective.grad(x)
     def hvp(self, x, v): return self.objective.hvp(x, v)
+
+# %% ../nbs/00_objective.ipynb #984cc129
+class SeededMinibatches(Minibatches):
+    "The law of minibatches in their order, with a seed behind the sample numbers"
+    def __init__(self, n:int, batch_size:int, replace:bool, random:bool # are random numbers drawn from the seed?
+                ):
+        super().__init__(n, batch_size, replace)
+        self.random = random
+
+    @property
+    def silent(self) -> bool: return self.count == 1
+    @property
+    def count(self) -> int|float:
+        "The number of minibatches; inf from 2⁶³ on, and where random numbers are drawn"
+        n, B = self.n, self.batch_size
+        if self.random: return math.inf
+        if n == 1 or (B == n and not self.replace): return 1
+        if B * math.log2(n) >= 63: return math.inf
+        return n**B if self.replace else math.perm(n, B)
+    def draw(self, shape, generator=None, *, dtype=None, device=None) -> Tensor:
+        n, B = self.n, self.batch_size
+        if self.replace or B in (1, n): numbers = super().draw(shape, generator, device=device)
+        else:
+            each = [torch.randperm(n, generator=generator, device=device)[:B] for _ in range(math.prod(shape))]
+            numbers = torch.stack(each) if each else torch.zeros(0, B, dtype=torch.long, device=device)
+            numbers = numbers.reshape(*shape, B)
+        seeds = torch.randint(2**62, (*shape, 1), generator=generator, device=device)
+        return torch.cat([numbers, seeds], -1)
+    def support(self, draws, generator=None, *, dtype=None, device=None) -> Support:
+        n, B, K = self.n, self.batch_size, self.size(draws)
+        if K != self.count: return Support(self.draw((K,), generator, device=device), False)
+        if K == 1: every = [range(n)] if B == n else [[0] * B]
+        else: every = itertools.product(range(n), repeat=B) if self.replace else itertools.permutations(range(n), B)
+        numbers = torch.tensor([*map(list, every)], device=device)
+        return Support(torch.cat([numbers, numbers.new_zeros(K, 1)], -1), True)
+
+# %% ../nbs/00_objective.ipynb #4394ece7
+class Once(torch.autograd.Function):
+    "x, which cannot be differentiated by"
+    @staticmethod
+    def forward(ctx, x): return x.view_as(x)
+    @staticmethod
+    def backward(ctx, w):
+        raise ValueError("a MinibatchLoss has no third derivatives: torch has them wrong for some layers")
+
+class Value(torch.autograd.Function):
+    "f_γ or f at every path, whose derivative is `Slope`"
+    @staticmethod
+    def forward(ctx, objective, x, gamma):
+        ctx.objective, ctx.gamma = objective, gamma
+        ctx.save_for_backward(x)
+        return objective.each("value", x, gamma)
+    @staticmethod
+    def backward(ctx, w):
+        x, = ctx.saved_tensors
+        return None, w[..., None] * Slope.apply(ctx.objective, x, ctx.gamma), None
+
+class Slope(torch.autograd.Function):
+    "∇f_γ or ∇f at every path, whose derivative is `Product`"
+    @staticmethod
+    def forward(ctx, objective, x, gamma):
+        ctx.objective, ctx.gamma = objective, gamma
+        ctx.save_for_backward(x)
+        return objective.each("slope", x, gamma)
+    @staticmethod
+    def backward(ctx, w):
+        x, = ctx.saved_tensors
+        return None, Product.apply(ctx.objective, Once.apply(x), ctx.gamma, w), None
+
+class Product(torch.autograd.Function):
+    "∇²f_γ v or ∇²f v at every path, which is linear in v"
+    @staticmethod
+    def forward(ctx, objective, x, gamma, v):
+        ctx.objective, ctx.gamma = objective, gamma
+        ctx.save_for_backward(x)
+        return objective.each("product", x, gamma, v)
+    @staticmethod
+    def backward(ctx, w):
+        x, = ctx.saved_tensors
+        return None, torch.zeros_like(x), None, Product.apply(ctx.objective, x, ctx.gamma, w)
+
+# %% ../nbs/00_objective.ipynb #6ad21edd
+class MinibatchLoss(Objective):
+    "A module's loss of a random minibatch, as torch computes it; see `MinibatchLoss.from_module`"
+    chunk = 1 # one γ after another
+    def __init__(self, network:BatchNetwork, # from samsde.machinery.batches
+                 batch_size:int=1, # B
+                 replace:bool=True, # draw minibatches with replacement?
+                 *, full_batches:int|None=None, # drawn for f where it has no exact form; those of a pass over the data if None, at least 16
+                 progress:bool=False # a bar for passes over the data?
+                ):
+        random = network.value(network.x0, [*range(min(network.n, check_int("batch_size", batch_size)))], 0)[1]
+        self.network, self.x0, self.dtype, self.dim = network, network.x0, network.dtype, network.dim
+        self.law = SeededMinibatches(network.n, batch_size, replace, random)
+        passes = max(16, -(-network.n // batch_size))
+        self.full_batches = passes if full_batches is None else check_int("full_batches", full_batches, least=2)
+        self.progress, self.found, self.known = progress, None, []
+
+    def one_pass(self, x:Tensor) -> bool: return False # what a module does is not recorded
+    def numbers(self, gamma:Tensor) -> Tensor:
+        "`gamma` if it can be sample numbers and a seed; else a TypeError or ValueError"
+        if not isinstance(gamma, Tensor) or gamma.is_floating_point():
+            raise TypeError(f"gamma must be sample numbers and a seed, got {getattr(gamma, 'dtype', type(gamma).__name__)}")
+        if gamma.ndim and gamma.shape[-1] > 1: return gamma
+        raise ValueError(f"gamma must have shape (..., {self.law.batch_size + 1}), got {tuple(gamma.shape)}")
+    def at(self, what:str, # "value", "slope" or "product"
+           x:Tensor, gamma:Tensor, v=None) -> Tensor: # (d,), (b + 1,), (d,)
+        "f_γ, ∇f_γ or ∇²f_γ v at one point"
+        *rows, seed = gamma.tolist()
+        if what == "value": found = self.network.value(x, rows, seed)
+        else: found = self.network.derivative(x, rows, seed, v)
+        if found[-1] and not self.law.random:
+            raise ValueError("the module drew random numbers for one batch and none for the first: "
+                             "make it draw some for every batch, or none")
+        value = found[0 if what == "value" else ("slope", "product").index(what) + 1]
+        if not torch.isfinite(found[0]) and not x.equal(self.x0): self.check_number(rows, seed)
+        elif not torch.isfinite(found[0]): self.refuse_number(rows, found[0])
+        return value
+    def check_number(self, rows:list, seed:int):
+        "Raises ValueError if these rows have no finite loss at `x0` either"
+        f = self.network.value(self.x0, rows, seed)[0]
+        if not torch.isfinite(f): self.refuse_number(rows, f)
+    def refuse_number(self, rows, f):
+        raise ValueError(f"every minibatch must have a finite loss at x0, got {f.item()} for the samples {rows[:8]}"
+                         f"{' …' * (len(rows) > 8)}: is a batch all padding, or without a target?")
+    def along(self, x:Tensor, gamma:Tensor, # (d,), (b + 1,)
+              to_direction:Callable # ∇f_γ (d,) -> (d,)
+             ) -> tuple[Tensor, Tensor, Tensor]: # (d,) each
+        "∇f_γ, a direction v that it decides, and ∇²f_γ v, from one graph"
+        *rows, seed = self.numbers(gamma).tolist()
+        seen = []
+        def direction(g):
+            seen.append(to_direction(g))
+            return seen[0]
+        f, g, Hv, _ = self.network.derivative(self.check(x), rows, seed, direction)
+        if not torch.isfinite(f): self.check_number(rows, seed)
+        return g, seen[0], Hv
+    def each(self, what:str, x:Tensor, # (..., d)
+             gamma:Tensor|None, # (..., b + 1); None: the mean over γ
+             v:Tensor|None=None # (..., d)
+            ) -> Tensor: # (..., d), or (...) for values
+        "One path after another"
+        shapes = dict(x=x.shape[:-1])
+        if gamma is not None: shapes["gamma"] = gamma.shape[:-1]
+        if v is not None: shapes["v"] = v.shape[:-1]
+        lead = broadcast_axes(**shapes)
+        def rows(t): return [None] * math.prod(lead) if t is None else t.detach().expand(*lead, t.shape[-1]).reshape(-1, t.shape[-1])
+        one = self.mean if gamma is None else self.at
+        out = [one(what, *row) for row in zip(rows(x), rows(gamma), rows(v))]
+        shape = lead if what == "value" else (*lead, self.dim)
+        if len(out) == 1: return out[0].reshape(shape)
+        return torch.stack(out).reshape(shape) if out else x.new_zeros(shape)
+
+    @property
+    def full(self) -> str:
+        "How f is found: as a mean over \"samples\", or over \"enumerated\" or \"drawn\" minibatches"
+        if self.found is None: self.found = self.find_full()
+        return self.found[0]
+    def batches(self) -> list: # of γ and weights
+        "The minibatches of which f is the mean"
+        return self.found[1] if self.full else []
+    def find_full(self) -> tuple[str, list]:
+        law, n = self.law, self.law.n
+        if law.count <= n: return "enumerated", [(gamma, 1 / law.count) for gamma in law.support(n).gammas]
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(n, generator=generator)
+        parts = [torch.cat([rows, rows.new_zeros(1)]) for rows in order.split(law.batch_size)]
+        if not law.random and all(map(self.adds_up, self.bar(parts, "is it a sum?"))):
+            return "samples", [(gamma, (len(gamma) - 1) / n) for gamma in parts]
+        return "drawn", [(gamma, 1 / self.full_batches) for gamma in self.some_batches(self.full_batches, generator)]
+    def some_batches(self, K:int, generator) -> Tensor: # (K, B + 1)
+        "K minibatches; without replacement, those of whole passes over the data"
+        n, B = self.law.n, self.law.batch_size
+        drawn = self.law.draw((K,), generator)
+        if self.law.replace or B == n: return drawn
+        passes = [torch.randperm(n, generator=generator)[:n // B * B].reshape(-1, B) for _ in range(-(-K // (n // B)))]
+        return torch.cat([torch.cat(passes)[:K], drawn[:, -1:]], -1)
+    def adds_up(self, gamma:Tensor) -> bool: # (b + 1,)
+        "Is the loss of a batch at `x0` the mean of those of two parts, weighted by their rows?"
+        rows = gamma[:-1].tolist()
+        cut = len(rows) // 2
+        if not cut: return True
+        try: whole, a, b = (self.network.value(self.x0, part, 0)[0] for part in (rows, rows[:cut], rows[cut:]))
+        except (RuntimeError, ValueError): return False # such as batch normalisation of one row
+        size = max(whole.abs(), a.abs(), b.abs())
+        return bool((whole - (cut * a + (len(rows) - cut) * b) / len(rows)).abs() <= 16 * torch.finfo(self.dtype).eps**.75 * size)
+    def bar(self, batches, name:str): return tqdm(batches, name, leave=False, disable=not self.progress)
+    def mean(self, what:str, x:Tensor, gamma=None, v=None) -> Tensor:
+        "f, ∇f or ∇²f v at one point (d,)"
+        if what != "product": return self.all_of(x)[("value", "slope").index(what)].clone()
+        total = torch.zeros_like(x)
+        for gamma, w in self.bar(self.batches(), "∇²f v"): total.add_(self.at(what, x, gamma, v), alpha=w)
+        return total
+    def all_of(self, x:Tensor) -> tuple: # f, ∇f, and their standard errors
+        "A pass over the batches of f at one point; those of the last two points are remembered"
+        for point, data, found in self.known:
+            if point.equal(x) and data == self.data_version(): return found
+        f = f2 = g2 = 0.
+        g = torch.zeros_like(x)
+        for gamma, w in self.bar(self.batches(), "∇f"):
+            *rows, seed = gamma.tolist()
+            value, slope = self.network.derivative(x, rows, seed)[:2]
+            if not torch.isfinite(value): self.check_number(rows, seed)
+            f = f + w * value.double()
+            g.add_(slope, alpha=w)
+            f2 = f2 + w * value.double()**2
+            g2 = g2 + w * torch.linalg.vector_norm(slope).double()**2
+        K, drawn = len(self.batches()), self.full == "drawn"
+        def error(square, mean): return (max(0., (square - mean).item()) / (K - 1))**.5 if drawn else 0.
+        found = f.to(x.dtype), g, error(f2, f**2), error(g2, torch.linalg.vector_norm(g).double()**2)
+        self.known = [(x.detach().clone(), self.data_version(), found), *self.known[:1]]
+        return found
+    def data_version(self) -> tuple:
+        "What tells that tensors in the data were written to"
+        data = self.network.data
+        values = data.values() if isinstance(data, dict) else data if isinstance(data, tuple) else ()
+        return tuple(version(t) for t in values if isinstance(t, Tensor))
+    def full_error(self, x:Tensor # one point, (d,)
+                  ) -> tuple[float, float]:
+        "The standard error of f(x), and the root of the mean square error of ∇f(x); 0 where f is exact"
+        x = self.check(x)
+        if x.ndim != 1: raise ValueError(f"x must be one point of shape ({self.dim},), got {tuple(x.shape)}")
+        return self.all_of(x)[2:]
+
+    def loss(self, x:Tensor) -> Tensor: return Value.apply(self, self.check(x), None)
+    def grad(self, x:Tensor) -> Tensor: return Slope.apply(self, self.check(x), None)
+    def hvp(self, x:Tensor, v:Tensor) -> Tensor:
+        x = broadcast_paths(self.check(x), v=self.check(v, "v"))
+        return Product.apply(self, Once.apply(x) if x.requires_grad else x, None, v)
+    def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor: return Value.apply(self, *self.paths(x, gamma))
+    def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor: return Slope.apply(self, *self.paths(x, gamma))
+    def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
+        x, gamma = self.paths(x, gamma)
+        x = broadcast_paths(x, v=self.check(v, "v"))
+        return Product.apply(self, Once.apply(x) if x.requires_grad else x, gamma, v)
+    def paths(self, x, gamma) -> tuple[Tensor, Tensor]:
+        return broadcast_paths(self.check(x), gamma=self.numbers(gamma)), gamma
+    def looks(self, x, generator):
+        gamma = self.draw((4,), generator, device=x.device)
+        return [self.loss(x[0]), *(self.sample_grad(z.expand(4, -1), gamma) for z in x)]
+
+# %% ../nbs/00_objective.ipynb #41cae090
+def minibatches_of_module(cls, module:torch.nn.Module, # any that trains, in the mode in which it is to be run
+                          loss:Callable|None, # (output, target) -> scalar; the module's own loss if None
+                          data, # tensors such as (X, y) or a dictionary, a map-style Dataset, or a DataLoader
+                          batch_size:int|None=None, # B; that of the DataLoader if None
+                          *, replace:bool=True, # draw minibatches with replacement? A DataLoader says itself.
+                          collate_fn:Callable|None=None, # puts samples of a Dataset together; torch's own if None
+                          batch_loss:Callable|None=None, # (module, batch) -> scalar, in place of `loss`
+                          full_batches:int|None=None, # drawn for f where it has no exact form; those of a pass over the data if None, at least 16
+                          progress:bool=False # a bar for passes over the data?
+                         ) -> MinibatchLoss:
+    """The loss of a random minibatch, exactly as torch computes it in the module's own mode; `.x0` is the module's own point.
+    A batch is (inputs, targets), or a dictionary that the module takes by name. Module and loss are copied as they are now;
+    data are read when they are needed. Raises ValueError or TypeError on what is no module, loss, data or law of minibatches."""
+    if isinstance(data, DataLoader):
+        if batch_size is not None or collate_fn is not None:
+            raise ValueError("a DataLoader has its own batch_size and collate_fn: give it alone, or its dataset with them")
+        data, collate_fn, batch_size, replace = of_loader(data).values()
+    if batch_size is None: raise TypeError("batch_size must be given, unless the data are a DataLoader")
+    if batch_loss is not None and loss is not None: raise ValueError("give loss or batch_loss, not both: the other one is None")
+    if not (loss is None or callable(loss)): raise TypeError(f"loss must be a function of (output, target), got {type(loss).__name__}")
+    network = BatchNetwork(module, LossOfOutput(loss) if batch_loss is None else batch_loss, data, collate_fn)
+    return cls(network, batch_size, replace, full_batches=full_batches, progress=progress)
+
+MinibatchLoss.from_module = classmethod(minibatches_of_module)

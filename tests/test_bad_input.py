@@ -13,12 +13,14 @@ import torch
 import samsde
 from samsde import cli, optim
 from samsde.algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Linear
-from samsde.diagnosis import diagnose, largest_eigenvalue, top_eigenvectors
+from samsde.diagnosis import diagnose, diagnose_training, largest_eigenvalue, top_eigenvectors
 from samsde.ensemble import simulate
 from samsde.experiments import error_vs_rho, escape, experiment, flat_minima, networks, problems, saddles, scaling, suboptimality as levels
 from samsde.hessian_noise import cross_covariance, noise_covariance, noise_dim, noise_sample, sgd_covariance
 from samsde.implicit_regularizer import drift, gaussian_direction, regularized_loss
-from samsde.objective import FiniteSum, Gaussian, Minibatches, Noiseless, NoisyLoss, Quadratic
+from samsde.machinery.batches import BatchNetwork, LossOfOutput
+from samsde.monitor import Monitor
+from samsde.objective import FiniteSum, Gaussian, MinibatchLoss, Minibatches, Noiseless, NoisyLoss, Quadratic
 from samsde.random_direction import kappa
 from samsde.saddle_attraction import arrival_time, basin_radius, escape_time, exit_time, flow, hover_radius, is_attracting, latest_arrival
 from samsde.stability import edge_of_stability, mean_square_radius, stability_number
@@ -418,6 +420,40 @@ TABLE |= { # weak errors and weak approximation
     "weak error recorded never": (lambda: weak(every=0), ValueError, "every must be at least 1, got 0"),
     "weak error with a negative seed": (lambda: weak(seed=-1), ValueError, "seed must be at least 0, got -1"),
     "an interval of no width": (lambda: weak().paths_for(0), ValueError, "half_width must be positive and finite, got 0"),
+}
+
+def line(): return torch.nn.Linear(2, 1).double()
+def batches(module=None, loss=torch.nn.MSELoss(), data=(A, A[:, :1]), batch_size=2, **how):
+    return MinibatchLoss.from_module(line() if module is None else module, loss, data, batch_size, **how)
+def two_columns(): return BatchNetwork(line(), LossOfOutput(torch.nn.MSELoss()), (A, A[:, :1]))
+def run_of(net=None, kind=torch.optim.SGD, data=(A, A[:, :1]), **how):
+    net = net or line()
+    return diagnose_training(net, torch.nn.MSELoss(), data, kind(net.parameters(), lr=.1), **dict(batch_size=2, progress=False) | how)
+
+TABLE |= { # any training loss, and a run
+    "minibatches of a text": (lambda: batches("net"), TypeError, "module must be a torch.nn.Module, got str"),
+    "minibatches without parameters": (lambda: batches(torch.nn.Sigmoid()), ValueError, "trainable parameters, got none in Sigmoid"),
+    "minibatches of one tensor": (lambda: batches(data=A), TypeError, "data must be a tuple such as .X, y., or a Dataset, got a tensor alone"),
+    "minibatches of unequal rows": (lambda: batches(data=(A, A[:2])), ValueError, r"equally long, got \[2, 3\] rows"),
+    "minibatches without a size": (lambda: batches(batch_size=None), TypeError, "batch_size must be given"),
+    "minibatches of half a row": (lambda: MinibatchLoss(two_columns(), 1.5), TypeError, "batch_size must be a whole number, got float"),
+    "minibatches of too many rows": (lambda: batches(batch_size=4, replace=False), ValueError, "at most n without replacement, got batch_size=4 and n=3"),
+    "one minibatch for f": (lambda: batches(full_batches=1), ValueError, "full_batches must be at least 2, got 1"),
+    "minibatches by a number": (lambda: batches(loss=3), TypeError, "loss must be a function of .output, target., got int"),
+    "two losses": (lambda: batches(batch_loss=lambda module, batch: 0), ValueError, "give loss or batch_loss, not both"),
+    "a loss that is a vector": (lambda: batches(loss=torch.nn.MSELoss(reduction="none")), ValueError, r"floating-point scalar, got \(2, 1\)"),
+    "minibatches in float32": (lambda: batches().grad(torch.ones(3)), TypeError, "x is torch.float32, but the data it meets are torch.float64"),
+    "minibatches at another dim": (lambda: batches().loss(x), ValueError, r"x must have shape \(..., 3\), got \(2,\)"),
+    "gamma of real numbers": (lambda: batches().sample_grad(three, three), TypeError, "gamma must be sample numbers and a seed, got torch.float64"),
+    "error at two points": (lambda: batches().full_error(torch.ones(2, 3, **f64)), ValueError, r"one point of shape \(3,\), got \(2, 3\)"),
+    "micro-batches of any loss": (lambda: Chain(SAM(.1, micro_batch=1), batches(), .1), ValueError, "micro_batch needs a FiniteSum"),
+    "a run by Adam": (lambda: run_of(kind=torch.optim.Adam), TypeError, "must be that of torch.optim.SGD.* got Adam"),
+    "a run in no time": (lambda: run_of(budget_s=0), ValueError, "budget_s must be positive and finite, got 0"),
+    "a run with a negative radius": (lambda: run_of(rho=-1.), ValueError, "rho must be non-negative and finite, got -1"),
+    "a run along no directions": (lambda: run_of(top=0), ValueError, "top must be at least 1, got 0"),
+    "a run without a batch size": (lambda: run_of(batch_size=None), TypeError, "batch_size must be given"),
+    "watching every 0 steps": (lambda: Monitor(line(), None, (A, A), None, every=0), ValueError, "every must be at least 1, got 0"),
+    "watching for free": (lambda: Monitor(line(), None, (A, A), None, overhead=0), ValueError, "overhead must be positive and finite, got 0"),
 }
 
 TABLE |= { # saddles, stationarity, diagnosis

@@ -1,0 +1,224 @@
+"""A diagnosis of a training run: what it reads, what it leaves alone, and its numbers against formulas."""
+import copy
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from samsde import optim
+from samsde.algorithm import SAM, SGD, USAM
+from samsde.diagnosis import diagnose, diagnose_training, lanczos, read_optimizer, top_eigenvectors
+from samsde.objective import FiniteSum, MinibatchLoss, Quadratic
+from samsde.stability import stability_number
+
+F64 = torch.float64
+generator = torch.Generator().manual_seed(0)
+X = torch.randn(60, 5, generator=generator, dtype=F64)
+y = torch.randint(3, (60,), generator=generator)
+
+
+def make(dropout=.2, norm=True):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        middle = nn.BatchNorm1d(6) if norm else nn.Identity()
+        return nn.Sequential(nn.Linear(5, 6), middle, nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 3)).double()
+
+
+def of(net, kind=optim.SAM, rho=.1, **how):
+    return kind(net.parameters(), torch.optim.SGD, rho=rho, **dict(lr=.1) | how)
+
+
+def look(net, optimizer, loss=F.cross_entropy, data=(X, y), **how):
+    return diagnose_training(net, loss, data, optimizer, **dict(batch_size=10, progress=False, budget_s=3) | how)
+
+
+def everything(net, optimizer):
+    "Every bit of a run's state"
+    tensors = {f"state {k}": v.clone() for k, v in net.state_dict().items()}
+    tensors |= {f"grad {k}": p.grad.clone() for k, p in net.named_parameters() if p.grad is not None}
+    for i, state in enumerate(optimizer.state.values()):
+        tensors |= {f"optimizer {i} {k}": v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    tensors["random"] = torch.get_rng_state()
+    others = [[m.training for m in net.modules()], [p.requires_grad for p in net.parameters()],
+              copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]),
+              np.random.get_state()[1].tolist(), torch.is_grad_enabled(), list(net.state_dict())]
+    return tensors, others
+
+
+@pytest.mark.parametrize("kind", [optim.SAM, optim.USAM])
+def test_changes_nothing(kind):
+    net = make()
+    optimizer = of(net, kind, momentum=.9, weight_decay=1e-3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(X[:10]), y[:10])
+        loss.backward()
+        return loss
+
+    for _ in range(3): optimizer.step(closure)
+    net[3].eval()
+    before, modes = everything(net, optimizer)
+    versions = [p._version for p in net.parameters()]
+    look(net, optimizer)
+    after, modes_after = everything(net, optimizer)
+    assert before.keys() == after.keys() and modes == modes_after
+    assert all(before[k].equal(after[k]) for k in before)
+    assert versions == [p._version for p in net.parameters()]
+    optimizer.step(closure)
+    assert not all(before[k].equal(v) for k, v in everything(net, optimizer)[0].items())
+
+
+def test_reads_the_optimizer():
+    net = make()
+    groups = [dict(params=net[0].parameters(), weight_decay=.1), dict(params=[*net[1].parameters(), *net[4].parameters()])]
+    algorithm, settings, decay = read_optimizer(net, optim.USAM(groups, torch.optim.SGD, rho=.3, lr=.2, momentum=.5, dampening=.1))
+    assert isinstance(algorithm, USAM) and algorithm.rho == .3
+    assert (settings["η"], settings["momentum"], settings["dampening"]) == (.2, .5, .1)
+    assert decay.sum() == pytest.approx(.1 * 36) and (decay[:36] == .1).all()
+    plain = torch.optim.SGD(net.parameters(), lr=.1)
+    assert isinstance(read_optimizer(net, plain)[0], SGD) and isinstance(read_optimizer(net, plain, .2)[0], SAM)
+    wrapper = type("Wrapped", (), dict(optimizer=plain))()
+    assert read_optimizer(net, wrapper)[1]["η"] == .1
+
+
+BAD = {
+    "Adam": (lambda n: of(n, base_optimizer=None) if False else optim.SAM(n.parameters(), torch.optim.AdamW, lr=.1), TypeError, "got AdamW"),
+    "two rates": (lambda n: torch.optim.SGD([dict(params=n[0].parameters(), lr=.2), dict(params=[*n[1].parameters(), *n[4].parameters()])], lr=.1), ValueError, "one lr, got"),
+    "another model's": (lambda n: torch.optim.SGD(make().parameters(), lr=.1), ValueError, "of which 0 are the model's"),
+    "every second step": (lambda n: of(n, interval=2), ValueError, "interval=2"),
+    "no rate": (lambda n: torch.optim.SGD(n.parameters(), lr=0.), ValueError, "lr must be positive"),
+    "no optimizer": (lambda n: 3, TypeError, "got int"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refuses(name):
+    net = make()
+    optimizer, error, message = BAD[name]
+    with pytest.raises(error, match=message): look(net, optimizer(net))
+
+
+def test_refuses_in_the_middle_of_a_step():
+    net = make()
+    optimizer = of(net)
+    F.cross_entropy(net(X[:10]), y[:10]).backward()
+    optimizer.first_step()
+    with pytest.raises(ValueError, match="between its two steps"): look(net, optimizer)
+
+
+def test_is_that_of_the_finite_sum():
+    "Without batch norm and dropout the same terms follow from `diagnose` of the finite sum"
+    net = make(0., norm=False)
+    found = look(net, of(net), draws=None) if False else look(net, of(net), budget_s=20)
+    finite = FiniteSum.from_module(net, nn.CrossEntropyLoss(), X, y, 10, replace=False)
+    known = diagnose(SAM(.1), finite, finite.x0, .1, draws=2000, directions=0, top=1)
+    assert found.terms["gradient"] == pytest.approx(known.terms["gradient"], rel=1e-8)
+    assert not any("gradient" in words for words in found.coarse)
+    for name in ("regulariser", "noise", "noise, SGD"): assert found.terms[name] == pytest.approx(known.terms[name], rel=.25)
+    assert found.terms["neglected in ρ"] == pytest.approx(known.terms["neglected in ρ"], abs=4 * found.terms["error of that"])
+    assert found.terms["neglected in η"] == pytest.approx(known.terms["neglected in η"], rel=.3)
+    assert abs(found.terms["c"] - known.terms["c"]) < 5 * (found.terms["error of c"]**2 + 1e-6)**.5
+    assert found.terms["noise"] > 1.05 * found.terms["noise, SGD"]
+
+
+class Bowl(nn.Module):
+    def __init__(self, H):
+        super().__init__()
+        self.x, self.H = nn.Parameter(torch.tensor([1., -1., 2.], dtype=F64)), H
+
+    def forward(self, z): return self.x @ self.H @ self.x / 2 + (z @ self.x).mean()
+
+
+@pytest.mark.parametrize("momentum, dampening, nesterov", [(0., 0., False), (.5, 0., False), (.5, .5, False), (.5, 0., True)])
+def test_on_a_quadratic_by_hand(momentum, dampening, nesterov):
+    H = torch.diag(torch.tensor([2., 1., .5], dtype=F64))
+    Z = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
+    Z = Z - Z.mean(0)
+    net = Bowl(H)
+    rho, eta, decay = .2, .05, .1
+    optimizer = of(net, optim.USAM, rho, lr=eta, momentum=momentum, dampening=dampening, nesterov=nesterov, weight_decay=decay)
+    found = look(net, optimizer, None, (Z, torch.zeros(40)), budget_s=20, batch_size=4)
+    x, A = net.x.detach(), H + rho * H @ H + decay * torch.eye(3, dtype=F64)
+    effective = eta * (1 - dampening) / (1 - momentum)
+    lag = (1 - momentum + 2 * momentum**2 if nesterov else 1 + momentum) / (1 - momentum)
+    assert found.terms["gradient"] == pytest.approx((H @ x).norm().item(), rel=1e-9)
+    assert found.terms["regulariser"] == pytest.approx((rho * (H @ H @ x).norm() / (H @ x).norm()).item(), rel=.1)
+    assert found.terms["neglected in ρ"] < 1e-9
+    known = lag * effective / 2 * ((A @ A @ x).norm() / (A @ x).norm()).item()
+    assert found.terms["neglected in η"] == pytest.approx(known, rel=.1)
+    edge = 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
+    assert found.terms["largest eigenvalue"] == pytest.approx(2, rel=1e-8)
+    number = eta * (1 - dampening) * (2 * (1 + rho * 2) + decay) / edge
+    assert found.terms["stability number"] == pytest.approx(number, rel=1e-6)
+    if not (decay + dampening) and not nesterov: assert number == pytest.approx(stability_number(USAM(rho), eta, 2., momentum=momentum))
+    assert found.terms["of the drift, weight decay"] == pytest.approx((decay * x.norm() / (A @ x).norm()).item(), rel=.1)
+
+
+def test_the_edge_of_a_real_iteration():
+    "Above 1 the mean step of torch's SGD with momentum grows, below it shrinks"
+    H = torch.diag(torch.tensor([2., 1., .5], dtype=F64))
+    for nesterov in (False, True):
+        for times, grows in ((.98, False), (1.02, True)):
+            net = Bowl(H)
+            lr = times * 2 * 1.5 / (1 + 1. * nesterov) / (2 * 1.4)
+            optimizer = of(net, optim.USAM, .2, lr=lr, momentum=.5, nesterov=nesterov)
+            data = (torch.zeros(8, 3, dtype=F64), torch.zeros(8))
+            found = look(net, optimizer, None, data, batch_size=4, tolerance=1e6)
+            assert bool(found) is not grows and ("beyond the edge" in found.reason) is grows
+
+            def closure():
+                optimizer.zero_grad()
+                loss = net(data[0])
+                loss.backward()
+                return loss
+
+            for _ in range(400): optimizer.step(closure)
+            assert (net.x.norm() > 10) is torch.tensor(grows).item() or (net.x.norm() > 10).item() == grows
+
+
+def test_lanczos():
+    small = FiniteSum.from_module(make(0., norm=False), nn.CrossEntropyLoss(), X, y, 10)
+    values, vectors = top_eigenvectors(small, small.x0, 2)
+    start = torch.randn(small.dim, generator=generator, dtype=F64)
+    lam, V, error = lanczos(lambda v: small.hvp(small.x0, v), start, 25, 2)
+    torch.testing.assert_close(lam, values, rtol=1e-4, atol=0)
+    assert (V @ vectors.T).diag().abs().min() > .99
+    few, _, bound = lanczos(lambda v: small.hvp(small.x0, v), start, 4, 1)
+    assert few[0] < values[0] and bound > error
+
+
+def test_stays_within_its_time():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 3)).double()
+    big = X.repeat(400, 1), y.repeat(400)
+    start = time.monotonic()
+    short = look(net, of(net), data=big, budget_s=2)
+    assert time.monotonic() - start < 4 # twice: these machines are shared
+    assert "of 2400 batches, error" in short.coarse[0] and short.terms["error of the gradient"] > 0
+    again = look(net, of(net), data=big, budget_s=2)
+    exact = FiniteSum.from_module(net, nn.CrossEntropyLoss(), X, y, 10).grad(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    for found in (short, again): assert abs(found.terms["gradient"] - exact.norm()) < 4 * found.terms["error of the gradient"]
+
+
+def test_table_and_plot():
+    import matplotlib.pyplot as plt
+    net = make()
+    found = look(net, of(net))
+    assert {"algorithm", "η", "stability number", "fair", "model"} <= set(found.table.index)
+    assert found.table.loc["algorithm", "value"] == "SAM"
+    assert len(found.plot(plt.figure().gca()).lines) > 1
+    plt.close("all")
+    assert np.isfinite(found.directions.to_numpy(float)).all()
+
+
+def test_loader_and_own_loss():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), 10, shuffle=True)
+    net = make()
+    found = look(net, of(net), data=loader, batch_size=None)
+    both = look(net, of(net), loss=None, batch_loss=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]))
+    assert found.terms["gradient"] == pytest.approx(both.terms["gradient"], rel=1e-9)

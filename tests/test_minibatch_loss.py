@@ -1,0 +1,332 @@
+"""MinibatchLoss against torch called by hand, for losses that are no sums, and through every function of the library."""
+import copy
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, Dataset
+
+from samsde import optim
+from samsde.algorithm import DNSAM, SAM, SGD, USAM, Chain
+from samsde.diagnosis import diagnose
+from samsde.ensemble import simulate
+from samsde.hessian_noise import cross_covariance, noise_covariance, sgd_covariance
+from samsde.implicit_regularizer import drift, regularized_loss
+from samsde.objective import FiniteSum, MinibatchLoss
+from samsde.sde import SDE
+from samsde.sweep import sweep
+
+F64 = torch.float64
+generator = torch.Generator().manual_seed(0)
+X = torch.randn(12, 3, generator=generator, dtype=F64)
+y = torch.randint(3, (12,), generator=generator)
+weights = torch.tensor([1., 3., 8.], dtype=F64)
+
+
+def seeded(make):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().double()
+
+
+def plain_net(): return seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)))
+
+
+def batch_norm():
+    return seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)))
+
+
+def dropout():
+    return seeded(lambda: nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(.5), nn.Linear(8, 3)))
+
+
+def spectral():
+    return seeded(lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3)))
+
+
+def old_spectral():
+    return seeded(lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3)))
+
+
+class Tuple(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = plain_net()
+
+    def forward(self, x): return self.net(x), self.net[0].weight.square().sum()
+
+
+def contrastive(output, target):
+    z = F.normalize(output, dim=1)
+    near = (z @ z.T / .5).masked_fill(torch.eye(len(z), dtype=torch.bool), -1e9)
+    return F.cross_entropy(near, torch.arange(len(z)).roll(1))
+
+
+def dice(output, target):
+    p, t = output.softmax(1), F.one_hot(target, 3)
+    return 1 - 2 * (p * t).sum() / (p.square().sum() + t.sum())
+
+
+CASES = {
+    "mean": (plain_net, nn.CrossEntropyLoss()),
+    "class weights": (plain_net, nn.CrossEntropyLoss(weight=weights)),
+    "ignored targets": (plain_net, nn.CrossEntropyLoss(ignore_index=2)),
+    "a sum": (plain_net, nn.CrossEntropyLoss(reduction="sum")),
+    "RMSE": (plain_net, lambda output, target: (output - F.one_hot(target, 3)).square().mean().sqrt()),
+    "contrastive": (plain_net, contrastive),
+    "Dice": (plain_net, dice),
+    "batch norm": (batch_norm, nn.CrossEntropyLoss()),
+    "dropout": (dropout, nn.CrossEntropyLoss()),
+    "spectral norm": (spectral, nn.CrossEntropyLoss()),
+    "old spectral norm": (old_spectral, nn.CrossEntropyLoss()),
+    "a tuple": (Tuple, lambda output, target: F.cross_entropy(output[0], target) + .01 * output[1]),
+}
+
+
+def hand(make, loss, x, gamma, v):
+    "f, its gradient and its Hessian times v at parameters x, by plain torch on a fresh module"
+    net = make()
+    params = [p for p in net.parameters() if p.requires_grad]
+    nn.utils.vector_to_parameters(x, params)
+    rows = gamma[:-1]
+    with torch.random.fork_rng():
+        torch.manual_seed(int(gamma[-1]))
+        f = loss(net(X[rows]), y[rows])
+    g = torch.cat([t.flatten() for t in torch.autograd.grad(f, params, create_graph=True)])
+    Hv = torch.cat([t.flatten() for t in torch.autograd.grad(g @ v, params)])
+    return f.detach(), g.detach(), Hv
+
+
+def objective(name, batch_size=4, **how):
+    make, loss = CASES[name]
+    return MinibatchLoss.from_module(make(), loss, (X, y), batch_size, **how)
+
+
+def with_targets(o, shape, seed=1):
+    "Drawn γ that have a target that is not ignored"
+    drawn = o.draw((64,), torch.Generator().manual_seed(seed))
+    good = drawn[(y[drawn[:, :-1]] != 2).any(1)]
+    return good[:int(np.prod(shape))].reshape(*shape, -1)
+
+
+@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_by_hand(name, replace):
+    o = objective(name, replace=replace)
+    gen = torch.Generator().manual_seed(2)
+    x = o.x0 + .1 * torch.randn(2, o.dim, generator=gen, dtype=F64)
+    v = torch.randn(2, o.dim, generator=gen, dtype=F64)
+    gamma = with_targets(o, (2,))
+    for k in range(2):
+        f, g, Hv = hand(*CASES[name], x[k], gamma[k], v[k])
+        assert_close(o.sample_loss(x, gamma)[k], f, rtol=1e-10, atol=1e-12)
+        assert_close(o.sample_grad(x, gamma)[k], g, rtol=1e-10, atol=1e-12)
+        assert_close(o.sample_hvp(x, gamma, v)[k], Hv, rtol=1e-9, atol=1e-11)
+        h = 1e-5
+        up, down = (o.sample_grad(x[k] + s * h * v[k], gamma[k]) for s in (1, -1))
+        if "spectral" not in name: # whose power iteration torch does not differentiate
+            assert_close(Hv, (up - down) / (2 * h), rtol=1e-4, atol=1e-4 * Hv.abs().max().item())
+    other = gamma.clone()
+    other[:, -1] += 1
+    changed = not torch.allclose(o.sample_grad(x, other), o.sample_grad(x, gamma))
+    assert changed == (name == "dropout") == o.law.random
+
+
+@pytest.mark.parametrize("name, wrong", [("class weights", "mean"), ("batch norm", None), ("dropout", None), ("a sum", "mean")])
+def test_full_by_hand(name, wrong):
+    "Where f is drawn, it is the mean of many γ within what it says, and a sum over samples is not"
+    o = objective(name, replace=False, full_batches=300)
+    assert o.full == "drawn"
+    gammas = o.draw((3000,), torch.Generator().manual_seed(5))
+    values, slopes = o.sample_loss(o.x0, gammas), o.sample_grad(o.x0, gammas)
+    f_error, g_error = o.full_error(o.x0)
+    assert abs(o.loss(o.x0) - values.mean()) < 4 * (f_error**2 + values.var() / 3000)**.5
+    spread = (slopes.var(0).sum() / 3000)**.5
+    gap = (o.grad(o.x0) - slopes.mean(0)).norm()
+    assert gap < 3 * (g_error**2 + spread**2)**.5
+    if wrong: assert (objective(wrong).grad(o.x0) - slopes.mean(0)).norm() > 5 * g_error
+    v = torch.ones_like(o.x0)
+    up, down = (o.grad(o.x0 + s * 1e-5 * v) for s in (1, -1))
+    assert_close(o.hvp(o.x0, v), (up - down) / 2e-5, rtol=1e-4, atol=1e-5)
+
+
+def test_full_is_exact_where_it_can_be():
+    sums = objective("mean")
+    finite = FiniteSum.from_module(plain_net(), nn.CrossEntropyLoss(), X, y, 4)
+    assert sums.full == "samples" and sums.full_error(sums.x0) == (0, 0)
+    for name in ("loss", "grad"): assert_close(getattr(sums, name)(sums.x0), getattr(finite, name)(sums.x0), rtol=1e-10, atol=1e-12)
+    single = objective("a sum", batch_size=1)
+    assert single.full == "enumerated" and len(single.batches()) == 12
+    assert_close(single.grad(single.x0), finite.grad(single.x0), rtol=1e-10, atol=1e-12)
+    whole = objective("class weights", batch_size=12, replace=False)
+    assert whole.full == "enumerated" and whole.law.silent
+    known = hand(*CASES["class weights"], whole.x0, torch.arange(13), whole.x0)
+    assert_close(whole.grad(whole.x0), known[1], rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(whole.grad(whole.x0), finite.grad(whole.x0), rtol=.05)
+    assert objective("mean", batch_size=12, replace=False).full == "enumerated"
+
+
+@pytest.mark.parametrize("kind", [USAM, DNSAM, SAM])
+def test_drift_and_noise_are_those_of_the_finite_sum(kind):
+    "The same f_γ, in both ways: same γ, same numbers"
+    ours = objective("mean", batch_size=2)
+    finite = FiniteSum.from_module(plain_net(), nn.CrossEntropyLoss(), X, y, 2)
+    gammas = torch.cat([torch.cartesian_prod(torch.arange(12), torch.arange(12)), torch.zeros(144, 1, dtype=torch.long)], 1)
+    from samsde.moments import GammaMoments, Support
+    a = kind(.1)
+    exact = GammaMoments(a, ours, ours.x0, seed=Support(gammas, True))
+    exact.size = 144
+    assert_close(-exact.combine(1., None, .1), drift(a, finite, ours.x0), rtol=1e-8, atol=1e-10)
+    assert_close(exact.cross()[0], cross_covariance(a, finite, ours.x0), rtol=1e-7, atol=1e-10)
+    G = exact.columns(0.)
+    assert_close(G.T @ G, sgd_covariance(finite, ours.x0), rtol=1e-7, atol=1e-10)
+    assert not torch.allclose(drift(SGD(), finite, ours.x0), drift(a, finite, ours.x0), rtol=.01)
+    drawn, sem = drift(a, ours, ours.x0, draws=400, return_sem=True)
+    assert ((drawn - drift(a, finite, ours.x0)).abs() < 5 * sem + 1e-9).all()
+
+
+@pytest.mark.parametrize("name", ["batch norm", "dropout", "class weights"])
+@pytest.mark.parametrize("kind", ["SAM", "USAM"])
+def test_step_is_the_optimizers(name, kind):
+    "One step of the Chain is samsde.optim's, with the same randomness in both passes"
+    make, loss = CASES[name]
+    o, net = objective(name), make()
+    gamma = o.draw((), torch.Generator().manual_seed(3))
+    sam = getattr(optim, kind)(net.parameters(), torch.optim.SGD, rho=.3, lr=.2)
+
+    def closure():
+        sam.zero_grad()
+        torch.manual_seed(int(gamma[-1]))
+        f = loss(net(X[gamma[:-1]]), y[gamma[:-1]])
+        f.backward()
+        return f
+
+    sam.step(closure)
+    ends = Chain(dict(SAM=SAM, USAM=USAM)[kind](.3), o, .2).step(o.x0, gamma)
+    assert_close(ends, nn.utils.parameters_to_vector(net.parameters()).detach(), rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(ends, Chain(SGD(), o, .2).step(o.x0, gamma), rtol=1e-3)
+
+
+def test_everything_takes_it():
+    o = objective("batch norm", full_batches=8)
+    a = SAM(.05)
+    for process in (Chain(a, o, .1), SDE(a, o, .1, draws=4), SDE(a, o, .1, draws=4, seed=None)):
+        runs = [simulate(process, o.x0, .3, 4, observe={"loss": o.loss}, seed=1) for _ in range(2)]
+        assert runs[0].final.equal(runs[1].final) and runs[0].n_diverged == 0
+        assert torch.isfinite(runs[0].mean["loss"]).all() and runs[0].std["loss"][-1] > 0
+    assert torch.isfinite(noise_covariance(a, o, o.x0, draws=8)).all()
+    value, sem = regularized_loss(a, o, o.x0, draws=16, return_sem=True)
+    assert value > o.loss(o.x0) and sem > 0
+    found = diagnose(a, o, o.x0, .1, top=1, directions=1, draws=8)
+    assert np.isfinite(found.directions.to_numpy(float)).all()
+    second = SDE(a, o, .1, expansion="exact", order=2, draws=4)
+    h = 1e-5
+    field = SDE(a, o, .1, expansion="exact", draws=4).drift
+    b = field(o.x0)
+    slope = (field(o.x0 + h * b) - field(o.x0 - h * b)) / (2 * h)
+    assert_close(second.drift(o.x0), b - .05 * slope, rtol=1e-3, atol=3e-5)
+    assert not torch.allclose(second.drift(o.x0), b, rtol=1e-3, atol=3e-5)
+
+
+def test_sweep_takes_it():
+    o = objective("dropout", full_batches=4)
+    table = sweep([SAM(.1)], {"net": o}, [.1], t_end=.2, n_paths=3)
+    assert len(table)
+
+
+def test_one_path_after_another_and_threads_give_the_same():
+    o = objective("dropout")
+    chain = Chain(SAM(.1), o, .1)
+    many = simulate(chain, o.x0, .2, 6, seed=2)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert simulate(chain, o.x0, .2, 6, seed=2).final.equal(many.final)
+    finally: torch.set_num_threads(threads)
+
+
+class Pictures(Dataset):
+    "Read one by one, with a crop that is drawn"
+    def __init__(self, augment=False): self.augment, self.read = augment, []
+
+    def __len__(self): return 12
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        noise = torch.from_numpy(np.random.randn(3)) if self.augment else 0
+        return X[i] + noise, y[i]
+
+
+def test_data_sets_are_read_lazily():
+    data = Pictures()
+    o = MinibatchLoss.from_module(plain_net(), nn.CrossEntropyLoss(), data, 4)
+    data.read.clear()
+    gamma = torch.tensor([1, 5, 5, 7, 0])
+    assert_close(o.sample_grad(o.x0, gamma), objective("mean").sample_grad(o.x0, gamma))
+    assert set(data.read) == {1, 5, 7}
+    random = MinibatchLoss.from_module(plain_net(), nn.CrossEntropyLoss(), Pictures(augment=True), 4)
+    assert random.law.random and random.full == "drawn"
+    state = np.random.get_state()[1].copy()
+    once, twice = (random.sample_grad(o.x0, gamma) for _ in range(2))
+    assert once.equal(twice) and not torch.allclose(once, o.sample_grad(o.x0, gamma))
+    np.random.seed(0)
+    moved = X[gamma[:-1]] + torch.from_numpy(np.stack([np.random.randn(3) for _ in range(4)]))
+    by_hand = nn.functional.cross_entropy(plain_net()(moved), y[gamma[:-1]])
+    np.random.set_state(("MT19937", state, *np.random.get_state()[2:]))
+    assert_close(random.sample_loss(o.x0, gamma), by_hand.detach())
+
+
+def test_loader():
+    loader = DataLoader(Pictures(), 4, shuffle=True)
+    o = MinibatchLoss.from_module(plain_net(), nn.CrossEntropyLoss(), loader)
+    assert (o.law.batch_size, o.law.replace, o.law.n) == (4, False, 12)
+    with pytest.raises(ValueError, match="its own batch_size"):
+        MinibatchLoss.from_module(plain_net(), nn.CrossEntropyLoss(), loader, 4)
+
+
+def test_leaves_the_module_alone():
+    net = batch_norm()
+    before = copy.deepcopy(net.state_dict())
+    state = torch.get_rng_state()
+    o = MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), (X, y), 4)
+    o.grad(o.x0 + 1)
+    after = net.state_dict()
+    assert all(before[k].equal(after[k]) for k in before) and net.training
+    assert all(p.grad is None for p in net.parameters()) and state.equal(torch.get_rng_state())
+    twin = pickle.loads(pickle.dumps(MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), (X, y), 4)))
+    gamma = o.draw((), torch.Generator().manual_seed(0))
+    assert twin.sample_grad(o.x0, gamma).equal(o.sample_grad(o.x0, gamma))
+
+
+def test_draws_follow_their_law():
+    o = objective("class weights", batch_size=3, replace=False)
+    drawn = o.draw((6000,), torch.Generator().manual_seed(0))[:, :-1]
+    assert all(len(set(row)) == 3 for row in drawn.tolist())
+    firsts = torch.bincount(drawn[:, 0], minlength=12) / 6000
+    assert (firsts - 1 / 12).abs().max() < 5 * (1 / 12 / 6000)**.5
+    assert o.law.count == 12 * 11 * 10
+    every = o.law.support(2000).gammas
+    assert sorted(map(tuple, every[:, :-1].tolist())) == sorted(itertools.permutations(range(12), 3))
+
+
+def test_the_gradient_is_computed_once_per_point():
+    calls = []
+
+    class Counting(nn.CrossEntropyLoss):
+        def forward(self, output, target):
+            calls.append(len(target))
+            return super().forward(output, target)
+
+    o = MinibatchLoss.from_module(plain_net(), Counting(), (X, y), 4)
+    o.grad(o.x0)
+    calls.clear()
+    o.grad(o.x0), o.loss(o.x0), DNSAM(.1).perturbation(o, o.x0, torch.tensor([0, 1, 2, 3, 0]))
+    assert calls == [4]
+    o.network.data[0].mul_(1.) # written to: the gradient is another one
+    o.grad(o.x0)
+    assert len(calls) == 4
