@@ -526,7 +526,7 @@ class MinibatchLoss(Objective):
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(n, generator=generator)
         parts = [torch.cat([rows, rows.new_zeros(1)]) for rows in order.split(law.batch_size)]
-        if not law.random and all(map(self.adds_up, self.bar(parts, "is it a sum?"))):
+        if not law.random and self.adds_up_at(parts):
             return "samples", [(gamma, (len(gamma) - 1) / n) for gamma in parts]
         return "drawn", [(gamma, 1 / self.full_batches) for gamma in self.some_batches(self.full_batches, generator)]
     def some_batches(self, K:int, generator) -> Tensor: # (K, B + 1)
@@ -536,15 +536,25 @@ class MinibatchLoss(Objective):
         if self.law.replace or B == n: return drawn
         passes = [torch.randperm(n, generator=generator)[:n // B * B].reshape(-1, B) for _ in range(-(-K // (n // B)))]
         return torch.cat([torch.cat(passes)[:K], drawn[:, -1:]], -1)
-    def adds_up(self, gamma:Tensor) -> bool: # (b + 1,)
-        "Is the loss of a batch at `x0` the mean of those of two parts, weighted by their rows?"
+    def adds_up_at(self, parts:list) -> bool:
+        "Do all batches add up at `x0`, and a few of them at two points further off?"
+        x0, generator = self.x0, torch.Generator().manual_seed(1)
+        if not all(self.adds_up(gamma, x0) for gamma in self.bar(parts, "is it a sum?")): return False
+        size = x0.abs().mean().item() + .1
+        moves = torch.randn(2, self.dim, generator=generator, dtype=torch.float64).to(x0)
+        far = [x0 + scale * size * move for scale, move in zip((1, 10), moves)]
+        return all(self.adds_up(gamma, x) for x in far for gamma in parts[:4])
+    def adds_up(self, gamma:Tensor, x:Tensor) -> bool: # (b + 1,) and (d,)
+        "Is the loss of a batch the mean of those of two parts, weighted by their rows?"
         rows = gamma[:-1].tolist()
         cut = len(rows) // 2
         if not cut: return True
-        try: whole, a, b = (self.network.value(self.x0, part, 0)[0] for part in (rows, rows[:cut], rows[cut:]))
+        halves = rows, rows[:cut], rows[cut:]
+        try: whole, a, b = (self.network.value(x, part, 0)[0] for part in halves)
         except (RuntimeError, ValueError): return False # such as batch normalisation of one row
         size = max(whole.abs(), a.abs(), b.abs())
-        return bool((whole - (cut * a + (len(rows) - cut) * b) / len(rows)).abs() <= 16 * torch.finfo(self.dtype).eps**.75 * size)
+        gap = (whole - (cut * a + (len(rows) - cut) * b) / len(rows)).abs()
+        return not torch.isfinite(gap) or bool(gap <= 16 * torch.finfo(self.dtype).eps**.75 * size)
     def bar(self, batches, name:str): return tqdm(batches, name, leave=False, disable=not self.progress)
     def mean(self, what:str, x:Tensor, gamma=None, v=None) -> Tensor:
         "f, ∇f or ∇²f v at one point (d,)"

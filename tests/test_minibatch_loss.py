@@ -330,3 +330,20 @@ def test_the_gradient_is_computed_once_per_point():
     o.network.data[0].mul_(1.) # written to: the gradient is another one
     o.grad(o.x0)
     assert len(calls) == 4
+
+
+def test_a_loss_that_is_a_mean_at_x0_alone():
+    """Its batches add up at x0, where a penalty on their spread is off, and not further on."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 1).double()
+    X, y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, 1, dtype=torch.float64)
+
+    def loss(output, target):
+        spread = (output - output.mean()).square().mean()
+        return (output - target).square().mean() + (spread - 20.0).clamp(min=0)
+
+    def plain(output, target):
+        return (output - target).square().mean()
+
+    kinds = [MinibatchLoss.from_module(net, f, (X, y), 4, replace=False).full for f in (loss, plain)]
+    assert kinds == ["drawn", "samples"]
