@@ -46,8 +46,9 @@ def processes(objective):
 @pytest.mark.parametrize("number", range(8))
 def test_records_chunks_and_files_change_nothing(number, tmp_path):
     process = [*processes(network())][number]
-    t_end, x0 = 280 * float(process.time_step), process.objective.x0
-    how = dict(t_end=t_end, n_paths=6, every=70)
+    steps = 40 if getattr(process, "order", 1) == 2 else 280  # second order is not recorded
+    t_end, x0 = steps * float(process.time_step), process.objective.x0
+    how = dict(t_end=t_end, n_paths=6, every=steps // 4)
     known = simulate(process, x0, **how).final
     assert known.shape == (6, len(x0)) and known.isfinite().all()
     assert simulate(process, x0, record=False, **how).final.equal(known)

@@ -58,8 +58,8 @@ class Case:
 def averaged(process, x0:Tensor, time:float, f, seed:int, dt:float|None=None
             ) -> Tensor: # (runs, ...)
     "Mean of f over the last third of each path; NaN where it diverged"
-    steps = math.ceil(time / float(process.eta))
-    run = simulate(process, x0, steps * float(process.eta), len(x0), dt=dt, observe={"f": f},
+    steps = math.ceil(time / float(process.time_step))
+    run = simulate(process, x0, steps * float(process.time_step), len(x0), dt=dt, observe={"f": f},
                    every=max(1, steps // 30),
                    keep=True, share=True, seed=seed)
     path = run.paths["f"]
