@@ -13,7 +13,7 @@ import sys
 import types
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial, reduce, wraps
 from numbers import Real
 from operator import is_

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, check_plain
 from .machinery.checks import (
-    check_finite, check_int, check_points, check_positive, check_scalar, check_symmetric)
+    check_finite, check_int, check_points, check_scalar, check_symmetric)
 
 # %% ../nbs/06b_saddle_flow.ipynb #b4196ecb
 def spectrum(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM

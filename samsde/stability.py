@@ -14,7 +14,7 @@ from scipy.sparse.linalg import LinearOperator, eigs
 from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, check_plain
-from .machinery.checks import check_finite, check_int, check_scalar, check_symmetric
+from .machinery.checks import check_int, check_scalar, check_share, check_symmetric
 from .objective import Minibatches
 from .random_direction import gaussian_factors
 
@@ -34,11 +34,6 @@ def factor(algorithm:Algorithm, grad_norm:float|None, sigma:float, dim:int|None)
     square = torch.tensor(r**2, dtype=torch.float64)
     return gaussian_factors(square, sigma, check_int("dim", dim), "A")[0].item()
 
-def check_momentum(momentum:float) -> float:
-    momentum = check_scalar("momentum", momentum, zero=True)
-    if momentum < 1: return momentum
-    raise ValueError(f"momentum must be below 1, got {momentum:g}")
-
 # %% ../nbs/07c_stability.ipynb #52782de2
 def edge_of_stability(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
                       eta:float, # learning rate η
@@ -50,7 +45,7 @@ def edge_of_stability(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     """The eigenvalue of the Hessian at which the mean step loses its stability, Eq. (1).
     Raises ValueError or TypeError on bad input, or without a norm or dimension that is needed."""
     eta = check_scalar("eta", eta)
-    mu = check_momentum(momentum)
+    mu = check_share("momentum", momentum)
     c = factor(algorithm, grad_norm, check_scalar("sigma", sigma, zero=True), dim)
     rho = check_scalar("rho", algorithm.rho, zero=True) if algorithm.rho else 0.0
     q = 8 * (1 + mu) * rho * c / eta if rho else 0.0
@@ -66,7 +61,7 @@ def stability_number(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     Raises ValueError or TypeError as edge_of_stability does."""
     eta = check_scalar("eta", eta)
     lam = check_scalar("largest_eigenvalue", largest_eigenvalue)
-    mu = check_momentum(momentum)
+    mu = check_share("momentum", momentum)
     c = factor(algorithm, grad_norm, check_scalar("sigma", sigma, zero=True), dim)
     push = check_scalar("rho", algorithm.rho, zero=True) * c * lam if algorithm.rho else 0.0
     return eta * lam * (1 + push) / (2 * (1 + mu))

@@ -9,7 +9,6 @@ __all__ = ['TrigonometricSum', 'circle_problem', 'torus_problem', 'periodic_exam
 
 # %% ../nbs/05b_weak_errors.ipynb #8f9e63e7
 import functools, sys
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable
 
@@ -24,6 +23,7 @@ from .ensemble import simulate, time_grid
 from .moments import gamma_support, with_pairs
 from .machinery.checks import (
     broadcast_paths, check_finite, check_int, check_points, check_positive)
+from .machinery.store import one_thread
 from .objective import Additive, FiniteSum, Quadratic
 from .sde import SDE, KineticSDE, one_process
 
@@ -218,14 +218,6 @@ def together(chain:Chain, sde:SDE):
             f"got {chain.objective.dim} and {sde.objective.dim}")
     if float(chain.time_step) != float(sde.time_step):
         raise ValueError(f"chain and sde must share eta, got {chain.eta} and {sde.eta}")
-
-@contextmanager
-def one_thread():
-    "Torch on one thread"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(threads)
 
 def periodic_error(algorithm, problem, eta, t_end, test, dim, nodes, **settings) -> float:
     "What `circle_error` and `torus_error` share"

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -651,7 +650,6 @@ def test_at_least_a_hundred():
 def test_every_public_name_has_a_bad_input():
     """What the modules export is called by the tests of bad input, here or in a file of its own, or has nothing to refuse."""
     import importlib
-    import inspect
     text, missing = "".join(p.read_text(encoding="utf-8") for p in Path(__file__).parent.glob("test_*.py")), []
     results = "Wrapped FullSampleMoments FullAdditiveMoments FullExactMoments IndependentAdditiveMoments PreviousMoments MicroBatchMoments Model Potential StepMoments GammaMoments ExactMoments MinibatchMoments SampleMoments LinearSampleMoments AdditiveMoments LinearAdditiveMoments UnitAdditiveMoments Unperturbed Process Support GaussianDirection Ensemble Attraction WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
     fine = "theme use_theme Perturbed from_module expectation plot_validity parser own_options reproduce main".split() # tested through others, or with nothing to refuse

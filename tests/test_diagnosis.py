@@ -11,7 +11,7 @@ from torch import nn
 from samsde import optim
 from samsde.algorithm import SAM, SGD, USAM
 from samsde.diagnosis import diagnose, diagnose_training, lanczos, read_optimizer, top_eigenvectors
-from samsde.objective import FiniteSum, MinibatchLoss, Quadratic
+from samsde.objective import FiniteSum
 from samsde.stability import stability_number
 
 F64 = torch.float64

@@ -1,11 +1,9 @@
 """The recipes of the page "SAM in your framework", run with the real packages (`make frameworks`) against a loop in plain torch."""
-import copy
 import functools
 import json
 import re
 import subprocess
 import sys
-import textwrap
 import warnings
 from pathlib import Path
 

@@ -8,12 +8,10 @@ number of paths.
 
 import contextlib
 import copy
-import math
 import os
 import pickle
 import re
 import threading
-import warnings
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 
@@ -24,9 +22,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations, prune
 
-from samsde.algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
+from samsde.algorithm import DNSAM, SAM, SGD, USAM, Chain
 from samsde.ensemble import simulate
 from samsde.hessian_noise import cross_covariance
 from samsde.implicit_regularizer import drift, regularized_loss
