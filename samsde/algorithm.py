@@ -335,6 +335,7 @@ class Process:
         "step(state, *noise), from a record if there is one"
         return replay(self, name, step, state, *noise, reads=lambda: [self])
 
+# %% ../nbs/01_algorithm.ipynb #e774ab2a
 class Model(Process):
     """An algorithm with its objective, its learning rate, and what training adds to these.
     Raises ValueError or TypeError on arguments that make none."""
@@ -413,6 +414,7 @@ class Model(Process):
         return torch.cat([x, x.new_zeros(*x.shape[:-1], rest)], -1) if rest else x
     def position(self, state): return state[..., :self.objective.dim]
 
+# %% ../nbs/01_algorithm.ipynb #60415225
 class Chain(Model):
     """The discrete process x⁺ = x − η G_ρ(x).
     With momentum v⁺ = μv + G_ρ(x) and x⁺ = x − ηv⁺, as in torch.optim.SGD."""
