@@ -196,9 +196,9 @@ def test_stays_within_its_time():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(5, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 3)).double()
     big = X.repeat(400, 1), y.repeat(400)
-    start = time.monotonic()
+    start = time.process_time() # what others do on the machine does not count
     short = look(net, of(net), data=big, budget_s=2)
-    assert time.monotonic() - start < 4 # twice: these machines are shared
+    assert time.process_time() - start < 4
     assert "of 2400 batches, error" in short.coarse[0] and short.terms["error of the gradient"] > 0
     again = look(net, of(net), data=big, budget_s=2)
     exact = FiniteSum.from_module(net, nn.CrossEntropyLoss(), X, y, 10).grad(torch.cat([p.detach().flatten() for p in net.parameters()]))
