@@ -102,6 +102,15 @@ def over_micro_batches(H:np.ndarray, rho:float, m:int, B:int, replace:bool): # �
     mean = h.mean(0)
     return mean, lambda M: alone(M) + pairs(M) - mean @ M @ mean.T
 
+def independent(H:np.ndarray, inner:np.ndarray, m:int, B:int, replace:bool): # M ↦ E[A M Aᵀ]
+    "For A the mean of H_β (I + ρH_β′) over the micro-batches β, β′ of two batches"
+    K = B // m
+    tau = Minibatches(len(H), m, replace).tau
+    apart = 0.0 if replace else -1 / (len(H) - 1) # the covariance of two samples of a batch
+    def nested(M, share): return mean_outer(H, share)(mean_outer(inner, share)(M))
+    if K == 1: return lambda M: nested(M, tau)
+    return lambda M: nested(M, tau) / K + (1 - 1 / K) * nested(M, apart)
+
 def second_moment(algorithm:Algorithm, H:np.ndarray, B:int, replace:bool): # Ā, and M ↦ E[A M Aᵀ]
     rho = float(algorithm.rho)
     m = algorithm.micro_batch or B
@@ -109,9 +118,7 @@ def second_moment(algorithm:Algorithm, H:np.ndarray, B:int, replace:bool): # Ā,
     eye = np.eye(H.shape[1])
     full = H.mean(0)
     if algorithm.source == "independent":
-        outer = mean_outer(H, tau)
-        inner = mean_outer(eye + rho * H, Minibatches(len(H), m, replace).tau)
-        return full @ (eye + rho * full), lambda M: outer(inner(M))
+        return full @ (eye + rho * full), independent(H, eye + rho * H, m, B, replace)
     if algorithm.source == "full" or rho == 0: h = H @ (eye + rho * full)
     elif m == 1: h = H + rho * H @ H
     else: return over_micro_batches(H, rho, m, B, replace)
@@ -131,10 +138,6 @@ def mean_square_radius(algorithm:Algorithm, # SGD or USAM
         raise TypeError(f"algorithm must be SGD or USAM, whose step is linear, got {algorithm!r}")
     if algorithm.source == "previous":
         raise ValueError("source='previous' has no such matrix: its step depends on the one before")
-    if algorithm.source == "independent" and algorithm.micro_batch not in (None, batch_size):
-        raise ValueError(
-            "micro-batches with an independent source are not implemented here: "
-            "use micro_batch=None")
     if getattr(hessians, "ndim", 0) != 3:
         raise ValueError(
             f"hessians must have shape (n, d, d), got {tuple(getattr(hessians, 'shape', ()))}")

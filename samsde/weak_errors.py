@@ -217,7 +217,9 @@ def together(chain:Chain, sde:SDE):
             f"chain and sde must have the same dimension, "
             f"got {chain.objective.dim} and {sde.objective.dim}")
     if float(chain.time_step) != float(sde.time_step):
-        raise ValueError(f"chain and sde must share eta, got {chain.eta} and {sde.eta}")
+        raise ValueError(
+            "a step of chain and sde must stand for the same time (eta, or eta/(1 - momentum)), "
+            f"got {chain.time_step} and {sde.time_step}")
 
 def periodic_error(algorithm, problem, eta, t_end, test, dim, nodes, **settings) -> float:
     "What `circle_error` and `torus_error` share"

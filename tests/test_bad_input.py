@@ -394,7 +394,7 @@ TABLE |= { # weak errors and weak approximation
     "order 2 of the first expansion, exactly": (lambda: around(order=2), ValueError, "order=2 needs expansion='exact', got 'first'"),
     "the operator of a quadratic": (lambda: chain_operator(chain, 16), TypeError, "need a circle_problem or torus_problem, got Quadratic"),
     "the generator of a quadratic": (lambda: generator(sde, 16), TypeError, "need a circle_problem or torus_problem, got Quadratic"),
-    "a chain and an SDE with two eta": (lambda: exact_difference(on_circle[0], SDE(USAM(.1), circle, .2), 1., np.sin), ValueError, "must share eta, got 0.1 and 0.2"),
+    "a chain and an SDE with two eta": (lambda: exact_difference(on_circle[0], SDE(USAM(.1), circle, .2), 1., np.sin), ValueError, "stand for the same time .*got 0.1 and 0.2"),
     "an SDE for a chain, exactly": (lambda: exact_difference(*on_circle[::-1], 1., np.sin), TypeError, "chain must be a Chain, got SDE"),
     "an exact error of a sweep": (lambda: exact_error(Chain(USAM(SWEEP), circle, .1), on_circle[1], 1., np.sin), ValueError, r"one eta and one rho at a time, got sweeps of shape \(2,\)"),
     "moments of SAM": (lambda: linear_moments(chain, x, 1.), TypeError, "moments are exact for SGD or USAM on a Quadratic, got SAM"),
