@@ -20,6 +20,11 @@ from .machinery.style import colours
 # %% ../nbs/01_algorithm.ipynb #ede46e34
 def joined(parts:list) -> Tensor: return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
+def shuffled(gamma:Tensor, generator) -> Tensor:
+    "Sample numbers in random order, of each path on its own"
+    keys = torch.rand(gamma.shape, generator=generator, device=gamma.device)
+    return gamma.gather(-1, keys.argsort(-1))
+
 # %% ../nbs/01_algorithm.ipynb #2f2506ca
 SOURCES = ("own", "full", "independent", "previous")
 
@@ -59,8 +64,15 @@ class Algorithm:
              device=None) -> Tensor:
         "γ of one step for every path of shape `shape`: one, or two behind each other"
         batches = 2 if self.source == "independent" else 1
-        return joined([objective.draw(shape, generator, dtype=dtype, device=device)
-                       for _ in range(batches)])
+        drawn = [objective.draw(shape, generator, dtype=dtype, device=device)
+                 for _ in range(batches)]
+        law = objective.law
+        if self.is_cut(law) and law.silent: # all samples, whose order decides on the micro-batches
+            drawn = [shuffled(gamma, generator) for gamma in drawn]
+        return joined(drawn)
+    def is_cut(self, law) -> bool:
+        "Is a batch of this law cut into micro-batches?"
+        return self.micro_batch not in (None, getattr(law, "batch_size", None))
     def of_gradient(self, gamma:Tensor) -> Tensor:
         "The γ of the gradient; an independent batch for the perturbation stands behind it"
         return gamma.chunk(2, -1)[0] if self.source == "independent" else gamma
@@ -402,7 +414,7 @@ class Model(Process):
         "The parts of a state: x, and what `memory` names"
         d = self.objective.dim
         return [*state.split([1 if name == "k" else d for name in ("x", *self.memory)], -1)]
-    # of "v", the velocity; "u", the perturbation of the step before; "k", the number of steps
+    # of "v", the velocity; "u0", "u1", …, perturbations of the step before; "k", the number of steps
     memory = ()
     @property
     def width(self) -> int:
@@ -426,11 +438,16 @@ class Chain(Model):
     @property
     def batches(self) -> int: return 2 if self.algorithm.source == "independent" else 1
     @property
-    def remembers(self) -> bool: return self.algorithm.source == "previous"
+    def remembered(self) -> list:
+        "Names of the perturbations of the step before, one for each micro-batch"
+        if self.algorithm.source != "previous": return []
+        cut = self.algorithm.is_cut(self.objective.law)
+        parts = self.objective.law.batch_size // self.algorithm.micro_batch if cut else 1
+        return [f"u{j}" for j in range(parts)]
     @property
     def memory(self) -> tuple:
         counts = self.schedule is not None or (self.momentum and self.dampening)
-        return ("v",) * bool(self.momentum) + ("u",) * self.remembers + ("k",) * bool(counts)
+        return (*["v"] * bool(self.momentum), *self.remembered, *["k"] * bool(counts))
     @property
     def noise_dim(self) -> int: return self.batches * self.size
     def step(self, state:Tensor, gamma:Tensor) -> Tensor:
@@ -450,9 +467,12 @@ class Chain(Model):
         known = dict(zip(self.memory, rest))
         algorithm = self.algorithm
         eta = per_path(self.eta, x) * rate
-        if self.remembers:
-            G = self.objective.sample_grad(x + per_path(algorithm.rho, x) * known["u"], gamma)
-            known["u"] = algorithm.perturbation(self.objective, x, gamma)
+        if self.remembered:
+            cuts = algorithm.cuts(gamma) if len(self.remembered) > 1 else gamma[None]
+            up = torch.stack([x + per_path(algorithm.rho, x) * known[name]
+                              for name in self.remembered])
+            G = self.objective.sample_grad(up, cuts).mean(0)
+            known |= zip(self.remembered, algorithm.perturbation(self.objective, x, cuts))
         else: G = algorithm.direction(self.objective, x, gamma)
         if not self.decoupled: G = G + self.weight_decay * x
         move = G

@@ -46,7 +46,8 @@ def noise_moments(algorithm:Algorithm, objective:Objective, x:Tensor, form:str,
     if form not in FORMS: raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     if form not in ("sgd", "none"):
         check_model(algorithm, f"{form} form", "form='exact'", direction=form == "exact")
-    if form == "none" or objective.law.silent: return NoNoise(objective, x)
+    silent = objective.law.silent and not (form == "exact" and algorithm.is_cut(objective.law))
+    if form == "none" or silent: return NoNoise(objective, x)
     if form == "sgd": return SGD().moments(objective, x, **draws)
     m = simplest(algorithm).moments(objective, x, exact=form == "exact", **draws)
     return TruncatedMoments(m) if form == "truncated" and not isinstance(m, Unperturbed) else m

@@ -6,10 +6,12 @@
 __all__ = ['StepMoments', 'Wrapped', 'expectation', 'GammaMoments', 'ExactMoments', 'MinibatchMoments', 'SampleMoments',
            'LinearSampleMoments', 'AdditiveMoments', 'LinearAdditiveMoments', 'UnitAdditiveMoments',
            'FullSampleMoments', 'FullAdditiveMoments', 'FullExactMoments', 'IndependentAdditiveMoments',
-           'PreviousMoments', 'MicroBatchMoments', 'Unperturbed', 'moments']
+           'PreviousMoments', 'ExactPreviousMoments', 'MicroBatchMoments', 'Unperturbed', 'moments']
 
 # %% ../nbs/02d_moments.ipynb #c13aa3a3
 import copy
+import itertools
+import math
 from functools import cached_property
 from typing import Callable
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .algorithm import (
-    SAM, SGD, USAM, Algorithm, Linear, check_micro_batch, check_model, overrides)
+    SAM, SGD, USAM, Algorithm, Linear, check_micro_batch, check_model, overrides, shuffled)
 from .machinery.checks import broadcast_paths, check_int, per_path
 from .objective import (
     Additive, FiniteSum, Minibatches, Objective, Quadratic, Support, gradient)
@@ -528,30 +530,75 @@ def full_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
 # %% ../nbs/02d_moments.ipynb #88fb49e1
 class Pairs:
     "The law of two independent γ, one behind the other"
-    def __init__(self, law): self.law, self.silent = law, law.silent
+    def __init__(self, first, second): # of the gradient, and of the perturbation
+        self.laws, self.silent = (first, second), first.silent
     def size(self, draws:int) -> int:
-        single = self.law.size(draws)
-        if single != getattr(self.law, "count", None): return single
-        return single**2 if single**2 <= max(draws, single) else draws
+        single = self.laws[0].size(draws)
+        if single != getattr(self.laws[0], "count", None): return single
+        return self.count if self.count <= max(draws, single) else draws
     @property
-    def count(self): return self.law.count**2 if hasattr(self.law, "count") else None
+    def count(self): return math.prod(law.count for law in self.laws)
     def draw(self, shape, generator=None, **kind) -> Tensor:
-        return torch.cat([self.law.draw(shape, generator, **kind) for _ in range(2)], -1)
+        return torch.cat([law.draw(shape, generator, **kind) for law in self.laws], -1)
     def support(self, draws, generator=None, **kind) -> Support:
-        first = self.law.support(draws, generator, **kind)
-        if not first.exact: # pairs ±Z stay pairs
-            second = self.law.support(draws, generator, **kind)
+        if getattr(self.laws[0], "count", None) is None: # pairs ±Z stay pairs
+            first, second = (law.support(draws, generator, **kind) for law in self.laws)
             return first._replace(gammas=torch.cat([first.gammas, second.gammas], -1))
-        K = len(first.gammas)
-        if self.size(draws) != K**2:
+        if self.size(draws) != self.count:
             return Support(self.draw((self.size(draws),), generator, device=kind["device"]), False)
-        both = torch.cartesian_prod(torch.arange(K), torch.arange(K))
-        i, j = both.to(first.gammas.device).unbind(-1)
-        return Support(torch.cat([first.gammas[i], first.gammas[j]], -1), True)
+        first, second = (law.support(law.count, **kind).gammas for law in self.laws)
+        both = first.repeat_interleave(len(second), 0), second.repeat(len(first), 1)
+        return Support(torch.cat(both, -1), True)
 
-def with_pairs(objective:Objective) -> Objective:
+# %% ../nbs/02d_moments.ipynb #5d0700ad
+def ways_to_cut(samples:tuple, m:int):
+    "Each way to cut the samples into micro-batches of m, as one list of samples"
+    if not samples: yield []
+    for others in itertools.combinations(samples[1:], m - 1) if samples else ():
+        first = [samples[0], *others]
+        rest = tuple(i for i in samples if i not in first)
+        for more in ways_to_cut(rest, m): yield [*first, *more]
+
+class Cuts:
+    "The law of minibatches without replacement that are cut into micro-batches"
+    silent = False
+    def __init__(self, law:Minibatches, m:int, # samples in a micro-batch
+                 ordered:bool=False # does the order of the micro-batches matter?
+                ):
+        self.law, self.m, self.ordered = law, m, ordered
+    @property
+    def parts(self) -> int: return self.law.batch_size // self.m
+    @property
+    def count(self) -> int|float:
+        B, K = self.law.batch_size, self.parts
+        if self.law.count == math.inf or B > 20: return math.inf
+        orders = math.factorial(K) if self.ordered else 1
+        return self.law.count * orders * math.factorial(B) // (math.factorial(self.m)**K
+                                                               * math.factorial(K))
+    def size(self, draws:int) -> int:
+        return self.count if self.count <= max(self.law.n, draws) else draws
+    def draw(self, shape, generator=None, **kind) -> Tensor:
+        return shuffled(self.law.draw(shape, generator, **kind), generator)
+    def support(self, draws, generator=None, *, dtype=None, device=None) -> Support:
+        if self.size(draws) != self.count:
+            return Support(self.draw((self.size(draws),), generator, device=device), False)
+        every = itertools.combinations(range(self.law.n), self.law.batch_size)
+        cut = torch.tensor([way for samples in every for way in ways_to_cut(samples, self.m)],
+                           device=device)
+        if self.ordered:
+            orders = torch.tensor([*itertools.permutations(range(self.parts))], device=device)
+            cut = cut.unflatten(-1, (self.parts, self.m))[:, orders].flatten(0, 1).flatten(-2)
+        return Support(cut, True)
+
+# %% ../nbs/02d_moments.ipynb #246f4c2c
+def with_law(algorithm:Algorithm, objective:Objective) -> Objective:
+    "The objective with the law of all the γ that a step draws: micro-batches, a second batch"
+    law, m = objective.law, algorithm.micro_batch
+    cut = algorithm.is_cut(law) and not law.replace
+    pairs = algorithm.source in ("independent", "previous")
     other = copy.copy(objective)
-    other.law = Pairs(objective.law)
+    if cut: other.law = Cuts(law, m, ordered=algorithm.source == "previous")
+    if pairs: other.law = Pairs(other.law, Cuts(law, m, ordered=True) if cut else law)
     return other
 
 # %% ../nbs/02d_moments.ipynb #ad1d293e
@@ -571,7 +618,7 @@ class IndependentAdditiveMoments(Wrapped):
 # %% ../nbs/02d_moments.ipynb #280f4ebe
 def independent_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
                         exact:bool, draws:int, seed) -> StepMoments:
-    pairs = with_pairs(objective)
+    pairs = with_law(algorithm, objective)
     if exact: return ExactMoments(algorithm, pairs, x, draws, seed)
     if not isinstance(objective, Additive): return GammaMoments(algorithm, pairs, x, draws, seed)
     own = own_moments(with_source(algorithm, "own"), objective, x, False, draws, seed)
@@ -606,15 +653,37 @@ class PreviousMoments(GammaMoments):
         if self.is_exact: return 0.0
         return expectation(Hu, self.support, self.x, self.objective.chunk)[1]
 
+# %% ../nbs/02d_moments.ipynb #987dd559
+class ExactPreviousMoments(ExactMoments):
+    """Columns of G_ij + G_·i − G_·j for batches i and those before, j: the long-run noise at
+    any ρ. Raises ValueError where a noise is asked for and the pairs cannot be enumerated."""
+    def G(self, gamma): return with_source(self.algorithm, "independent").direction(
+        self.objective, self.x, gamma)
+    @cached_property
+    def count(self) -> int:
+        "Of batches"
+        if self.is_exact: return self.objective.law.laws[0].count
+        raise ValueError(
+            "the exact noise of source='previous' needs all pairs of minibatches: "
+            f"draws must be at least {self.objective.law.count}, got {self.draws}")
+    def columns(self, rho):
+        G = self.G(self.support.gammas).unflatten(0, (self.count, -1))
+        before = G.mean(0)
+        return centred((G + before[:, None] - before).flatten(0, 1), self.support)
+    def weights(self, xi):
+        w = super().weights(xi)
+        if xi is None: return w
+        w = w.unflatten(-1, (self.count, -1))
+        before = (w.sum(-1) - w.sum(-2)) / self.count
+        return (w + before[..., None, :]).flatten(-2)
+
 # %% ../nbs/02d_moments.ipynb #2145f29c
 def previous_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
                      exact:bool, draws:int, seed) -> StepMoments:
-    if exact:
-        raise ValueError(
-            "source='previous' has no exact form: "
-            "its long-run covariance is known to first order in ρ")
     if isinstance(objective, Additive):
         return own_moments(with_source(algorithm, "own"), objective, x, exact, draws, seed)
+    if exact:
+        return ExactPreviousMoments(algorithm, with_law(algorithm, objective), x, draws, seed)
     if isinstance(objective, FiniteSum) and getattr(algorithm, "is_linear", False):
         return LinearSampleMoments(objective, x, algorithm.scale, same=False)
     return PreviousMoments(algorithm, objective, x, draws, seed)
@@ -642,11 +711,15 @@ def noise_share(law:Minibatches, m:int) -> float:
 def micro_moments(algorithm:Algorithm, objective:FiniteSum, x:Tensor,
                   exact:bool, draws:int, seed) -> StepMoments:
     law, m = objective.law, algorithm.micro_batch
-    if exact and not law.replace and m > 1: # by whole batches
-        if algorithm.source == "independent": objective = with_pairs(objective)
-        return ExactMoments(algorithm, objective, x, draws, seed)
     whole = copy.copy(algorithm)
     whole.micro_batch = None
+    if algorithm.source == "full":
+        return whole.moments(objective, x, exact=exact, draws=draws, seed=seed)
+    if exact and not law.replace: # micro-batches of one share θ too, if they perturb themselves
+        if algorithm.source == "previous":
+            return previous_moments(algorithm, objective, x, exact, draws, seed)
+        if m > 1 or algorithm.source == "independent":
+            return ExactMoments(algorithm, with_law(algorithm, objective), x, draws, seed)
     inner = whole.moments(objective.with_batch(m), x, exact=exact, draws=draws, seed=seed)
     return MicroBatchMoments(inner, noise_share(law, m))
 
@@ -673,7 +746,7 @@ def moments(self:Algorithm, objective:Objective, x:Tensor, # (..., d)
     with a `direction` of its own."""
     check_model(self, "first-order moments", "exact=True", direction=exact)
     check_micro_batch(self, objective)
-    if self.micro_batch not in (None, getattr(objective.law, "batch_size", None)):
+    if self.is_cut(objective.law):
         return micro_moments(self, objective, x, exact, draws, seed)
     return BY_SOURCE[self.source](self, objective, x, exact, draws, seed)
 

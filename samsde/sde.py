@@ -57,6 +57,9 @@ class SDE(Model):
         if order not in (1, 2): raise ValueError(f"order must be 1 or 2, got {order!r}")
         if order == 2 and expansion != "exact":
             raise ValueError(f"order=2 needs expansion='exact', got {expansion!r}")
+        if order == 2 and algorithm.source == "previous":
+            raise ValueError(
+                "order=2 is known for steps that are drawn independently, got source='previous'")
         self.expansion = expansion
         self.order = order
         self.draws = check_int("draws", draws, least=4)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Process
 from .ensemble import simulate, time_grid
-from .moments import gamma_support, with_pairs
+from .moments import gamma_support, with_law
 from .machinery.checks import (
     broadcast_paths, check_finite, check_int, check_points, check_positive)
 from .machinery.store import one_thread
@@ -168,7 +168,7 @@ def chain_operator(chain:Chain, # on a circle_problem or torus_problem
     if chain.memory:
         raise ValueError(
             f"the exact operators need a chain without memory, got {', '.join(chain.memory)}")
-    objective = with_pairs(chain.objective) if chain.batches == 2 else chain.objective
+    objective = with_law(chain.algorithm, chain.objective)
     support = gamma_support(objective, x, 1024, 0)
     if not support.exact:
         raise ValueError(

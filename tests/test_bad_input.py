@@ -255,7 +255,7 @@ TABLE |= { # sums over samples, drift, noise, SDE
     "micro-batches of additive noise": (lambda: SDE(SAM(.1, micro_batch=2), bowl, .1), ValueError, "micro_batch needs a FiniteSum, whose batches can be cut, got Quadratic"),
     "a source for a direction of one's own": (lambda: Chain(Turns(.1, source="full"), bowl, .1), ValueError, "Turns overrides `direction` and so has no micro_batch, no source and no metric"),
     "the previous batch without a state": (lambda: SAM(.1, source="previous").step(bowl, x, .1, x), ValueError, "source='previous' needs the step before"),
-    "an exact form of the previous batch": (lambda: drift(USAM(.1, source="previous"), data(), x, "exact"), ValueError, "source='previous' has no exact form"),
+    "a second order of the previous batch": (lambda: SDE(USAM(.1, source="previous"), data(), .1, "exact", order=2), ValueError, "order=2 is known for steps that are drawn independently, got source='previous'"),
     "a loss of an independent batch": (lambda: regularized_loss(SAM(.1, source="independent"), data(), x), ValueError, "has no regularised loss for SAM: its drift is not a gradient"),
     "saddle of micro-batches": (lambda: flow(USAM(.1, source="full"), H, x, 1.), ValueError, "this formula is for micro_batch=None, source='own' and no metric"),
     "a batch size of 0": (lambda: data().with_batch(0), ValueError, "batch_size must be at least 1, got 0"),
@@ -651,7 +651,7 @@ def test_every_public_name_has_a_bad_input():
     """What the modules export is called by the tests of bad input, here or in a file of its own, or has nothing to refuse."""
     import importlib
     text, missing = "".join(p.read_text(encoding="utf-8") for p in Path(__file__).parent.glob("test_*.py")), []
-    results = "Wrapped FullSampleMoments FullAdditiveMoments FullExactMoments IndependentAdditiveMoments PreviousMoments MicroBatchMoments Model Potential StepMoments GammaMoments ExactMoments MinibatchMoments SampleMoments LinearSampleMoments AdditiveMoments LinearAdditiveMoments UnitAdditiveMoments Unperturbed Process Support GaussianDirection Ensemble Attraction WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
+    results = "Wrapped FullSampleMoments FullAdditiveMoments FullExactMoments IndependentAdditiveMoments PreviousMoments ExactPreviousMoments MicroBatchMoments Model Potential StepMoments GammaMoments ExactMoments MinibatchMoments SampleMoments LinearSampleMoments AdditiveMoments LinearAdditiveMoments UnitAdditiveMoments Unperturbed Process Support GaussianDirection Ensemble Attraction WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
     fine = "theme use_theme Perturbed from_module expectation plot_validity parser own_options reproduce main".split() # tested through others, or with nothing to refuse
     for name in sorted(p.stem for p in Path(samsde.__file__).parent.glob("[a-z]*.py")):
         module = importlib.import_module(f"samsde.{name}")

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -14,6 +15,7 @@ from samsde.implicit_regularizer import drift, regularized_loss
 from samsde.moments import product
 from samsde.objective import FiniteSum, NoisyLoss, Quadratic
 from samsde.sde import SDE
+from samsde.weak_errors import chain_operator, circle_problem
 
 F64 = torch.float64
 
@@ -97,8 +99,9 @@ def test_a_step_is_drift_and_noise(name):
     for kind in KINDS:
         for a in variants(kind, objective):
             for settings in (dict(), dict(noise="sgd"), dict(expansion="exact", noise="exact")):
-                if a.source == "previous" and "expansion" in settings:
-                    continue  # has no exact form
+                exact_noise = "expansion" in settings
+                if a.source == "previous" and exact_noise and isinstance(objective, FiniteSum):
+                    continue  # needs all pairs: test_micro_batches_of_the_batch_before
                 sde = SDE(a, objective, 0.1, draws=12, **settings)
                 xi = sde.draw((2,), generator, dtype=F64)
                 both = x + 0.05 * sde.drift(x) + 0.05**0.5 * sde.diffusion(x, xi)
@@ -107,6 +110,11 @@ def test_a_step_is_drift_and_noise(name):
                 units = torch.eye(sde.noise_dim, dtype=F64)
                 columns = torch.stack([sde.diffusion(x, e.expand(2, -1)) for e in units])
                 assert_close(product(columns, columns), sde.covariance(x), rtol=1e-8, atol=1e-10)
+
+
+def covariance(G, other=None):
+    other = G if other is None else other
+    return (G - G.mean(0)).T @ (other - other.mean(0)) / len(G)
 
 
 def ordered(n, B, replace):
@@ -135,10 +143,89 @@ def test_micro_batches_by_enumeration(kind, m, replace):
     if m < 4:  # the control
         whole = kind(0.1)
         assert not torch.allclose(cross_covariance(whole, objective, x, **how), S, rtol=1e-2)
-    if replace or m in (1, 4):
-        G = a.direction(objective, x, batches)
-        C = (G - G.mean(0)).T @ (G - G.mean(0)) / len(G)
-        assert_close(noise_covariance(a, objective, x, "exact", **how), C, rtol=1e-9, atol=1e-11)
+    G = a.direction(objective, x, batches)
+    assert_close(noise_covariance(a, objective, x, "exact", **how), covariance(G), rtol=1e-9, atol=1e-11)
+    assert_close(drift(a, objective, x, "exact", **how), -G.mean(0), rtol=1e-9, atol=1e-11)
+
+
+def first_samples(n, B):
+    losses = objectives()["sum"].sample_losses
+    return FiniteSum(lambda x: losses(x)[:n], n, 3, B, replace=False)
+
+
+@pytest.mark.parametrize("B", [4, 5])
+@pytest.mark.parametrize("m", [1, 2, 4, 5])
+def test_exact_micro_batches_without_replacement(m, B):
+    """All pairs of ordered batches out of five. Micro-batches of an independent source are no θ-th part of one."""
+    if B % m: pytest.skip("m divides B")
+    objective = first_samples(5, B)
+    x = torch.tensor([0.4, -0.7, 0.2], dtype=F64)
+    batches = ordered(5, B, False)
+    pairs = torch.cat([batches.repeat_interleave(120, 0), batches.repeat(120, 1)], -1)
+    for source, gammas in [("own", batches), ("independent", pairs), ("full", batches)]:
+        a = SAM(0.3, micro_batch=m, source=source)
+        G = a.direction(objective, x.expand(len(gammas), 3), gammas)
+        how = dict(draws=20_000)
+        assert_close(noise_covariance(a, objective, x, "exact", **how), covariance(G), rtol=1e-9, atol=1e-12)
+        assert_close(drift(a, objective, x, "exact", **how), -G.mean(0), rtol=1e-9, atol=1e-12)
+        if m < B < 5 and source != "full":
+            whole = SAM(0.3, source=source)
+            assert not torch.allclose(noise_covariance(whole, objective, x, "exact", **how), covariance(G), rtol=0.05)
+
+
+def test_all_samples_are_cut_at_random():
+    """A batch of all samples has micro-batches all the same, in another order for each path and step."""
+    objective = FiniteSum(objectives()["sum"].sample_losses, 6, 3, 6, False)
+    gen = torch.Generator().manual_seed(0)
+    drawn = SAM(0.1, micro_batch=2).draw(objective, (6_000,), gen)
+    assert drawn.sort(-1).values.equal(torch.arange(6).expand(6_000, 6))
+    together = (drawn[:, :2].sort(-1).values == torch.tensor([0, 1])).all(-1).double()
+    assert abs(together.mean() - 1 / 15) < 4 * (14 / 225 / 6_000) ** 0.5
+    assert SAM(0.1).draw(objective, (2,), gen).equal(torch.arange(6).expand(2, 6))
+
+
+@pytest.mark.parametrize("m", [None, 1, 2])
+def test_micro_batches_of_the_batch_before(m):
+    """Each micro-batch is perturbed by the one in its place in the batch before: the chain against the
+    drift, and the long-run covariance of all triples of batches against the columns."""
+    objective = first_samples(4, 2)
+    x, how = torch.tensor([0.4, -0.7, 0.2], dtype=F64), dict(draws=200)
+    a, other = (SAM(0.3, micro_batch=m, source=source) for source in ("previous", "independent"))
+    batches = ordered(4, 2, False)
+    n = len(batches)
+    pairs = torch.cat([batches.repeat_interleave(n, 0), batches.repeat(n, 1)], -1)
+    G = other.direction(objective, x.expand(len(pairs), 3), pairs).unflatten(0, (n, n))  # new, before
+    chain = Chain(a, objective, 1e-3)
+    start = chain.step(chain.start(x.expand(n, 3)), batches)  # is at another x, but remembers u at x
+    start[..., :3] = x
+    moved = chain.position(chain.step(start.repeat_interleave(n, 0), batches.repeat(n, 1)))
+    assert_close((x - moved) / 1e-3, G.transpose(0, 1).flatten(0, 1), rtol=1e-8, atol=1e-9)
+    assert_close(drift(a, objective, x, "exact", **how), -G.mean((0, 1)), rtol=1e-9, atol=1e-12)
+    G = G - G.mean((0, 1))
+    single = torch.einsum("ija,ijb->ab", G, G) / n**2
+    following = torch.einsum("ija,kib->ab", G, G) / n**3
+    known = single + following + following.T
+    sde = SDE(a, objective, 0.1, expansion="exact", noise="exact", draws=200)
+    assert_close(sde.covariance(x), 0.1 * known, rtol=1e-9, atol=1e-12)
+    columns = sde.diffusion(x.expand(sde.noise_dim, 3), torch.eye(sde.noise_dim, dtype=F64))
+    assert_close(columns.T @ columns, 0.1 * known, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(single, known, rtol=0.05)
+    with pytest.raises(ValueError, match="needs all pairs of minibatches: draws must be at least"):
+        noise_covariance(a, objective, x, "exact", draws=8)
+
+
+def test_the_exact_operator_cuts_in_all_ways():
+    """B = N = 4 on the circle, m = 2: E v(x − ηG) over all orders, against one order of them."""
+    a, m, p = (0.9, 0.6, 0.5, 0.3), (1, 2, 1, 2), (0.2, 1.1, 2.3, 0.7)
+    problem = circle_problem((0.5, -0.2, 0.1, 0.4), a, m, p, batch_size=4, replace=False)
+    chain = Chain(USAM(0.4, micro_batch=2), problem, 0.3)
+    nodes = 2 * np.pi * np.arange(32) / 32
+    x = torch.from_numpy(nodes)[:, None]
+    every = ordered(4, 4, False)
+    ends = torch.stack([chain.step(x, order.expand(32, 4))[:, 0] for order in every])
+    found = chain_operator(chain, 32) @ np.sin(nodes)
+    assert_close(torch.from_numpy(found), ends.sin().mean(0), rtol=1e-10, atol=1e-12)
+    assert (ends.sin().mean(0) - ends[0].sin()).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
