@@ -350,6 +350,14 @@ def valleys(sigmas:tuple, bar, eta:float=.05, points:int=901) -> list:
             bar.update()
     return rows
 
+# %% ../../nbs/experiments/flat_minima.ipynb #328fe0f0
+def plans(quick:bool) -> list: # of (activation, decay, noises, radii, are SDEs run?)
+    "The networks that are trained; a noise below 1 is constant, else a batch size"
+    if quick: return [("sigmoid", 0., (1, 64, .05), (.1, .4), True)]
+    others = ("tanh", 0.), ("sigmoid", .001), ("sigmoid", .05)
+    return [("sigmoid", 0., (1, 8, 64, .05), (.05, .1, .2, .4), True),
+            *((*kind, (1, 64, .05), (.1,), False) for kind in others)]
+
 # %% ../../nbs/experiments/flat_minima.ipynb #de1e9039
 def measure(quick:bool=False, # one network, few starts, a short training
             seed:int=0, # of starting points and noise
@@ -361,17 +369,13 @@ def measure(quick:bool=False, # one network, few starts, a short training
     seed = check_int("seed", seed, least=0)
     (X, y), (X_held, y_held) = halves(dtype, device)
     size = dict(n=4, seeds=2, t_end=18.) if quick else dict(n=16, seeds=2, t_end=60.)
-    plans = [("sigmoid", 0., (1, 64, .05) if quick else (1, 8, 64, .05),
-              (.1, .4) if quick else (.05, .1, .2, .4), True)]
-    if not quick:
-        plans += [(*kind, (1, 64, .05), (.1,), False)
-                  for kind in (("tanh", 0.), ("sigmoid", .001), ("sigmoid", .05))]
+    todo = plans(quick)
     sigmas = (3.,) if quick else (3., 2.)
     rows = []
-    ensembles = sum(4 + models * (4 + (noise >= 1)) for *_, noises, _, models in plans
+    ensembles = sum(4 + models * (4 + (noise >= 1)) for *_, noises, _, models in todo
                     for noise in noises)
     with tqdm(total=ensembles + 8 * len(sigmas), desc="flat_minima", disable=not progress) as bar:
-        for activation, decay, noises, radii, models in plans:
+        for activation, decay, noises, radii, models in todo:
             for noise in noises:
                 kind = dict(activation=activation, decay=decay,
                             batch_size=noise if noise >= 1 else 1)
@@ -390,6 +394,7 @@ def pick(table:pd.DataFrame, **where) -> pd.DataFrame:
         table = table[table[column].isin(value if isinstance(value, tuple) else (value,))]
     return table
 
+# %% ../../nbs/experiments/flat_minima.ipynb #68c9c24e
 def draw_network(ax, rows:pd.DataFrame, column:str):
     "Change of the trace against ρ, in percent, for one kind of noise"
     for name in ALGORITHMS:
@@ -547,10 +552,10 @@ def predicted(m:pd.DataFrame, models:pd.DataFrame) -> Verdict:
 def controls(m:pd.DataFrame, models:pd.DataFrame, noise:str) -> Verdict:
     "Do the wrong models fail?"
     rho = m.rho.max()
-    def one(rows, **which): return pick(rows, quantity="trace", noise=noise, **which)
-    plain = one(models, model=PLAIN)
-    true = one(m, rho=rho, algorithm="USAM")
-    own, short = (one(models, model=model, rho=rho, algorithm="USAM") for model in (OWN, SHORT))
+    def traces_of(rows, **which): return pick(rows, quantity="trace", noise=noise, **which)
+    plain = traces_of(models, model=PLAIN)
+    true = traces_of(m, rho=rho, algorithm="USAM")
+    own, short = (traces_of(models, model=model, rho=rho, algorithm="USAM") for model in (OWN, SHORT))
     fails = (abs(plain.change.item()) < 4 * plain.change_se.item()
              and short.change.item() > own.change.item() / 4)
     return Verdict(
