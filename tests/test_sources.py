@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from samsde import optim
 from samsde.algorithm import DNSAM, SAM, USAM, Algorithm, Chain
 from samsde.ensemble import simulate
+from samsde.experiments.examples import SignSAM
 from samsde.hessian_noise import cross_covariance, noise_covariance, sgd_covariance
 from samsde.implicit_regularizer import drift, regularized_loss
 from samsde.moments import product
@@ -16,11 +17,6 @@ from samsde.objective import FiniteSum, NoisyLoss, Quadratic
 from samsde.sde import SDE
 
 F64 = torch.float64
-
-
-class SignSAM(Algorithm):
-    def potential(self, g):
-        return g.abs().sum(-1)
 
 
 class Tanh(Algorithm):
