@@ -363,6 +363,7 @@ def tracks(table:pd.DataFrame) -> Verdict:
                    + listed({f"{r.algorithm}, ρ = {r.rho:g}:": f"{plus_minus(r.percent, r.se)} %"
                              for r in rows.itertuples()}) + ".")
 
+# %% ../../nbs/experiments/networks.ipynb #a257e1eb
 def parting(table:pd.DataFrame) -> list:
     "Up to which radius are the SDEs models of training?"
     own, sgd = (gaps(table[table.part == "training"], model) for model in ("own SDE", "SGD's SDE"))

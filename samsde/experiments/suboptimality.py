@@ -507,6 +507,7 @@ def grows_with_curvature(table, f) -> Verdict:
                    f"as large; "
                    f"and turning the same noise away from the large eigenvalues: {told[1]}")
 
+# %% ../../nbs/experiments/suboptimality.ipynb #a76f9db3
 def noise_does_it(table, f) -> Verdict:
     m = f[f.algorithm
           != "SGD"].set_index(["setting", "parameter", "algorithm",
@@ -546,6 +547,7 @@ def worst(rows:pd.DataFrame) -> str:
 def first_to_last(rows:pd.DataFrame) -> str:
     return f"{off_by(rows.iloc[0])} → {off_by(rows.iloc[-1])}"
 
+# %% ../../nbs/experiments/suboptimality.ipynb #279cd43a
 def sde_predicts(table, f) -> Verdict:
     sde, theory = (deviations(f, source) for source in ("theory of the SDE", "theory"))
     theory = theory[~theory.setting.str.startswith("network")]
