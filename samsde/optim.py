@@ -13,11 +13,11 @@ import sys
 import types
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial, reduce, wraps
 from numbers import Real
 from operator import is_
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,17 +76,13 @@ def norm_in_other_units(tensors:list) -> float:
     return n * unit
 
 # %% ../nbs/08_optim.ipynb #b12b6435
-class Displacement:
-    "What one step has moved, and how to bring it back"
+class Copies:
+    "Copies of the parameters that are about to move, and the way back"
     def __init__(self):
         self.active = False      # between the two phases?
-        self.ready = False       # are the gradients at x + ρ u there, and the parameters back at x?
         self.params = []         # what has moved, or is about to
         self.copies = []         # what they were
         self.versions = []       # of the parameters, after they moved
-        self.random = []         # generators' states, before and after each part of the first phase
-        self.replayed = 0        # parts of the second phase that have begun from those states
-        self.gradient = None     # a gradient that the step has used, and its version
 
     def record(self, params:list):
         "Copy the parameters. From here on `undo` brings them back."
@@ -99,7 +95,6 @@ class Displacement:
                       for copy, p in zip(kept, params)]
         if copies: torch._foreach_copy_(shards(copies), shards(params))
         self.versions = []
-        self.ready = False
         self.params = params
         self.copies = copies
         self.active = True
@@ -109,13 +104,23 @@ class Displacement:
         if not len(params) == len(self.params) == len(self.copies): return False
         return all(map(is_, params, self.params)) and all(map(alike, self.copies, params))
 
+# %% ../nbs/08_optim.ipynb #fac0f741
+class Displacement(Copies):
+    "What one step has moved, with what its second phase needs of the first"
+    def __init__(self):
+        super().__init__()
+        self.ready = False       # are the gradients at x + ρ u there, and the parameters back at x?
+        self.random = []         # generators' states, before and after each part of the first phase
+        self.replayed = 0        # parts of the second phase that have begun from those states
+        self.gradient = None     # a gradient that the step has used, and its version
+
     def undo(self, unless_written:bool=False):
         "Bring the parameters back; with `unless_written`, those alone that nobody wrote to since"
         if not self.active: return
         params, copies = self.params, self.copies
         if unless_written and self.versions:
-            still = [p._version == v for p, v in zip(params, self.versions)]
-            params, copies = ([t for t, s in zip(ts, still) if s] for ts in (params, copies))
+            unwritten = [p._version == v for p, v in zip(params, self.versions)]
+            params, copies = ([t for t, u in zip(ts, unwritten) if u] for ts in (params, copies))
         if params:
             with torch.no_grad(): torch._foreach_copy_(shards(params), shards(copies))
             torch.clear_autocast_cache()
@@ -127,29 +132,30 @@ class Displacement:
         "Let go of the copies"
         self.params, self.copies = [], []
 
-    def use(self, gradient:Tensor|None):
-        "Remember a gradient, so that a new one can be told from it"
-        self.gradient = None if gradient is None else (weakref.ref(gradient), gradient._version)
-
-    def writes(self, gradient:Tensor) -> int|None:
-        "How often it was written to since it was used; None if it is another one"
-        if self.gradient is None or self.gradient[0]() is not gradient: return None
-        return gradient._version - self.gradient[1]
-
-    def refuse_first_gradient(self, held:list):
-        "An error if the second phase drew other numbers, or its gradients contain the first ones"
-        if self.replayed != len(self.random):
-            raise ValueError(
-                f"same_randomness() was entered {len(self.random)} times in the first phase, "
-                f"{self.replayed} times in the second; enter it as often in both")
-        for p in held if self.params else []:
-            if self.writes(p.grad) in (0, 1) and norm([p.grad]):
-                raise RuntimeError("the gradients at x were not cleared before those at x + rho u "
-                                   "were computed: write first_step(zero_grad=True)")
-
     def __getstate__(self) -> dict:
         kept = dict(active=True, params=self.params, copies=self.copies) if self.active else {}
         return vars(Displacement()) | kept
+
+# %% ../nbs/08_optim.ipynb #abde6516
+def used(gradient:Tensor|None):
+    "A gradient that a step uses, and its version"
+    return None if gradient is None else (weakref.ref(gradient), gradient._version)
+
+def writes_since(use, gradient:Tensor) -> int|None:
+    "How often a gradient was written to since it was `used`; None if it is another one"
+    if use is None or use[0]() is not gradient: return None
+    return gradient._version - use[1]
+
+def refuse_first_gradient(record:Displacement, held:list):
+    "An error if the second phase drew other numbers, or its gradients contain the first ones"
+    if record.replayed != len(record.random):
+        raise ValueError(
+            f"same_randomness() was entered {len(record.random)} times in the first phase, "
+            f"{record.replayed} times in the second; enter it as often in both")
+    for p in held if record.params else []:
+        if writes_since(record.gradient, p.grad) in (0, 1) and norm([p.grad]):
+            raise RuntimeError("the gradients at x were not cleared before those at x + rho u "
+                               "were computed: write first_step(zero_grad=True)")
 
 # %% ../nbs/08_optim.ipynb #f6b50a3a
 def alike(copy, p) -> bool:
@@ -206,6 +212,7 @@ def put_back(found:list):
     "Set the generators to these states"
     for module, args, state in found: module.set_rng_state(state, *args)
 
+# %% ../nbs/08_optim.ipynb #c4d98cbd
 class SameRandomness:
     "A context, entered once in each phase: the second one draws what the first one drew"
     def __init__(self, record:Displacement, devices:set):
@@ -226,6 +233,16 @@ class SameRandomness:
             if kind is None: self.record.random.append((self.start, states(self.devices)))
             return
         put_back(self.end)
+
+# %% ../nbs/08_optim.ipynb #bdc41777
+def uncompiled(method):
+    "A method that torch.compile leaves as it is"
+    @wraps(method)
+    def run(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return torch._dynamo.disable(method)(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+    return run
 
 # %% ../nbs/08_optim.ipynb #9e5fdb2f
 OPTIONS = "rho", "adaptive", "perturb"
@@ -269,6 +286,9 @@ def of_base(name:str) -> property:
 
 def made_base(base_optimizer:Callable, groups:list, kwargs:dict) -> Optimizer:
     "The optimizer that takes the step. Raises TypeError if it is none, or needs a closure."
+    if not callable(base_optimizer):
+        raise TypeError("base_optimizer must be a class such as torch.optim.SGD, "
+                        f"got {base_optimizer!r}")
     base = base_optimizer(groups, **kwargs)
     if not isinstance(base, Optimizer) or isinstance(base, SharedGroups):
         raise TypeError("base_optimizer must make an optimizer of torch's, such as SGD, "
@@ -278,18 +298,31 @@ def made_base(base_optimizer:Callable, groups:list, kwargs:dict) -> Optimizer:
         raise TypeError(f"base_optimizer must step without a closure, got {type(base).__name__}")
     return base
 
+# %% ../nbs/08_optim.ipynb #d3aaf6e3
+def params_of(groups:list) -> list: return [p for group in groups for p in group["params"]]
+def with_gradient(groups:list) -> list: return [p for p in params_of(groups) if p.grad is not None]
+def devices_of(groups:list) -> set: return {p.device for p in params_of(groups) if not p.is_cpu}
+
+def first_gradient(groups:list) -> Tensor|None:
+    params = (p for group in groups for p in group["params"])
+    return next((p.grad for p in params if p.grad is not None), None)
+
+def clear_gradients(groups:list):
+    for p in params_of(groups): p.grad = None
+
+@torch.no_grad()
+def divide_gradients(groups:list, scale:float):
+    for p in with_gradient(groups): p.grad.div_(scale)
+
 # %% ../nbs/08_optim.ipynb #c6f29998
 class SharedGroups(Optimizer):
     "An optimizer whose groups and state are its `base_optimizer`'s, with options of its own"
     param_groups, state = of_base("param_groups"), of_base("state")
 
     def __init__(self, params, base_optimizer, options:dict, base_kwargs:dict):
-        if not callable(base_optimizer):
-            raise TypeError("base_optimizer must be a class such as torch.optim.SGD, "
-                            f"got {base_optimizer!r}")
         super().__init__(params, checked_options(**options))
         groups = vars(self).pop("param_groups")
-        refuse_fsdp1([p for group in groups for p in group["params"]])
+        refuse_fsdp1(params_of(groups))
         own = [checked_options(**{name: group.pop(name) for name in OPTIONS}) for group in groups]
         base = made_base(base_optimizer, groups, base_kwargs)
         self.keys = {name: f"sam_{name}" if name in base.defaults else name for name in OPTIONS}
@@ -302,15 +335,6 @@ class SharedGroups(Optimizer):
     def _set_options(self, group:dict, options:dict):
         group.update({self.keys[name]: options[name] for name in OPTIONS})
 
-    @property
-    def displacement(self) -> Displacement:
-        "What has moved: shared by all that share the base optimizer"
-        base = self.base_optimizer
-        try: return base.displacement
-        except AttributeError:
-            base.displacement = Displacement()
-            return base.displacement
-
     def add_param_group(self, param_group:dict):
         "Add a group, with our options and the base's. Raises ValueError or TypeError on bad ones."
         if not hasattr(self, "base_optimizer"): return super().add_param_group(param_group)
@@ -319,6 +343,43 @@ class SharedGroups(Optimizer):
         self.base_optimizer.add_param_group(param_group)
         self._set_options(self.param_groups[-1], options)
 
+# %% ../nbs/08_optim.ipynb #67bd6371
+class Restorable(SharedGroups):
+    "An optimizer that brings back what it has moved"
+    @property
+    def displacement(self) -> Displacement:
+        "What has moved: shared by all that share the base optimizer"
+        base = self.base_optimizer
+        try: return base.displacement
+        except AttributeError:
+            base.displacement = Displacement()
+            return base.displacement
+    @property
+    def is_perturbed(self) -> bool: return self.displacement.active
+
+    @uncompiled
+    def restore(self, ready:bool=False):
+        """Move back to x without a step; nothing if the parameters are there. With `ready`, the
+        gradients that they hold are those at x + ρ u, and the next step() without a closure takes
+        them: for what clips, unscales, checks and steps on its own. Raises ValueError if `ready`
+        and they have not moved."""
+        record = self.displacement
+        if ready and not record.active:
+            raise ValueError("restore(ready=True) needs first_step before it")
+        try:
+            if ready: refuse_first_gradient(record, with_gradient(self.param_groups))
+        finally: record.undo()
+        record.ready = ready
+
+    def release(self):
+        "Free the memory of the copies. Raises ValueError between the phases, which need them."
+        if self.displacement.active:
+            raise ValueError("the copies are needed until second_step or restore")
+        self.displacement.release()
+
+# %% ../nbs/08_optim.ipynb #35f2e7a1
+class Checkpointed(Restorable):
+    "An optimizer that can be saved, copied, and loaded from its own state or its base's"
     def load_state_dict(self, state_dict:dict):
         """Load a state of this optimizer, or of its base alone: then the groups keep our options.
         What is still displaced comes back first, and the copies are released."""
@@ -331,12 +392,6 @@ class SharedGroups(Optimizer):
             group.update(options | group)
             checked_options(*(group[self.keys[name]] for name in OPTIONS))
 
-    def release(self):
-        "Free the memory of the copies. Raises ValueError between the phases, which need them."
-        if self.displacement.active:
-            raise ValueError("the copies are needed until second_step or restore")
-        self.displacement.release()
-
     def __getstate__(self) -> dict:
         own = {name: value for name, value in vars(self).items() if name[0] != "_"}
         for patched in ("step", "state"): own.pop(patched, None)
@@ -348,21 +403,46 @@ class SharedGroups(Optimizer):
         super().__setstate__(state)
         self.base_optimizer.displacement = record
 
-# %% ../nbs/08_optim.ipynb #bdc41777
-def uncompiled(method):
-    "A method that torch.compile leaves as it is"
-    @wraps(method)
-    def run(self, *args, **kwargs):
-        if torch.compiler.is_compiling():
-            return torch._dynamo.disable(method)(self, *args, **kwargs)
-        return method(self, *args, **kwargs)
-    return run
+# %% ../nbs/08_optim.ipynb #21abff88
+class Move(NamedTuple):
+    "What one group moves"
+    radius:float
+    adaptive:bool
+    params:list
+    grads:list # in units of the parameters if adaptive
+
+def moves_of(groups:list, keys:dict) -> list: # of Move; keys are the names of our options
+    moves = []
+    rho, adaptive, perturb = keys.values()
+    for group in groups:
+        if not group[perturb]: continue
+        params = with_gradient([group])
+        if not params: continue
+        radius = checked_radius(group[rho])
+        if group.get("maximize"): radius = -radius  # SAM on minus the loss
+        grads = [dense(p.grad, p) for p in params]
+        if group[adaptive]: grads = scaled_by(params, grads)
+        moves.append(Move(radius, group[adaptive], params, grads))
+    return moves
+
+# %% ../nbs/08_optim.ipynb #b3aa5c22
+@torch.no_grad()
+def move(optimizer, record:Displacement):
+    "Move the parameters to x + ρ u, by the gradients that they hold"
+    moves = moves_of(optimizer.param_groups, optimizer.keys)
+    c = optimizer.scale([g for m in moves for g in m.grads])
+    moved = [p for m in moves for p in m.params]
+    record.record(moved)
+    for m in moves:
+        if m.radius * c:
+            directions = scaled_by(m.params, m.grads) if m.adaptive else m.grads
+            add_scaled(m.params, directions, m.radius * c)
+    record.versions = [p._version for p in moved]
+    torch.clear_autocast_cache()
 
 # %% ../nbs/08_optim.ipynb #7e642096
-class TwoPhases(SharedGroups):
+class TwoPhases(Checkpointed):
     "The two phases of a step, in an optimizer that defines `scale` and `step`"
-    @property
-    def is_perturbed(self) -> bool: return self.displacement.active
     @property
     def perturbs(self) -> bool:
         "Is the next step one that perturbs? See `interval`."
@@ -376,13 +456,14 @@ class TwoPhases(SharedGroups):
         if record.active:
             raise ValueError("first_step was called twice: "
                              "second_step or restore has to come between")
-        if grad_scale != 1: self._divide(grad_scale)
+        if grad_scale != 1: divide_gradients(self.param_groups, grad_scale)
+        record.ready = False
         grad_mode = torch.is_grad_enabled()
         try:
-            if self.perturbs: self._perturb()
+            if self.perturbs: move(self, record)
             else: record.record([])
             if zero_grad: self.zero_grad()
-            record.use(self._first_gradient())
+            record.gradient = used(first_gradient(self.param_groups))
         except BaseException:
             self.restore()
             torch.set_grad_enabled(grad_mode)
@@ -394,63 +475,31 @@ class TwoPhases(SharedGroups):
         self.step()
         if zero_grad: self.zero_grad()
 
-    @uncompiled
-    def restore(self, ready:bool=False):
-        """Move back to x without a step; nothing if the parameters are there. With `ready`, the
-        gradients that they hold are those at x + ρ u, and the next step() without a closure takes
-        them: for what clips, unscales, checks and steps on its own. Raises ValueError if `ready`
-        and they have not moved."""
-        if ready and not self.is_perturbed:
-            raise ValueError("restore(ready=True) needs first_step before it")
-        try:
-            if ready: self.displacement.refuse_first_gradient(self._with_gradient())
-        finally: self.displacement.undo()
-        self.displacement.ready = ready
-
     def same_randomness(self):
         "A context for the passes of each phase: the second one draws what the first one drew"
-        return SameRandomness(self.displacement, self._devices())
-
-    def _devices(self) -> set:
-        return {p.device for group in self.param_groups for p in group["params"] if not p.is_cpu}
-    def _with_gradient(self) -> list:
-        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-    def _first_gradient(self):
-        params = (p for group in self.param_groups for p in group["params"])
-        return next((p.grad for p in params if p.grad is not None), None)
-    def _clear(self):
-        for group in self.param_groups:
-            for p in group["params"]: p.grad = None
-    @torch.no_grad()
-    def _divide(self, scale):
-        for p in self._with_gradient(): p.grad.div_(scale)
-
-    @torch.no_grad()
-    def _perturb(self):
-        moves, moved, terms = [], [], []
-        rho, adaptive, perturb = self.keys.values()
-        for group in self.param_groups:
-            if not group[perturb]: continue
-            pairs = [(p, g) for p in group["params"] if (g := p.grad) is not None]
-            if not pairs: continue
-            params = [p for p, _ in pairs]
-            radius = checked_radius(group[rho])
-            if group.get("maximize"): radius = -radius  # SAM on minus the loss
-            grads = [dense(g, p) for p, g in pairs]
-            if group[adaptive]: grads = scaled_by(params, grads)
-            moves.append((radius, group[adaptive], params, grads))
-            moved += params
-            terms += grads
-        c = self.scale(terms)
-        record = self.displacement
-        record.record(moved)
-        for radius, adapts, params, grads in moves:
-            if radius * c:
-                add_scaled(params, scaled_by(params, grads) if adapts else grads, radius * c)
-        record.versions = [p._version for p in moved]
-        torch.clear_autocast_cache()
+        return SameRandomness(self.displacement, devices_of(self.param_groups))
 
 # %% ../nbs/08_optim.ipynb #be3251d3
+@contextmanager
+def noted(params:list, note:Callable):
+    "A context in which `note` is called with each parameter whose gradient has come"
+    hooks = []
+    try:
+        for p in params: hooks.append(p.register_post_accumulate_grad_hook(note))
+        yield
+    finally:
+        for hook in hooks: hook.remove()
+
+def refuse_another(before:list, grads:list):
+    "A ValueError if these are not the same gradient twice, to rounding"
+    tolerance = max(1e-3, *(2 * torch.finfo(g.dtype).eps for g in grads))
+    if norm([b - g for b, g in zip(before, grads)]) <= tolerance * norm(grads): return
+    raise ValueError(
+        "the parameters held gradients before the step, and the closure adds another one to them: "
+        "a part of the batch would perturb, the rest descend. Call optimizer.zero_grad() in the "
+        "closure, before backward; for several micro-batches use step(closures=[...])")
+
+# %% ../nbs/08_optim.ipynb #567e733a
 def call_beside(closure:Callable, held:list # the parameters that hold a gradient
                ): # what the closure returns
     """Call a closure without the gradients that the parameters hold. Raises ValueError if it adds
@@ -461,14 +510,9 @@ def call_beside(closure:Callable, held:list # the parameters that hold a gradien
         if p not in seen and zeros[p]._version > 1:
             cleared.add(p)  # written to before this gradient came: set to zero
         seen.add(p)
-    hooks = []
-    try:
-        for p in held:
-            hooks.append(p.register_post_accumulate_grad_hook(note))
-            p.grad = zeros[p]
+    with noted(held, note):
+        for p in held: p.grad = zeros[p]
         loss = closure()
-    finally:
-        for hook in hooks: hook.remove()
     kept = [p.grad is zeros[p] for p in held]
     if all(same and not zeros[p]._version for p, same in zip(held, kept)):
         raise ValueError(
@@ -480,15 +524,6 @@ def call_beside(closure:Callable, held:list # the parameters that hold a gradien
     pairs = [(b, p.grad) for p, b, more in zip(held, before, added) if more]
     if pairs: refuse_another(*map(list, zip(*pairs)))
     return loss
-
-def refuse_another(before:list, grads:list):
-    "A ValueError if these are not the same gradient twice, to rounding"
-    tolerance = max(1e-3, *(2 * torch.finfo(g.dtype).eps for g in grads))
-    if norm([b - g for b, g in zip(before, grads)]) <= tolerance * norm(grads): return
-    raise ValueError(
-        "the parameters held gradients before the step, and the closure adds another one to them: "
-        "a part of the batch would perturb, the rest descend. Call optimizer.zero_grad() in the "
-        "closure, before backward; for several micro-batches use step(closures=[...])")
 
 # %% ../nbs/08_optim.ipynb #7b0381f0
 ADVICE = {
@@ -536,6 +571,86 @@ def checked_micro_batches(closures, perturbation, weights) -> tuple[list, list]:
                          f"one for each of {len(closures)} micro-batches, got {weights}")
     return closures, [w / sum(weights) for w in weights]
 
+# %% ../nbs/08_optim.ipynb #8456a2af
+def then_restore(optimizer, run:Callable, *args):
+    "What `run` returns; the parameters are back at x then, wherever it was interrupted"
+    try:
+        try: return run(optimizer, *args)
+        finally: optimizer.restore()
+    except BaseException:  # an interrupt on the way back
+        optimizer.restore()
+        raise
+
+def both_passes(optimizer, at_x:Callable, at_u:Callable, first, second): # the loss at x
+    groups = optimizer.param_groups
+    random = optimizer.preserve_rng_state and optimizer.perturbs
+    if random: start = states(devices := devices_of(groups))
+    with torch.enable_grad(), first: loss = at_x()
+    if not optimizer.perturbs: return loss
+    if random: end = states(devices)
+    move(optimizer, optimizer.displacement)
+    clear_gradients(groups)
+    if random: put_back(start)
+    with torch.enable_grad(), second: at_u()
+    if random: put_back(end)
+    return loss
+
+def second_pass(optimizer, closure:Callable|None, second): # the loss at x + ρ u, or None
+    loss = None
+    if closure is not None:
+        with torch.enable_grad(), second: loss = closure()
+    refuse_first_gradient(optimizer.displacement, with_gradient(optimizer.param_groups))
+    return loss
+
+# %% ../nbs/08_optim.ipynb #ee1bb891
+def mean_of(groups:list, run:Callable, closures:list, weights:list):
+    "The mean of the losses that `run` returns. Leaves the mean of the gradients it leaves."
+    total, losses = {}, []
+    for weight, closure in zip(weights, closures):
+        clear_gradients(groups)
+        losses.append(run(closure))
+        with torch.no_grad():
+            for p in with_gradient(groups):
+                if p in total: total[p].add_(p.grad, alpha=weight)
+                else: total[p] = p.grad.mul_(weight)
+    for p, grad in total.items(): p.grad = grad
+    if any(loss is None for loss in losses): return None
+    losses = [loss.detach() if isinstance(loss, Tensor) else loss for loss in losses]
+    return sum(w * loss for w, loss in zip(weights, losses))
+
+def micro_batches(optimizer, closures, perturbation, weights, first, second): # the loss at x
+    closures, weights = checked_micro_batches(closures, perturbation, weights)
+    mean = partial(mean_of, optimizer.param_groups, closures=closures, weights=weights)
+    def step_of(closure):
+        return then_restore(optimizer, both_passes, closure, closure, first, second)
+    if perturbation == "own": return mean(step_of)
+    return step_of(partial(mean, lambda closure: closure()))
+
+# %% ../nbs/08_optim.ipynb #373e7487
+def gradient_of_step(optimizer, closure, closures, perturbation, weights, first, second):
+    "The loss at x. Leaves the parameters at x, with the gradient at x + ρ u."
+    record = optimizer.displacement
+    if closures is not None:
+        if closure is not None or record.active:
+            raise ValueError("step takes a closure, or closures, or is the second phase: "
+                             "got two of them")
+        return micro_batches(optimizer, closures, perturbation, weights, first, second)
+    if record.active: return then_restore(optimizer, second_pass, closure, second)
+    held, ready = with_gradient(optimizer.param_groups), record.ready
+    record.ready = False
+    if closure is None:
+        if ready: return None
+        if held and norm([p.grad for p in held]) == 0:
+            return None  # both gradients are zero: the step is the base's
+        raise ValueError("step needs a closure, or first_step before it; for frameworks that "
+                         "call step() themselves see the page 'SAM in your framework'")
+    refuse_shortened_closure()
+    if held and writes_since(record.gradient, held[0].grad) != 0:
+        at_x = partial(call_beside, closure, held)
+        return then_restore(optimizer, both_passes, at_x, closure, first, second)
+    for p in held: p.grad = None
+    return then_restore(optimizer, both_passes, closure, closure, first, second)
+
 # %% ../nbs/08_optim.ipynb #8b3c02f4
 class Perturbed(TwoPhases):
     """An optimizer that steps with the gradient at x + ρ u. A subclass gives `scale`.
@@ -576,95 +691,17 @@ class Perturbed(TwoPhases):
             args, kwargs = hook(self, args, kwargs) or (args, kwargs)
         grad_mode = torch.is_grad_enabled()
         try:
-            loss = self._gradient(*args[1:], **kwargs)
+            loss = gradient_of_step(self, *args[1:], **kwargs)
             self.base_optimizer.step()
         except BaseException:  # an interrupt within torch's own contexts leaves their mode behind
             torch.set_grad_enabled(grad_mode)
             raise
-        self.displacement.use(self._first_gradient())
-        if self.interval > 1: self._count_step()
+        self.displacement.gradient = used(first_gradient(self.param_groups))
+        if self.interval > 1:
+            for group in self.param_groups: group["sam_steps"] = group.get("sam_steps", 0) + 1
         for hook in self._optimizer_step_post_hooks.values(): hook(self, args, kwargs)
         return loss
     step.hooked = True
-
-    def _count_step(self):
-        for group in self.param_groups: group["sam_steps"] = group.get("sam_steps", 0) + 1
-
-    def _gradient(self, closure, closures, perturbation, weights, first, second):
-        "The loss at x. Leaves the parameters at x, with the gradient at x + ρ u."
-        record = self.displacement
-        if closures is not None:
-            if closure is not None or record.active:
-                raise ValueError("step takes a closure, or closures, or is the second phase: "
-                                 "got two of them")
-            return self._micro_batches(closures, perturbation, weights, first, second)
-        if record.active: return self._then_restore(self._second_pass, closure, second)
-        held, ready = self._with_gradient(), record.ready
-        record.ready = False
-        if closure is None:
-            if ready: return None
-            if held and norm([p.grad for p in held]) == 0:
-                return None  # both gradients are zero: the step is the base's
-            raise ValueError("step needs a closure, or first_step before it; for frameworks that "
-                             "call step() themselves see the page 'SAM in your framework'")
-        refuse_shortened_closure()
-        if held and record.writes(held[0].grad) != 0:
-            at_x = partial(call_beside, closure, held)
-            return self._then_restore(self._both_passes, at_x, closure, first, second)
-        for p in held: p.grad = None
-        return self._then_restore(self._both_passes, closure, closure, first, second)
-
-    def _then_restore(self, run, *args):
-        "What `run` returns; the parameters are back at x then, wherever it was interrupted"
-        try:
-            try: return run(*args)
-            finally: self.restore()
-        except BaseException:  # an interrupt on the way back
-            self.restore()
-            raise
-
-    def _both_passes(self, at_x, at_u, first, second):
-        random = self.preserve_rng_state and self.perturbs
-        if random: start = states(devices := self._devices())
-        with torch.enable_grad(), first: loss = at_x()
-        if not self.perturbs: return loss
-        if random: end = states(devices)
-        self._perturb()
-        self._clear()
-        if random: put_back(start)
-        with torch.enable_grad(), second: at_u()
-        if random: put_back(end)
-        return loss
-
-    def _second_pass(self, closure, second):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad(), second: loss = closure()
-        self.displacement.refuse_first_gradient(self._with_gradient())
-        return loss
-
-    def _micro_batches(self, closures, perturbation, weights, first, second):
-        closures, weights = checked_micro_batches(closures, perturbation, weights)
-        def both_passes(closure):
-            return self._then_restore(self._both_passes, closure, closure, first, second)
-        if perturbation == "own": return self._mean(both_passes, closures, weights)
-        joined = partial(self._mean, lambda closure: closure(), closures, weights)
-        return self._then_restore(self._both_passes, joined, joined, first, second)
-
-    def _mean(self, run:Callable, closures:list, weights:list):
-        "The mean of the losses that `run` returns. Leaves the mean of the gradients it leaves."
-        total, losses = {}, []
-        for weight, closure in zip(weights, closures):
-            self._clear()
-            losses.append(run(closure))
-            with torch.no_grad():
-                for p in self._with_gradient():
-                    if p in total: total[p].add_(p.grad, alpha=weight)
-                    else: total[p] = p.grad.mul_(weight)
-        for p, grad in total.items(): p.grad = grad
-        if any(loss is None for loss in losses): return None
-        losses = [loss.detach() if isinstance(loss, Tensor) else loss for loss in losses]
-        return sum(w * loss for w, loss in zip(weights, losses))
 
 # %% ../nbs/08_optim.ipynb #e45abf03
 def inverse(norm:float) -> float: return 1 / norm if 1e-308 < norm < math.inf else 0.0
@@ -678,6 +715,7 @@ class USAM(Perturbed):
     "SAM without normalisation: u = g"
     def scale(self, terms): return 1.0
 
+# %% ../nbs/08_optim.ipynb #dde4de84
 class DNSAM(Perturbed):
     """SAM normalised by the full gradient: u = g/‖∇f‖.
     Raises ValueError where that norm is missing, zero or not finite."""
@@ -701,8 +739,8 @@ class DNSAM(Perturbed):
         Raises TypeError where the norm would be the old network's."""
         if isinstance(self.full_grad_norm, types.FunctionType):
             raise TypeError(
-                "a copy of this DNSAM would read the norm of the old network, since full_grad_norm is "
-                "a plain function; use full_gradient_norm, or an object whose copy "
+                "a copy of this DNSAM would read the norm of the old network, since full_grad_norm "
+                "is a plain function; use full_gradient_norm, or an object whose copy "
                 "belongs to the copied network")
         new = memo[id(self)] = type(self).__new__(type(self))
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -735,6 +773,7 @@ class LambdaRho:
     def state_dict(self) -> dict: return dict(steps=self.steps)
     def load_state_dict(self, state_dict:dict): self._set(state_dict["steps"])
 
+# %% ../nbs/08_optim.ipynb #1a559441
 class LinearRho(LambdaRho):
     "Radii along a line from start_factor to end_factor in total_iters steps, then constant"
     def __init__(self, optimizer:Perturbed, start_factor:float, end_factor:float, total_iters:int):
@@ -765,6 +804,31 @@ def checked_data(X, y, chunk) -> Iterable:
                          f"got {len(X)} and {len(y)} rows")
     return list(zip(X.split(chunk), y.split(chunk)))
 
+# %% ../nbs/08_optim.ipynb #f0be9771
+def gradient_in_parts(module, loss:Callable, pairs:Callable, # () -> pairs (inputs, targets)
+                      again:Callable # makes the second pass draw as the first did
+                     ) -> list:
+    "The gradient of the loss of all data. Raises ValueError if there are none, or they change."
+    params = [p for p in module.parameters() if p.requires_grad]
+    grad = partial(torch.autograd.grad, allow_unused=True, materialize_grads=True)
+    frozen = frozen_statistics(module)
+    with torch.no_grad(), frozen: first = [(module(x), t) for x, t in pairs()]
+    if not first: raise ValueError("a DataLoader must give at least one pair, got none")
+    outputs = torch.cat([out for out, _ in first]).requires_grad_()
+    of_outputs, *total = grad(loss(outputs, torch.cat([t for _, t in first])), [outputs, *params])
+    again()
+    done = 0
+    with frozen:
+        for (x, t), (_, before) in zip(pairs(), first):
+            if not t.equal(before):
+                raise ValueError("a DataLoader must give the same batches in each pass, "
+                                 "got other targets")
+            out = module(x)
+            of_out = of_outputs[done:done + len(out)]
+            total = torch._foreach_add(total, grad(out, params, grad_outputs=of_out))
+            done += len(out)
+    return total
+
 # %% ../nbs/08_optim.ipynb #316b9d98
 class FullGradientNorm:
     "What `full_gradient_norm` returns. A copy of it belongs to the copied network."
@@ -780,7 +844,7 @@ class FullGradientNorm:
             if sampler is not None: sampler.set_state(drawn)
         try:
             with torch.enable_grad():
-                return norm(self.gradient(again, frozen_statistics(self.module)))
+                return norm(gradient_in_parts(self.module, self.loss, self.pairs, again))
         finally: again()
 
     def pairs(self):
@@ -792,28 +856,6 @@ class FullGradientNorm:
                 raise TypeError("a DataLoader must give pairs of tensors (inputs, targets), "
                                 f"got {type(pair).__name__}")
             yield pair[0].to(device), pair[1].to(device)
-
-    def gradient(self, again:Callable, frozen) -> list:
-        "The gradient of the loss of all data; `again` makes the second pass draw as the first did"
-        params = [p for p in self.module.parameters() if p.requires_grad]
-        grad = partial(torch.autograd.grad, allow_unused=True, materialize_grads=True)
-        with torch.no_grad(), frozen: first = [(self.module(x), t) for x, t in self.pairs()]
-        if not first: raise ValueError("a DataLoader must give at least one pair, got none")
-        outputs = torch.cat([out for out, _ in first]).requires_grad_()
-        loss = self.loss(outputs, torch.cat([t for _, t in first]))
-        of_outputs, *total = grad(loss, [outputs, *params])
-        again()
-        done = 0
-        with frozen:
-            for (x, t), (_, before) in zip(self.pairs(), first):
-                if not t.equal(before):
-                    raise ValueError("a DataLoader must give the same batches in each pass, "
-                                     "got other targets")
-                out = self.module(x)
-                of_out = of_outputs[done:done + len(out)]
-                total = torch._foreach_add(total, grad(out, params, grad_outputs=of_out))
-                done += len(out)
-        return total
 
 # %% ../nbs/08_optim.ipynb #d4c24de3
 def full_gradient_norm(module:torch.nn.Module,

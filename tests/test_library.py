@@ -7,15 +7,13 @@ import sys
 import pytest
 import torch
 
-from samsde.algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
+from samsde.algorithm import DNSAM, SAM, SGD, USAM, Chain
 from samsde.ensemble import simulate
+from samsde.experiments.examples import SignSAM
 from samsde.hessian_noise import cross_covariance, noise_covariance, sgd_covariance
 from samsde.implicit_regularizer import drift, regularized_loss
 from samsde.objective import FiniteSum, Minibatches, NoisyLoss, Objective, Quadratic
 from samsde.sde import SDE
-
-class SignSAM(Algorithm):
-    def potential(self, g): return g.abs().sum(-1)
 
 KINDS = [SGD(), USAM(.1), DNSAM(.1), SAM(.1), SignSAM(.1)]
 

@@ -6,13 +6,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.testing import assert_close
 
 from samsde import optim
 from samsde.algorithm import SAM, SGD, Chain
 from samsde.diagnosis import diagnose_training
+from samsde.experiments.examples import digits_data
 from samsde.monitor import Monitor, lightning_callback, transformers_callback
 from samsde.objective import MinibatchLoss
 
@@ -21,9 +21,9 @@ def needs(package): return pytest.importorskip(package, reason=f"{package} is no
 
 
 def pictures(n=24, size=32):
-    digits, labels = load_digits(return_X_y=True)
-    small = torch.from_numpy(digits[:n]).float().reshape(n, 1, 8, 8) / 16
-    return F.interpolate(small, size=size, mode="bilinear").expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels[:n])
+    digits, labels = digits_data(torch.float32)
+    large = F.interpolate(digits[:n], size=size, mode="bilinear")
+    return large.expand(-1, 3, -1, -1).contiguous(), labels[:n]
 
 
 def tokens(n=12, length=9, vocabulary=50, seed=0):

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from samsde import optim
 from samsde.algorithm import DNSAM, SAM, USAM, Algorithm, Chain
 from samsde.ensemble import simulate
+from samsde.experiments.examples import SignSAM
 from samsde.hessian_noise import cross_covariance, noise_covariance, sgd_covariance
 from samsde.implicit_regularizer import drift, regularized_loss
 from samsde.moments import product
@@ -18,11 +19,6 @@ from samsde.sde import SDE
 from samsde.weak_errors import chain_operator, circle_problem
 
 F64 = torch.float64
-
-
-class SignSAM(Algorithm):
-    def potential(self, g):
-        return g.abs().sum(-1)
 
 
 class Tanh(Algorithm):

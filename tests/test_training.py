@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from samsde.algorithm import SAM, SGD, USAM, Chain
 from samsde.ensemble import simulate
+from samsde.experiments.examples import line, plane
 from samsde.objective import FiniteSum, Quadratic
 from samsde.sde import SDE, KineticSDE
 from samsde.stationarity import closed_covariance
@@ -16,11 +17,6 @@ from samsde.weak_approximation import weak_error
 from samsde.weak_errors import linear_moments, stationary_covariance
 
 F64 = torch.float64
-line = Quadratic(torch.tensor([[1.3]], dtype=F64), sigma=0.7)
-plane = Quadratic(
-    torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=F64),
-    cov=torch.tensor([[1.0, 0.5], [0.5, 2.0]], dtype=F64),
-)
 one, two = torch.ones(1, dtype=F64), torch.ones(2, dtype=F64)
 
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
 from ..machinery.style import colours
-from ..ensemble import simulate
+from ..ensemble import Ensemble, simulate
 from .experiment import Experiment, Verdict, Verdicts, jackknife
 from .problems import PROBLEMS, Problem, one_of
 from ..machinery.checks import check_int, check_positive, check_scalar
@@ -76,6 +76,33 @@ def score(chain, model, own, column:int, statistic:str) -> dict:
     excess, excess_se = jackknife(lambda a, m, o: error(a, m) - error(a, o), a, m, o)
     return dict(error=value, se=se, excess=excess, excess_se=excess_se, **runs)
 
+# %% ../../nbs/experiments/error_vs_rho.ipynb #91bb31a8
+COLUMNS = ["problem", "algorithm", "model", "eta", "rho", "statistic", "error", "se", "excess",
+           "excess_se", "runs", "diverged"]
+
+def checked_radii(rhos, eta:float, x0:Tensor) -> list:
+    "`rhos`, or radii(eta) if None. Raises ValueError unless they differ, and are finite as x0 is."
+    rhos = [float(check_positive("rho", r, zero=True))
+            for r in (radii(eta) if rhos is None else rhos)]
+    if not rhos or len(set(rhos)) < len(rhos):
+        raise ValueError(f"rhos must be different radii, at least one, got {rhos}")
+    if not torch.isfinite(torch.tensor(rhos, dtype=torch.float64).to(x0)).all():
+        raise ValueError(f"rhos must be finite in {x0.dtype}, got {rhos}")
+    return rhos
+
+def with_divergence(process, x0:Tensor, **settings) -> Ensemble:
+    "simulate without a warning: the table counts what diverges"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return simulate(process, x0, **settings)
+
+def scores(chain:Ensemble, ensembles:dict, rhos:list) -> list: # of dicts
+    "The scores of all models, with the own SDE among them"
+    return [dict(model=model, rho=r, statistic=statistic,
+                 **score(chain, ensemble, ensembles["own SDE"], j, statistic))
+            for statistic in STATISTICS for model, ensemble in ensembles.items()
+            for j, r in enumerate(rhos)]
+
 # %% ../../nbs/experiments/error_vs_rho.ipynb #e8e78435
 def error_vs_rho(problem:Problem,
                  algorithms=tuple(ALGORITHMS), # names
@@ -95,16 +122,10 @@ def error_vs_rho(problem:Problem,
     algorithms = [one_of("algorithm", name, ALGORITHMS) for name in algorithms]
     # the others are compared to the own SDE
     models = dict.fromkeys(["own SDE", *(one_of("model", name, MODELS) for name in models)])
-    rhos = [float(check_positive("rho", r, zero=True))
-            for r in (radii(eta) if rhos is None else rhos)]
-    if not rhos or len(set(rhos)) < len(rhos):
-        raise ValueError(f"rhos must be different radii, at least one, got {rhos}")
     if eta > (t_end := t_end or problem.t_end):
         raise ValueError(f"eta must be at most the time of a run, {t_end:g}, got {eta:g}")
-    objective = problem.objective
+    rhos = checked_radii(rhos, eta, problem.x0)
     rho = torch.tensor(rhos, dtype=torch.float64).to(problem.x0)
-    if not torch.isfinite(rho).all():
-        raise ValueError(f"rhos must be finite in {problem.x0.dtype}, got {rhos}")
     steps = round(t_end / eta)
     settings = dict(t_end=steps * eta, n_paths=runs, dt=eta / substeps, seed=seed, share=True,
                     keep=True, observe={"statistic": problem.statistic},
@@ -114,9 +135,8 @@ def error_vs_rho(problem:Problem,
                disable=not progress)
     def run(process, x0=problem.x0):
         bar.update()
-        with warnings.catch_warnings(): # divergence is in the table
-            warnings.simplefilter("ignore", UserWarning)
-            return simulate(process, x0, **settings)
+        return with_divergence(process, x0, **settings)
+    objective = problem.objective
     shared = (run(SDE(SGD(), objective, eta), problem.x0.expand(runs, 1, -1))
               if "SGD's SDE" in models else None)
     for name in algorithms:
@@ -124,13 +144,10 @@ def error_vs_rho(problem:Problem,
         chain = run(Chain(algorithm, objective, eta))
         ensembles = {model: shared if model == "SGD's SDE"
                      else run(MODELS[model](algorithm, objective, eta)) for model in models}
-        rows += [dict(problem=problem.name, algorithm=name, model=model, eta=eta, rho=r,
-                      statistic=statistic,
-                      **score(chain, ensemble, ensembles["own SDE"], j, statistic))
-                 for statistic in STATISTICS for model, ensemble in ensembles.items()
-                 for j, r in enumerate(rhos)]
+        about = dict(problem=problem.name, algorithm=name, eta=eta)
+        rows += [about | row for row in scores(chain, ensembles, rhos)]
     bar.close()
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows)[COLUMNS]
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #28875f36
 def name_axes(axes, used:list, label:str, legends:int):
@@ -149,6 +166,34 @@ def name_axes(axes, used:list, label:str, legends:int):
     else:
         for ax in used[:legends]: ax.legend(fontsize=8)
 
+# %% ../../nbs/experiments/error_vs_rho.ipynb #f98fcaba
+def grid(problems:int, algorithms:int): # axes
+    "A row of panels for each problem; two columns if there is one algorithm"
+    import matplotlib.pyplot as plt
+    alone = algorithms == 1
+    panels = problems * algorithms
+    columns = min(2, panels) if alone else algorithms
+    rows = -(-panels // columns)
+    return plt.subplots(rows, columns, figsize=(.4 + 3 * columns, .6 + 2.5 * rows), sharex=True,
+                        sharey=False if alone else "row", squeeze=False, layout="constrained")[1]
+
+def draw_errors(ax, part:pd.DataFrame, algorithm:str):
+    "Errors of the models of one algorithm on one problem"
+    looks = {"own SDE": dict(color=colours[algorithm], marker="o", ms=7, lw=2),
+             "Σ only": dict(color="k", marker="x", ls=":"),
+             "SGD's SDE": dict(color=colours["SGD"], marker="s", ls="--"),
+             "exact mean field": dict(color=colours[algorithm], marker="^", ls="-.", mfc="w")}
+    for model, curve in part.groupby("model"):
+        ax.errorbar(curve.rho, curve.error, 2 * curve.se, label=model, capsize=2,
+                    **dict(ms=5) | looks[model])
+    root = part.eta.iloc[0]**.5
+    ax.axvline(root, color="0.6", lw=1, zorder=0)
+    ax.annotate(" $\\rho=\\sqrt{\\eta}$", (root, .02), xycoords=("data", "axes fraction"),
+                color="0.4", fontsize=9)
+    linear = part.rho[part.rho > 0].min()
+    if linear > 0: ax.set_xscale("symlog", linthresh=linear, linscale=.5)
+    ax.set(xlim=(-linear / 4 if linear > 0 else None, None), yscale="log")
+
 # %% ../../nbs/experiments/error_vs_rho.ipynb #5ff948f7
 def plot(table:pd.DataFrame, # from error_vs_rho(...)
          axes=None, # a grid of one for each problem and algorithm, (problems, algorithms)
@@ -156,35 +201,13 @@ def plot(table:pd.DataFrame, # from error_vs_rho(...)
         ):
     """Error against ρ on a log scale, a row of panels for each problem, or two columns for one
     algorithm; returns the axes"""
-    import matplotlib.pyplot as plt
     table = table[table.statistic == statistic]
     problems, algorithms = (list(table[c].unique()) for c in ("problem", "algorithm"))
-    if axes is None:
-        alone = len(algorithms) == 1
-        panels = len(problems) * len(algorithms)
-        columns = min(2, panels) if alone else len(algorithms)
-        rows = -(-panels // columns)
-        axes = plt.subplots(rows, columns, figsize=(.4 + 3 * columns, .6 + 2.5 * rows), sharex=True,
-                            sharey=False if alone else "row", squeeze=False,
-                            layout="constrained")[1]
+    if axes is None: axes = grid(len(problems), len(algorithms))
     used = dict(zip(product(problems, algorithms), axes.flat))
     for (problem, algorithm), part in table.groupby(["problem", "algorithm"]):
-        ax = used[problem, algorithm]
-        looks = {"own SDE": dict(color=colours[algorithm], marker="o", ms=7, lw=2),
-                 "Σ only": dict(color="k", marker="x", ls=":"),
-                 "SGD's SDE": dict(color=colours["SGD"], marker="s", ls="--"),
-                 "exact mean field": dict(color=colours[algorithm], marker="^", ls="-.", mfc="w")}
-        for model, curve in part.groupby("model"):
-            ax.errorbar(curve.rho, curve.error, 2 * curve.se, label=model,
-                        ms=looks[model].pop("ms", 5), capsize=2, **looks[model])
-        root = part.eta.iloc[0]**.5
-        ax.axvline(root, color="0.6", lw=1, zorder=0)
-        ax.annotate(" $\\rho=\\sqrt{\\eta}$", (root, .02), xycoords=("data", "axes fraction"),
-                    color="0.4", fontsize=9)
-        linear = part.rho[part.rho > 0].min()
-        if linear > 0: ax.set_xscale("symlog", linthresh=linear, linscale=.5)
-        ax.set(xlim=(-linear / 4 if linear > 0 else None, None), yscale="log",
-               title=f"{algorithm}, {problem}")
+        draw_errors(used[problem, algorithm], part, algorithm)
+        used[problem, algorithm].set_title(f"{algorithm}, {problem}")
     name_axes(axes, list(used.values()),
               "relative error" + " of the spread" * (statistic == "spread"), len(algorithms))
     return axes

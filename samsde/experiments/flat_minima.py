@@ -350,6 +350,14 @@ def valleys(sigmas:tuple, bar, eta:float=.05, points:int=901) -> list:
             bar.update()
     return rows
 
+# %% ../../nbs/experiments/flat_minima.ipynb #328fe0f0
+def plans(quick:bool) -> list: # of (activation, decay, noises, radii, are SDEs run?)
+    "The networks that are trained; a noise below 1 is constant, else a batch size"
+    if quick: return [("sigmoid", 0., (1, 64, .05), (.1, .4), True)]
+    others = ("tanh", 0.), ("sigmoid", .001), ("sigmoid", .05)
+    return [("sigmoid", 0., (1, 8, 64, .05), (.05, .1, .2, .4), True),
+            *((*kind, (1, 64, .05), (.1,), False) for kind in others)]
+
 # %% ../../nbs/experiments/flat_minima.ipynb #de1e9039
 def measure(quick:bool=False, # one network, few starts, a short training
             seed:int=0, # of starting points and noise
@@ -361,17 +369,13 @@ def measure(quick:bool=False, # one network, few starts, a short training
     seed = check_int("seed", seed, least=0)
     (X, y), (X_held, y_held) = halves(dtype, device)
     size = dict(n=4, seeds=2, t_end=18.) if quick else dict(n=16, seeds=2, t_end=60.)
-    plans = [("sigmoid", 0., (1, 64, .05) if quick else (1, 8, 64, .05),
-              (.1, .4) if quick else (.05, .1, .2, .4), True)]
-    if not quick:
-        plans += [(*kind, (1, 64, .05), (.1,), False)
-                  for kind in (("tanh", 0.), ("sigmoid", .001), ("sigmoid", .05))]
+    todo = plans(quick)
     sigmas = (3.,) if quick else (3., 2.)
     rows = []
-    ensembles = sum(4 + models * (4 + (noise >= 1)) for *_, noises, _, models in plans
+    ensembles = sum(4 + models * (4 + (noise >= 1)) for *_, noises, _, models in todo
                     for noise in noises)
     with tqdm(total=ensembles + 8 * len(sigmas), desc="flat_minima", disable=not progress) as bar:
-        for activation, decay, noises, radii, models in plans:
+        for activation, decay, noises, radii, models in todo:
             for noise in noises:
                 kind = dict(activation=activation, decay=decay,
                             batch_size=noise if noise >= 1 else 1)
@@ -390,6 +394,7 @@ def pick(table:pd.DataFrame, **where) -> pd.DataFrame:
         table = table[table[column].isin(value if isinstance(value, tuple) else (value,))]
     return table
 
+# %% ../../nbs/experiments/flat_minima.ipynb #68c9c24e
 def draw_network(ax, rows:pd.DataFrame, column:str):
     "Change of the trace against ρ, in percent, for one kind of noise"
     for name in ALGORITHMS:
@@ -528,29 +533,29 @@ def predicted(m:pd.DataFrame, models:pd.DataFrame) -> Verdict:
     both["ratio"] = both.change / both.change_true
     # too noisy to tell
     wide = 4 * se > .5 * both.change_true.abs()
-    least = both.rho.min()
     fine = (gap <= .25 * both.change_true.abs()) | (gap < 4 * se)
     told = fine[~(fine & wide)]
-    ratios = "; ".join(f"{noise}: "
-                       + ", ".join(f"{r.algorithm} {r.ratio:.2f}"
-                                   for _, r in pick(part, rho=least).iterrows())
-                       for noise, part in both.groupby("noise", sort=False))
-    wrong = ", ".join(f"{r.algorithm} at {r.noise}, ρ = {r.rho:g} ({r.ratio:.2f})"
-                      for _, r in both[~fine].iterrows())
+    right = ", ".join(f"{part.sum()} of {len(part)} at {noise}"
+                      for noise, part in fine.groupby(both.noise, sort=False))
+    def range_of(r): return f"{r.min():.2f} to {r.max():.2f}" if len(r) > 1 else f"{r.item():.2f}"
+    wrong = ", ".join(f"{range_of(part.ratio)} ({name}, {noise})" for (noise, name), part
+                      in both[~fine].groupby(["noise", "algorithm"], sort=False))
     return Verdict("Each algorithm's own SDE predicts the curvature at the end.",
                    share_of(told) if 2 * len(told) >= len(fine) else "undecided",
-                   f"Predicted change of the trace over the measured one at ρ = {least:g}: "
-                   f"{ratios}. "
-                   f"Off by more than a quarter and four standard errors: {wrong or 'none'}; "
-                   f"too noisy to tell in {len(fine) - len(told)} of {len(fine)} cases.")
+                   f"The predicted change of the trace is within a quarter of the measured one, "
+                   f"or within four standard errors: {right}. "
+                   f"Elsewhere predicted over measured is {wrong or 'never'}. "
+                   f"Too noisy to tell in {len(fine) - len(told)} of {len(fine)} cases.")
 
+# %% ../../nbs/experiments/flat_minima.ipynb #6cba66bb
 def controls(m:pd.DataFrame, models:pd.DataFrame, noise:str) -> Verdict:
     "Do the wrong models fail?"
     rho = m.rho.max()
-    def one(rows, **which): return pick(rows, quantity="trace", noise=noise, **which)
-    plain = one(models, model=PLAIN)
-    true = one(m, rho=rho, algorithm="USAM")
-    own, short = (one(models, model=model, rho=rho, algorithm="USAM") for model in (OWN, SHORT))
+    def traces(rows, **which): return pick(rows, quantity="trace", noise=noise, **which)
+    plain = traces(models, model=PLAIN)
+    true = traces(m, rho=rho, algorithm="USAM")
+    own, short = (traces(models, model=model, rho=rho, algorithm="USAM")
+                  for model in (OWN, SHORT))
     fails = (abs(plain.change.item()) < 4 * plain.change_se.item()
              and short.change.item() > own.change.item() / 4)
     return Verdict(
@@ -561,24 +566,38 @@ def controls(m:pd.DataFrame, models:pd.DataFrame, noise:str) -> Verdict:
                    f"and without the noise part of the regulariser {listed(short)}.")
 
 # %% ../../nbs/experiments/flat_minima.ipynb #3d17e8ca
+def at_radii(rows:pd.DataFrame) -> str:
+    return "ρ = " + ", ".join(f"{rho:g}" for rho in rows.rho)
+
+def below(rows:pd.DataFrame, share:float) -> str:
+    "At which radii an algorithm spends less time in the sharp valley, in words"
+    low = rows[rows.value < share]
+    least = rows.loc[rows.value.idxmin()]
+    name = rows.algorithm.iloc[0]
+    if low.empty: return f"{name} at no ρ (least {least.value:.3f})"
+    where = "every ρ" if len(low) == len(rows) else at_radii(low)
+    return f"{name} at {where} (least {least.value:.3f}, at ρ = {least.rho:g})"
+
+def between(table:pd.DataFrame, *names) -> str:
+    ranges = [(name, sorted({f"{v:.3f}" for v in pick(table, algorithm=name).value}))
+              for name in names]
+    return ", ".join(f"{name} " + " to ".join(dict.fromkeys([v[0], v[-1]])) for name, v in ranges)
+
 def valley(line:pd.DataFrame, kind:str) -> Verdict:
     "Is the flat valley preferred, under one kind of noise?"
     rows = pick(line, noise=[n for n in line.noise.unique() if n.startswith(kind)][-1])
     share, first = (pick(rows, quantity=fact, model="algorithm") for fact in FACTS[:2])
     plain = pick(share, algorithm="SGD").value.item()
     own = pick(rows, quantity=FACTS[0], model=OWN)
-    def of(table, name):
-        rows = pick(table, algorithm=name)
-        values = [f"{v:.3f} ({rho:g})" for v, rho in zip(rows["value"], rows["rho"])]
-        return f"{name} " + ", ".join(values)
-    def every(table, *names): return "; ".join(of(table, name) for name in names)
+    lower_at = "; ".join(below(pick(share, algorithm=name), plain) for name in ALGORITHMS)
     return Verdict(f"SAM-type algorithms prefer the flat valley ({rows.noise.iloc[0]}).",
                    share_of(pick(share, algorithm=tuple(ALGORITHMS)).value < plain),
-                   f"Share of time in the sharp valley, ρ in brackets: "
-                   f"{every(share, 'SGD', *ALGORITHMS)}. SDEs: {every(own, 'SGD', 'USAM', 'SAM')}. "
+                   f"Less time in the sharp valley than SGD's share of {plain:.3f}: {lower_at}. "
+                   f"Shares of the SDEs: {between(own, 'SGD', 'USAM', 'SAM')}. "
                    f"From the top, the sharp valley comes first with probability "
-                   f"{every(first, 'SGD', *ALGORITHMS)}.")
+                   f"{between(first, 'SGD', *ALGORITHMS)}.")
 
+# %% ../../nbs/experiments/flat_minima.ipynb #b7fc6da5
 def agreement(line:pd.DataFrame) -> Verdict:
     "Does an SDE move the preference the way its algorithm does?"
     share = pick(line, quantity=FACTS[0])
@@ -596,6 +615,7 @@ def agreement(line:pd.DataFrame) -> Verdict:
                    f"It moves the share the way the algorithm does in {fine.sum()} of {len(fine)} "
                    f"cases. The other way: {wrong or 'never'}.")
 
+# %% ../../nbs/experiments/flat_minima.ipynb #bfdf51cc
 def elsewhere(network:pd.DataFrame, rho:float) -> list:
     "SAM on the other networks, if there are any"
     rows = pick(network, model="algorithm", quantity="trace", algorithm="SAM", rho=rho)

@@ -101,6 +101,7 @@ STEPS = (.25, .5, .8, 1.25, 2., 4.)
 def longest_step(lam:Tensor) -> float:
     return 2 * mildest(lam) / (lam.max().item() * (lam.max().item() + mildest(lam)))
 
+# %% ../../nbs/experiments/saddles.ipynb #5968f733
 def noise_study(s:Setting) -> list:
     "Share of starts that are held, against the noise in units of ρλ*κ_d"
     rows = []
@@ -445,6 +446,7 @@ def draw_starts(figure, table:pd.DataFrame):
     for panel in "AC": ax[panel].set_ylabel("share held")
     legend(figure)
 
+# %% ../../nbs/experiments/saddles.ipynb #7f12dfd0
 def draw_noise(figure, table:pd.DataFrame):
     "The same against the noise"
     ax = figure.subplot_mosaic("EF;GH")

@@ -102,6 +102,7 @@ def coefficients(algorithm:Algorithm, objective, line:Tensor) -> tuple[Tensor, T
          + algorithm.rho * hessian_perturbation(algorithm, objective, x, gammas))
     return -c.mean(0)[:, 0], c.var(0, correction=0)[:, 0]
 
+# %% ../../nbs/experiments/two_valleys.ipynb #01de4f67
 def height(b:Tensor, a:Tensor, eta:float, line:Tensor) -> Tensor: # (n,)
     "W / η, with W' = −2b/a"
     return torch.nn.functional.pad(torch.cumulative_trapezoid(-2 * b / (eta * a), line), (1, 0))

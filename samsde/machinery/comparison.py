@@ -165,6 +165,7 @@ def check_runs(network:Network):
                              "call module.eval() first, if that helps")
     check_number(network, f, again)
 
+# %% ../../nbs/machinery/comparison.ipynb #2640b9c1
 def check_number(network:Network, f, again):
     """Raises ValueError or TypeError unless a loss is a number that stays the same and has a
     gradient"""
@@ -216,6 +217,7 @@ def check_alone(network:Network, x:Tensor, rows:list, f:Tensor|None=None # in co
             raise ValueError("a sample's loss must not depend on the other samples, but that of "
                              f"sample {i} changes when it is alone: does the module mix a batch?")
 
+# %% ../../nbs/machinery/comparison.ipynb #a2a7654b
 def no_mean(network:Network, batch:Tensor, f:Tensor) -> str:
     "What kind of loss this is, in words"
     loss = network.loss
@@ -230,6 +232,7 @@ def no_mean(network:Network, batch:Tensor, f:Tensor) -> str:
                 "Dice and contrastive losses do")
     return f"the loss of a batch must be the mean of the losses of its samples, {found}: {kind}"
 
+# %% ../../nbs/machinery/comparison.ipynb #841a8b89
 @torch.no_grad()
 def check_means(network:Network, x:Tensor):
     "Raises ValueError if there are no sample losses, of which the loss of a batch is the mean"
@@ -328,6 +331,7 @@ def wrong_batches(network:Network, s:Samples, b:int # samples of each point
     plain = [weighted([p[k] for k in ks], [1 / b] * b) for p, ks in zip(s.plain, which.tolist())]
     return compare(network, f, s.x, s.v, plain)
 
+# %% ../../nbs/machinery/comparison.ipynb #681d680b
 def wrong_data(network:Network, s:Samples) -> str|None:
     """The parameter in which the derivatives of the loss of all samples are wrong at two points
     at once"""
@@ -373,6 +377,7 @@ def twice(layer:nn.Module, args, kwargs) -> bool:
     except RuntimeError: return False
     return True
 
+# %% ../../nbs/machinery/comparison.ipynb #2cfcce86
 def rough_layer(network:Network) -> str:
     "The layer without a second derivative, in words"
     calls = []
