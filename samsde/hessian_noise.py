@@ -69,7 +69,7 @@ def cross_covariance(algorithm:Algorithm, objective:Objective,
                      seed:int=0, # of those draws
                      return_sem:bool=False # also return the standard error, 0 for a closed form?
                     ) -> Tensor: # (..., d, d), not symmetric in general
-    """S = Cov(g, Hu) of Theorem 1, Eq. (1), at every point.
+    """S = Cov(g, Hu) of Theorem 4.1, Eq. (4.1), at every point.
     Raises ValueError for an algorithm with a direction of its own."""
     pair(algorithm, objective)
     check_model(algorithm, "cross covariance S")

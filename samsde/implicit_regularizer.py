@@ -38,7 +38,7 @@ def drift(algorithm:Algorithm, objective:Objective,
           seed:int=0, # of those draws
           return_sem:bool=False # also return the standard error, 0 for a closed form?
          ) -> Tensor: # (..., d), per unit of time
-    "The SDE's drift (Theorem 1, Eq. (1)). Raises ValueError on an unknown `expansion`."
+    "The SDE's drift (Theorem 3.1, Eq. (3.1)). Raises ValueError on an unknown `expansion`."
     pair(algorithm, objective)
     if expansion not in ("first", "exact"):
         raise ValueError(f"expansion must be 'first' or 'exact', got {expansion!r}")
@@ -114,7 +114,7 @@ def regularized_loss(algorithm:Algorithm, objective:Objective,
                      seed:int=0, # of those draws
                      return_sem:bool=False # also return the standard error that the draws leave?
                     ) -> Tensor: # (...)
-    """f̃(x) = f + ρ E ψ(∇f_γ) (Theorem 1, Eq. (1)).
+    """f̃(x) = f + ρ E ψ(∇f_γ) (Theorem 3.1).
     Raises ValueError where there is none: DNSAM with noise that depends on x, an algorithm
     with a direction of its own; TypeError without a potential."""
     pair(algorithm, objective)
