@@ -39,7 +39,7 @@ class StepMoments:
                 xi:Tensor|None, # (..., size), standard normal; None: no noise
                 rho # a number, or (..., 1)
                ) -> Tensor: # (..., d)
-        "h E[g + ρHu] + Σ_k ξ_k (G_k + ρ Q_k), Eq. (2)"
+        "h E[g + ρHu] + Σ_k ξ_k (G_k + ρ Q_k), Eq. (2d.2)"
         raise TypeError(f"{type(self).__name__} must define `combine`")
     @cached_property
     def sem(self) -> Tensor|float:
@@ -160,7 +160,7 @@ def hessian_perturbation(algorithm:Algorithm, objective:Objective,
                          x:Tensor, # (..., d)
                          gamma:Tensor # broadcasts with the paths of x
                         ) -> Tensor: # (..., d)
-    """H_γ u, the Hessian-vector product of Theorem 1.
+    """H_γ u, the Hessian-vector product of Theorem 3.1.
     u is that of the algorithm's source, and micro-batches are averaged."""
     x = broadcast_paths(x, gamma=gamma)
     own = algorithm.of_gradient(gamma)
@@ -339,14 +339,14 @@ class SampleMoments(GammaMoments):
 
 # %% ../nbs/02d_moments.ipynb #576f30f7
 class LinearSampleMoments(StepMoments):
-    "Columns by sample, for minibatches of any size and u = c g: Eq. (5)"
+    "Columns by sample, for minibatches of any size and u = c g: Eq. (2d.5)"
     def __init__(self, objective:FiniteSum, x:Tensor, # (..., d)
                  scale, # c, a number or a function of ∇f
                  same:bool=True # has H_i the batch of u? If not, r = 0, and τ = 0 in the mean
                 ):
         self.objective, self.x, self.scale, self.size = objective, x, scale, objective.n
         self.tau, law = objective.law.tau, objective.law
-        self.ratio = law.kappa / law.tau if same and law.tau else 0.0 # r of Eq. (5)
+        self.ratio = law.kappa / law.tau if same and law.tau else 0.0 # r of Eq. (2d.5)
         self.mean_tau = self.tau if same else 0.0
     @cached_property
     def grad(self) -> Tensor: return self.objective.grad(self.x)
@@ -380,7 +380,7 @@ class LinearSampleMoments(StepMoments):
         v = factor * (r * w + h * self.mean_tau / n)
         return sample_sum(objective, x, HALF_SQUARE, w + h / n, v, slopes)
     def mean_direction(self, h, w, xi) -> Tensor:
-        "p of Eq. (5)"
+        "p of Eq. (2d.5)"
         p = h * (1 - self.mean_tau) * self.grad
         return p if xi is None else p + (1 - self.ratio) * self.objective.weighted_grad(self.x, w)
 
@@ -634,7 +634,7 @@ class MicroBatchMoments(Wrapped):
 
 # %% ../nbs/02d_moments.ipynb #9b5903f4
 def noise_share(law:Minibatches, m:int) -> float:
-    "θ of Eq. (6)"
+    "θ of Eq. (2d.6)"
     N, B = law.n, law.batch_size
     if law.replace: return m / B
     return m * (N - B) / (B * (N - m)) if m < N else 1.0
