@@ -20,7 +20,7 @@ def gaussian_integrals(
     r:Tensor, # ‖∇f‖ in units of the noise's standard deviation, (...), double precision
                        d:int # dimension
                       ) -> tuple[Tensor, Tensor]: # (...)
-    "A and A_∥ of Eqs. (3) and (5) for s = 1, by quadrature"
+    "A and A_∥ of Eqs. (2b.3) and (2b.5) for s = 1, by quadrature"
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(48))
     z = r.square()[..., None] / 2
     m = max(d - 2, 0)
@@ -39,7 +39,7 @@ FACTORS = dict(A=lambda v, q, s: v / s, along=lambda v, q, s: v * q**3 / s, shar
 @functools.cache
 def factor_table(d:int, dtype:torch.dtype, device:str
                 ) -> tuple[Tensor, int, int]: # (cells + 1, 3 × (degree + 1)), highest power first
-    """Coefficients of A, A_∥/q³ and τ in the position within a cell of q, the number of cells,
+    """Coefficients of A, A_∥/q³ and 1 − A_∥/A in the position within a cell of q, the number of cells,
     and the degree"""
     cells, degree = (4096, 3) if dtype == torch.float64 else (8192, 1)
     t = ((torch.cos(torch.pi * (torch.arange(degree + 1, dtype=torch.float64) + .5) / (degree + 1))
@@ -58,7 +58,7 @@ def gaussian_factors(square:Tensor, # ‖∇f‖², (...)
                      d:int, # dimension
                      *names:str # A, along, share
                     ) -> list: # of Tensors (...)
-    "A and A_∥ of Eqs. (3) and (5), and τ = 1 − A_∥/A, from a table"
+    "A and A_∥ of Eqs. (2b.3) and (2b.5), and 1 − A_∥/A, from a table"
     table, cells, degree = factor_table(d, torch.promote_types(square.dtype, torch.float32),
                                         str(square.device))
     # NaN on a path that diverges
@@ -84,7 +84,7 @@ class GaussianDirection(NamedTuple):
 def gaussian_direction(g:Tensor, # ḡ, (..., d)
                        sigma:float # standard deviation of each coordinate
                       ) -> GaussianDirection:
-    """The closed forms of Eqs. (3) to (5); their limits if `sigma` is 0.
+    """The closed forms of Eqs. (2b.3) to (2b.5); their limits if `sigma` is 0.
     Raises ValueError or TypeError on bad input."""
     if check_floating("g", g).ndim == 0 or not g.shape[-1]:
         raise ValueError(f"g must have shape (..., d), got {tuple(g.shape)}")
@@ -99,6 +99,6 @@ def gaussian_direction(g:Tensor, # ḡ, (..., d)
 
 # %% ../nbs/02b_random_direction.ipynb #44848135
 def kappa(d:int) -> float:
-    "κ_d of Eq. (6): E[g/‖g‖] = κ_d ḡ/s to first order in ḡ, for g ~ N(ḡ, s² I) in d dimensions"
+    "κ_d of Eq. (2b.6): E[g/‖g‖] = κ_d ḡ/s to first order in ḡ, for g ~ N(ḡ, s² I) in d dimensions"
     d = check_int("d", d)
     return math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2)) / d

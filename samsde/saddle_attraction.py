@@ -27,7 +27,7 @@ _all_ = ["flow", "basin_radius", "latest_arrival", "arrival_time"]
 # %% ../nbs/07_saddle_attraction.ipynb #01a212a1
 def regime(lam:np.ndarray, eta:float) -> tuple[str, bool, str]:
     """How full-batch SAM behaves near a critical point ('cycle' or 'chaos'), whether it stays,
-    and why (Theorem 3d). False in chaos means undecided, as long as η|λ| < 1."""
+    and why (Theorem 7.1b). False in chaos means undecided, as long as η|λ| < 1."""
     top = max(lam.max(), 0.)
     mu = max(-lam.min(), 0.)
     star = min(-lam[lam < 0], default=math.inf)
@@ -82,7 +82,7 @@ class Attraction:
 
 # %% ../nbs/07_saddle_attraction.ipynb #5a46ae7f
 def linear_attraction(name:str, rho:float, lam:np.ndarray, eta:float|None) -> Attraction:
-    "For SGD and USAM, and for what is USAM in disguise: rates λ(1+ρλ) (Theorem 3b, c)"
+    "For SGD and USAM, and for what is USAM in disguise: rates λ(1+ρλ) (Theorem 6b.1b, 7.1a)"
     rates = lam * (1 + rho * lam)
     if rates.min() <= 0:
         need = (f"every negative eigenvalue must be below -1/rho = {-1 / rho:g}" if rho
@@ -108,7 +108,7 @@ def is_attracting(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
                   # standard deviation s of the noise in each coordinate of the gradient
                   sigma:float=0.0
                  ) -> Attraction:
-    """Does the critical point of ½xᵀHx attract (Theorem 3)? True or false, with `.reason`. Where
+    """Does the critical point of ½xᵀHx attract (Theorem 7.1)? True or false, with `.reason`. Where
     SAM hovers chaotically, true means that the mean of ‖Hx‖ is below ρλ*. That suffices, by
     an estimate; it is not necessary, and false then means undecided. Raises ValueError or
     TypeError on bad input."""
@@ -147,7 +147,7 @@ def exit_time(rate:float, # growth rate ν, of any sign
               m:int, # dimension
               L:float # distance
              ) -> float:
-    """Mean time to reach distance L from 0 for dx = ν x dt + √D dW in m dimensions, Eq. (8);
+    """Mean time to reach distance L from 0 for dx = ν x dt + √D dW in m dimensions, Eq. (7.8);
     inf beyond what a double can hold. Raises ValueError or TypeError on bad input."""
     if not math.isfinite(rate): raise ValueError(f"rate must be finite, got {rate}")
     D = check_scalar("D", D)
@@ -169,7 +169,7 @@ def escape_time(algorithm:Algorithm, # SGD, USAM or SAM
                 radius:float # L, a distance within the least stable negative eigenspace
                ) -> float:
     """Mean time from the saddle until the SDE first is at distance `radius` in its least stable
-    eigenspace, Eq. (8). Raises ValueError or TypeError on bad input, and where there is no
+    eigenspace, Eq. (7.8). Raises ValueError or TypeError on bad input, and where there is no
     such time."""
     rho, lam, _ = spectrum(algorithm, H)
     eta = check_scalar("eta", eta)

@@ -89,7 +89,7 @@ def flow(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
          t_end:float, # end time
          *, steps:int=200 # recorded points
         ) -> tuple[Tensor, Tensor]: # times (steps, ...) and points (steps, ..., d)
-    """The full-batch ODE, Eq. (1), stopped when it reaches the origin.
+    """The full-batch ODE, Eq. (6b.1), stopped when it reaches the origin.
     Raises ValueError or TypeError on bad input and overflow."""
     rho, lam, V = spectrum(algorithm, H)
     t_end = check_scalar("t_end", t_end)
@@ -113,7 +113,7 @@ def basin_radius(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
                  H:Tensor # (d, d), symmetric
                 ) -> float: # in ‖Hx‖
     """Largest r such that the full-batch ODE is drawn in from every start with ‖Hx‖ < r:
-    ρλ*, inf or 0 (Theorem 3a, b). Raises ValueError or TypeError on bad input."""
+    ρλ*, inf or 0 (Theorem 6b.1). Raises ValueError or TypeError on bad input."""
     rho, lam, _ = spectrum(algorithm, H)
     if not (lam < 0).any(): return math.inf
     if normalised(algorithm, rho): return float(rho * -lam[lam < 0].max())
@@ -123,7 +123,7 @@ def latest_arrival(algorithm:Algorithm, # SAM or DNSAM
                    H:Tensor, # (d, d), symmetric
                    r0:float # ‖Hx₀‖
                   ) -> float:
-    """The longest time that the ODE takes to the origin from ‖Hx₀‖ = r0, Eqs. (3) and (4);
+    """The longest time that the ODE takes to the origin from ‖Hx₀‖ = r0, Eqs. (6b.3) and (6b.4);
     inf if it may never arrive. Raises ValueError or TypeError on bad input."""
     rho, lam, _ = spectrum(algorithm, H)
     r0 = check_scalar("r0", r0, zero=True)

@@ -28,7 +28,7 @@ class Direction(NamedTuple):
 
 def direction(variances:np.ndarray # γ, (d,), not all 0
              ) -> Direction:
-    "Eq. (2), by the trapezoidal rule in log t"
+    "Eq. (7b.2), by the trapezoidal rule in log t"
     t = np.exp(np.arange(-40, 40, .125)) / math.sqrt(2 * variances.sum())
     h = .125
     share = 1 / (1 + 2 * t[:, None]**2 * variances)
@@ -88,7 +88,7 @@ def step_noise(process, H:np.ndarray, Sigma:np.ndarray, K, rest, inverse,
 # %% ../nbs/07b_stationarity.ipynb #8aa46117
 def fixed_point(process, H:np.ndarray, Sigma:np.ndarray, tol:float=1e-9
                ) -> np.ndarray: # (blocks, k, k)
-    """The covariance at stationarity, Eq. (1), by damped iteration.
+    """The covariance at stationarity, Eq. (7b.1), by damped iteration.
     Raises ValueError if there is none."""
     eta = float(process.eta)
     kind = type(process.algorithm)
@@ -121,7 +121,7 @@ def fixed_point(process, H:np.ndarray, Sigma:np.ndarray, tol:float=1e-9
 # %% ../nbs/07b_stationarity.ipynb #46e5584f
 def closed_covariance(process:Chain|SDE # of SGD, USAM, DNSAM or SAM on a Quadratic that is convex
                      ) -> Tensor: # (d, d)
-    """The covariance at stationarity by the Gaussian closure, Eq. (1): exact for SGD and USAM.
+    """The covariance at stationarity by the Gaussian closure, Eq. (7b.1): exact for SGD and USAM.
     Raises TypeError on another process, ValueError if there is no fixed point."""
     H, Sigma, V = matrices(process)
     C = fixed_point(process, H, Sigma)
@@ -180,7 +180,7 @@ def shells(low:float, high:float, n:int) -> np.ndarray: # (n + 1,)
 def sde_law(sde:SDE, # on λI with noise s²I
             edges:np.ndarray # from shells(...)
            ) -> Law:
-    "The stationary law of an SDE, Eq. (4)"
+    "The stationary law of an SDE, Eq. (7b.4)"
     d = sde.objective.dim
     r = np.sqrt(edges[1:-1] * edges[2:])
     x = torch.zeros(len(r), d, dtype=torch.float64)
@@ -223,7 +223,7 @@ def chain_law(chain:Chain, # in one dimension
 # %% ../nbs/07b_stationarity.ipynb #ea721fea
 def tail_constant(chain:Chain, at_zero:float # p(0)
                  ) -> float:
-    "c of Eq. (5)"
+    "c of Eq. (7b.5)"
     d = chain.objective.dim
     lam = chain.objective.H[0, 0].item()
     s = chain.objective.law.sigma

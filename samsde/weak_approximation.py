@@ -119,9 +119,10 @@ def validity_map(algorithm:Callable, # ρ -> Algorithm, such as the class SAM
 # %% ../nbs/06_weak_approximation.ipynb #db778c83
 def plot_validity(table:pd.DataFrame, # from validity_map
                   ax=None, # Axes to draw on
+                  *, colorbar:bool=True, # of its own?
                   **style # of pcolormesh, such as norm
                  ):
-    """The map in logarithmic axes with ρ = η, √η, η^{1/3};
+    """The map in logarithmic axes with ρ = η, √η (thick: the claim), η^{1/3};
     a cross where the error is not told from 0 by its interval. Returns the Axes."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
@@ -133,9 +134,10 @@ def plot_validity(table:pd.DataFrame, # from validity_map
     mesh = ax.pcolormesh(x, y, np.ma.masked_invalid(grid), cmap="viridis",
                          **{"norm": LogNorm()} | style)
     outline = [withStroke(linewidth=3, foreground="0.2")]
-    for p, line, name in [(1, "-", r"$\eta$"), (1/2, "--", r"$\sqrt{\eta}$"),
-                          (1/3, ":", r"$\eta^{1/3}$")]:
-        ax.plot(x, x**p, "w" + line, lw=1.5, path_effects=outline, label=rf"$\rho=$ {name}")
+    for p, line, name in [(1, ":", r"$\eta$"), (1/2, "-", r"$\sqrt{\eta}$"),
+                          (1/3, "--", r"$\eta^{1/3}$")]:
+        ax.plot(x, x**p, "w" + line, lw=2.5 if p == 1/2 else 1.2, path_effects=outline,
+                label=rf"$\rho=$ {name}")
     faint = table[(table["error"] < 1.96 * table["sem"]) & np.isfinite(table["error"])]
     ax.plot(faint["eta"], faint["rho"], "wx", path_effects=outline)
     ax.set(xscale="log", yscale="log", xlabel="learning rate $\\eta$", ylabel="radius $\\rho$",
@@ -143,5 +145,5 @@ def plot_validity(table:pd.DataFrame, # from validity_map
     for axis, values in [(ax.xaxis, grid.columns), (ax.yaxis, grid.index)]:
         if len(values) <= 6: axis.set_ticks(values, [f"{v:g}" for v in values])
         axis.set_minor_locator(NullLocator())
-    ax.figure.colorbar(mesh, ax=ax, label="weak error")
+    if colorbar: ax.figure.colorbar(mesh, ax=ax, label="weak error")
     return ax

@@ -177,7 +177,7 @@ def of_algorithm(kind, net, loss, X, y, x, k, s, g, products):
     weights = noise_weights(s.xi[k])
     if kind is SAM:  # the noise of its minibatches
         both = noise_weights(s.xi_of_pairs[k]) @ torch.stack(pairs)
-    else:  # Eq. (2) of the notebook on noise, for B = 2
+    else:  # Eq. (2d.5), for B = 2
         cross = (products.mean(0) + products.mean(1)) / 2  # H̄ g_i and H_i ḡ
         own = products.diagonal().T / 2
         columns = g + RHO * factor(kind, full, full) * (own + cross)

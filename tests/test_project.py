@@ -83,3 +83,28 @@ def test_second_cell_installs_the_package_where_it_is_missing():
     for path in notebooks():
         first, second, *_ = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
         assert re.match(r"# \S.*\n\n> \S", first) and second == INSTALL, path
+
+
+def label(path):
+    "What the numbers of a notebook's equations and theorems begin with: its own number, or its name."
+    number = re.match(r"0*(\d+[a-z]?)_", path.name)
+    return number[1] if number else path.stem.replace("_", "-")
+
+
+def sources(path): return ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+
+
+def test_equations_and_theorems_are_numbered_once():
+    stated, cited = set(), []
+    for path in notebooks():
+        for source in sources(path):
+            found = re.findall(r"\\tag\{(.*?)\}", source) + [f"Theorem {n}" for n in re.findall(r"^> \*\*Theorem (\S+?)(?= \(|\.\*\*)", source, re.M)]
+            for name in found:
+                assert name.removeprefix("Theorem ").startswith(label(path) + "."), f"{path.name}: {name}"
+                assert name not in stated, f"{path.name}: {name} is there already"
+                stated.add(name)
+            for list_ in re.findall(r"(?:Eqs?\.|Equations?)\s+((?:\([\w.-]*\d\)(?:, | and | to )?)+)", source):
+                cited += [(path.name, name) for name in re.findall(r"\(([\w.-]+)\)", list_)]
+            cited += [(path.name, f"Theorem {n}") for n in re.findall(r"Theorem (\d\w*(?:\.\d+)?)", source)]
+    missing = [f"{where} cites {name}" for where, name in cited if name not in stated]
+    assert not missing, missing

@@ -123,7 +123,7 @@ def ordered(n, B, replace):
 @pytest.mark.parametrize("m", [1, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_by_enumeration(kind, m, replace):
-    """Theorem of micro-batches, N = 6, d = 3, B = 4: mean and S to rounding, over all batches."""
+    """Theorem 6c.2, N = 6, d = 3, B = 4: mean and S to rounding, over all batches."""
     objective = FiniteSum(objectives()["sum"].sample_losses, 6, 3, 4, replace)
     x = torch.tensor([0.4, -0.7, 0.2], dtype=F64)
     batches = ordered(6, 4, replace)

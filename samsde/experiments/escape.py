@@ -91,7 +91,7 @@ class Autoencoder(Additive):
         M = W2 @ (W1 @ self.C) - self.C
         return torch.cat([(W2.mT @ M).flatten(-2), (M @ W1.mT).flatten(-2)], -1)
     def spectrum(self) -> Tensor:
-        "The eigenvalues of the Hessian at 0, Eq. (3), (d,)"
+        "The eigenvalues of the Hessian at 0, Eq. (escape.3), (d,)"
         c = torch.linalg.eigvalsh(self.C)
         c = torch.where(c > 100 * torch.finfo(c.dtype).eps * c[-1], c, 0)
         return torch.cat([c, -c]).repeat_interleave(self.hidden)
@@ -118,7 +118,7 @@ def autoencoder(dtype=torch.float64, device="cpu", hidden:int=8, # k
 
 # %% ../../nbs/experiments/escape.ipynb #d1b20aeb
 def remains(lam:np.ndarray, rho:float, eta:float, s:float, r:float) -> float:
-    "The right side of Eq. (6) at r; inf where a coordinate has θ_i ≥ 2"
+    "The right side of Eq. (escape.6) at r; inf where a coordinate has θ_i ≥ 2"
     a = eta * lam * (1 + rho * lam / r)
     return math.inf if (a >= 2).any() else s**2 * (a / (2 - a))[a > 0].sum()
 
@@ -128,7 +128,7 @@ def floor(algorithm:Algorithm, # SAM or DNSAM
           sigma:float=0.0, # standard deviation s of the noise in each coordinate
           extra:float=0.0 # norm of a gradient that is there anyway
          ) -> float:
-    """r₀, the norm of the gradient that is left at a saddle, Eq. (6).
+    """r₀, the norm of the gradient that is left at a saddle, Eq. (escape.6).
     Raises TypeError for other algorithms, ValueError if they diverge."""
     if type(algorithm) not in (SAM, DNSAM):
         raise TypeError(f"only SAM and DNSAM have a floor, got {algorithm!r}")
@@ -169,7 +169,7 @@ def leaving_time(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
                  sigma:float=0.0, # standard deviation s of the noise in each coordinate
                  t_max:float=1e4 # give up here, with inf
                 ) -> float:
-    "When the directions of no positive curvature reach `distance` by Eq. (4); inf if none grows"
+    "When the directions of no positive curvature reach `distance` by Eq. (escape.4); inf if none grows"
     rho = float(algorithm.rho)
     mu = -lam[lam <= 0].double().cpu().numpy()
     t = 0.
