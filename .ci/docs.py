@@ -19,6 +19,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from samsde.machinery.style import shrink
 from showdoc import Renderer
 
 nbdev.showdoc.BasicMarkdownRenderer = Renderer  # here, and so in the processes that nbdev starts too
@@ -161,7 +162,7 @@ def write_pictures(site, name, html):
         alt = escape(unescape(re.sub(r"<[^>]+>", "", caption[1])).strip()) if caption else ""
         picture = f"pictures/{name[:-5].replace('/', '_')}-{count}.svg"
         (site/picture).parent.mkdir(exist_ok=True)
-        (site/picture).write_text(m[1], encoding="utf-8")
+        (site/picture).write_text(shrink(m[1]), encoding="utf-8")
         place = "../" * name.count("/") + picture
         return f'<a href="{place}"><img src="{place}" alt="{alt}" width="{round(float(m[2]) / .72)}" class="img-fluid"></a>'
 
