@@ -4,23 +4,26 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from html import escape, unescape
 from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nbdev.quarto
 import nbdev.showdoc
+import yaml
 from nbdev.config import get_config
 from nbdev.doclinks import _nbpath2html
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from samsde.machinery.style import shrink
 from showdoc import Renderer
 
 nbdev.showdoc.BasicMarkdownRenderer = Renderer  # here, and so in the processes that nbdev starts too
+HERE = Path(__file__).parent
 KATEX = "katex@0.16.11"  # laid into the site, so that equations can be read offline
 CDN = re.compile(r'https://[^"\s]*/katex@[\d.]+/dist')
 
@@ -32,31 +35,81 @@ def rename(proc):
     old = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     for path, place in [(p, r"(\]\((?:[\w.-]+/)*)") for p in notebooks] + [(proc/"sidebar.yml", r"((?:^|[\s/]))")]:
         text = path.read_text(encoding="utf-8")
-        text = re.sub(r'"output-file: [^"]*",?', "", text)  # nbdev's way of saying the same, which only Quarto reads
         path.write_text(re.sub(f"{place}({old})", lambda m: m[1] + names[m[2]], text), encoding="utf-8")
     for p in notebooks: p.rename(p.with_name(names[p.name]))
 
 
-def sort_sidebar(proc):
-    "List the pages in the order of the table on the first page, which nbdev lists by name."
-    cells = json.loads((proc/"index.ipynb").read_text(encoding="utf-8"))["cells"]
-    table = "\n".join("".join(c["source"]) for c in cells).partition("\n## The notebooks")[2]
-    rank = {name: n for n, name in enumerate(["index.ipynb", *re.findall(r"\]\(([\w/]+\.ipynb)\)", table)])}
-    place = lambda line: rank.get(line.strip(" -"), len(rank))
-    path, lines = proc/"sidebar.yml", []
-    for items, group in groupby(path.read_text(encoding="utf-8").splitlines(), key=lambda line: line.endswith(".ipynb")):
-        lines += sorted(group, key=place) if items else group
-    path.write_text("\n".join(lines).replace("section: experiments", "section: Experiments").replace("section: machinery", "section: Machinery") + "\n", encoding="utf-8")
+def leaves(group):
+    "The pages of a group of nbs/navigation.yml and of the groups in it, in order, and their names in the sidebar."
+    for name, entry in group.items():
+        if isinstance(entry, dict): yield from leaves(entry)
+        else: yield name, entry
+
+
+def navigation(cfg): return yaml.safe_load((cfg.nbs_path/"navigation.yml").read_text(encoding="utf-8"))
+
+
+def write_sidebar(proc, cfg):
+    "The groups of nbs/navigation.yml; and the version at the foot of every page."
+    def contents(group):
+        return [dict(section=name, contents=contents(entry)) if isinstance(entry, dict) else dict(text=entry, href=name) for name, entry in group.items()]
+    foot = dict(left=f"samsde {cfg.version}", right="[Changes](/changelog.md)")
+    website = dict(sidebar=dict(contents=["index.ipynb", *contents(navigation(cfg))])) | {"page-footer": foot}
+    (proc/"sidebar.yml").write_text(yaml.safe_dump(dict(website=website), allow_unicode=True, sort_keys=False), encoding="utf-8")
+
+
+def add_pages(proc, cfg):
+    "CHANGELOG.md and CONTRIBUTING.md as pages of the site, and its icon."
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
+        text = (cfg.config_path/name).read_text(encoding="utf-8")
+        text = re.sub(r"(\]\()nbs/", r"\1", text)
+        (proc/name.lower()).write_text(text, encoding="utf-8")
+    for p in proc.rglob("*.ipynb"):
+        text = p.read_text(encoding="utf-8")
+        new = re.sub(r"(\]\((?:\.\./)*)\.\./(CHANGELOG|CONTRIBUTING)\.md", lambda m: m[1] + m[2].lower() + ".md", text)
+        if new != text: p.write_text(new, encoding="utf-8")
+    shutil.copy(HERE/"site"/"favicon.svg", proc)
+
+
+def each_cell(notebooks, change):
+    "Let `change` edit the cells of notebooks, which it is given with the path."
+    for p in notebooks:
+        nb = json.loads(p.read_text(encoding="utf-8"))
+        change(p, nb["cells"])
+        p.write_text(json.dumps(nb), encoding="utf-8")
+
+
+def show_claims(proc, cfg):
+    "The line `> claim` of a notebook, which nbdev puts second to `- description`, is what its page says first."
+    def change(path, cells):
+        first = "".join(json.loads((cfg.nbs_path/path.relative_to(proc)).read_text(encoding="utf-8"))["cells"][0]["source"])
+        head = yaml.safe_load("".join(cells[0]["source"]).strip().strip("-"))
+        head.pop("output-file", None)  # nbdev's way of naming a page, which only Quarto reads: see rename
+        head["description"] = re.search(r"^> (.*)", first, re.M)[1]
+        cells[0]["source"] = "---\n" + yaml.safe_dump(head, allow_unicode=True) + "---\n"
+    each_cell(proc.rglob("*.ipynb"), change)
+
+
+CHECK = re.compile(r"^\s*(?:assert\b|with pytest\.raises|torch\.testing\.assert_)", re.M)
+
+
+def fold_checks(proc):
+    "Cells that show nothing and assert something are folded."
+    def change(path, cells):
+        for cell in cells:
+            text = "".join(cell["source"])
+            if cell["cell_type"] == "code" and not cell["outputs"] and CHECK.search(text) and "#|" not in text:
+                cell["source"] = "#| code-fold: true\n#| code-summary: \"checked by\"\n" + text
+    each_cell(proc.rglob("*.ipynb"), change)
 
 
 def leave_out_widgets(proc):
-    "A slider needs a kernel: without one its output is a line of text, and the figure beside it says the same."
-    for p in proc.rglob("*.ipynb"):
-        nb = json.loads(p.read_text(encoding="utf-8"))
-        for cell in nb["cells"]:
+    "A slider needs a kernel: without one its output is a line of text."
+    def change(path, cells):
+        for cell in cells:
             if "outputs" in cell:
                 cell["outputs"] = [out for out in cell["outputs"] if "application/vnd.jupyter.widget-view+json" not in out.get("data", {})]
-        p.write_text(json.dumps(nb), encoding="utf-8")
+    each_cell(proc.rglob("*.ipynb"), change)
 
 
 def modules(cfg):
@@ -109,27 +162,68 @@ def write_pictures(site, name, html):
         alt = escape(unescape(re.sub(r"<[^>]+>", "", caption[1])).strip()) if caption else ""
         picture = f"pictures/{name[:-5].replace('/', '_')}-{count}.svg"
         (site/picture).parent.mkdir(exist_ok=True)
-        (site/picture).write_text(m[1], encoding="utf-8")
+        (site/picture).write_text(shrink(m[1]), encoding="utf-8")
         place = "../" * name.count("/") + picture
         return f'<a href="{place}"><img src="{place}" alt="{alt}" width="{round(float(m[2]) / .72)}" class="img-fluid"></a>'
 
     return PICTURE.sub(show, html)
 
 
-def search_offline(site):
-    "Let the search read its index from a script, since a browser fetches no file from the disk; and load no fonts from elsewhere."
+GREEK = "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau phi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega"
+SIGNS = {"nabla": "∇", "infty": "∞", "approx": "≈", "le": "≤", "ge": "≥", "to": "→", "sum": "Σ", "int": "∫", "cdot": "·", "times": "×", "sqrt": "√", "pm": "±", "partial": "∂",
+         "lVert": "‖", "rVert": "‖", "varphi": "φ", "mid": "|", "lvert": "|", "rvert": "|", "dots": "…", "log": "log ", "ln": "ln ", "exp": "exp ", "top": "ᵀ", "in": "∈", "sim": "∼"}
+SIGNS |= {name: unicodedata.lookup(f"GREEK {'CAPITAL' if name[0].isupper() else 'SMALL'} LETTER {name.upper().replace('LAMBDA', 'LAMDA')}") for name in GREEK.split()}
+
+
+def plain_maths(text):
+    "TeX as a line of text, for the results of a search"
+    text = re.sub(r"\\(?:t?frac|dfrac)\s*(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))", lambda m: f"{m[1] or m[2]}/{m[3] or m[4]}", text)
+    text = re.sub(r"\\tag\{([^{}]*)\}", r" (\1)", text)
+    text = re.sub(r"\\([A-Za-z]+)\s*", lambda m: SIGNS.get(m[1], ""), text)
+    return re.sub(r"\\.|[{}&]", "", text)
+
+
+WEIGHTS = {"Use": 1.3, "Learn": 1.2, "Reference": .8, "Experiments": .7, "Machinery": .5}
+
+
+def search_offline(site, cfg):
+    """Let the search read its index from a script, since a browser fetches no file from the disk, and rank as .ci/site/search.js does:
+    by whole words, pages of the first groups of the sidebar before others, and text before the tables of functions."""
     js, index = site/"site_libs"/"smalldocs.js", site/"search.json"
-    fetching = 'const r = await fetch(offset + "search.json");\n      index = await r.json();'
-    loading = """await new Promise((done, failed) => document.head.append(
-        Object.assign(document.createElement("script"), { src: offset + "search.js", onload: done, onerror: failed })));
-      index = window.searchIndex;"""
     text = js.read_text(encoding="utf-8")
-    if fetching not in text: sys.exit("smalldocs has another search than the one that is known here: see search_offline")
-    js.write_text(text.replace(fetching, loading), encoding="utf-8")
-    index.with_suffix(".js").write_text(f"window.searchIndex = {index.read_text(encoding='utf-8')};", encoding="utf-8")
+    changes = {'const r = await fetch(offset + "search.json");\n      index = await r.json();': """await new Promise((done, failed) => document.head.append(
+        Object.assign(document.createElement("script"), { src: offset + "search.js", onload: done, onerror: failed })));
+      index = window.searchIndex;""", "const hits = fuse ?": "const hits = window.findSections ? window.findSections(index, q, limit) : fuse ?"}
+    for old, new in changes.items():
+        if old not in text: sys.exit("smalldocs has another search than the one that is known here: see search_offline")
+        text = text.replace(old, new)
+    js.write_text(text, encoding="utf-8")
+    group = {_nbpath2html(Path(name)).as_posix(): top for top, entries in navigation(cfg).items() for name, _ in leaves(entries)}
+    group |= {name: "Machinery" for name in group if name.startswith("machinery/")}
+    entries = []
+    for e in json.loads(index.read_text(encoding="utf-8")):
+        is_function = re.search(r"\bsource\s*$|parameter\s+type\s+meaning", e["text"]) is not None
+        weight = WEIGHTS.get(group.get(e["href"].partition("#")[0]), 1) * (.6 if is_function else 1)
+        entries.append(dict(href=e["href"], title=e["title"], section=plain_maths(e["section"]), text=" ".join(plain_maths(e["text"]).split()), weight=round(weight, 2)))
+    ranking = (HERE/"site"/"search.js").read_text(encoding="utf-8")
+    (site/"search.js").write_text(f"{ranking}window.searchIndex = {json.dumps(entries, ensure_ascii=False)};\n", encoding="utf-8")
+    index.unlink()
+    shutil.rmtree(site/"site_libs"/"fuse")
+
+
+def lighten(site):
+    "Ask for no font that is not there, and keep the icons that are used."
     for css in site.rglob("*.css"):
         text = css.read_text(encoding="utf-8")
-        css.write_text(re.sub(r"""@import\s*(?:url\()?["']?https://fonts\.[^"')]*["']?\)?;""", "", text), encoding="utf-8")
+        text = re.sub(r"""@import\s*(?:url\()?["']?https://fonts\.[^"')]*["']?\)?;""", "", text)
+        text = re.sub(r"""(?:"Source Sans Pro"|"?\bLato\b"?)\s*,\s*""", "", text)
+        css.write_text(text, encoding="utf-8")
+    used = set(re.findall(r"\bbi-[a-z0-9-]+", "".join(p.read_text(encoding="utf-8") for p in site.rglob("*.html"))))
+    icons = site/"site_libs"/"bootstrap-icons"/"bootstrap-icons.min.css"
+    text = icons.read_text(encoding="utf-8")
+    icons.write_text(re.sub(r"\.(bi-[a-z0-9-]+)::before\{[^}]*\}", lambda m: m[0] if m[1] in used else "", text), encoding="utf-8")
+    for p in (site/"site_libs"/"bootstrap-icons").rglob("*.woff"): p.unlink()  # every browser that reads KaTeX's fonts reads woff2
+    icons.write_text(re.sub(r""",\s*url\([^)]*\.woff\?[^)]*\)\s*format\("woff"\)""", "", icons.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def fetch_katex():
@@ -147,6 +241,26 @@ def fetch_katex():
                     place.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy(source, place)
     return store
+
+
+BUTTON = re.compile(r'(?s)<a (class="sidebar-item-t[^"]*"[^>]*?) role="navigation"([^>]*)>(.*?)</a>')
+
+
+def name_parts(html):
+    "What a screen reader and a keyboard need: a link to the text, names of the parts of a page, buttons that are buttons, headings of tables."
+    for old, new in {'<nav class="quarto-secondary-nav"': '<nav class="quarto-secondary-nav" aria-label="menu"', '<nav id="quarto-sidebar"': '<nav id="quarto-sidebar" aria-label="all pages"',
+                     '<nav id="TOC"': '<nav id="TOC" aria-label="on this page"', '<nav class="page-navigation"': '<nav class="page-navigation" aria-label="the pages before and after"',
+                     '<button title="Copy to Clipboard"': '<button type="button" aria-label="Copy" title="Copy to Clipboard"', "<!doctype html>": "<!DOCTYPE html>",
+                     'name="viewport" content="width=device-width, initial-scale=1.0, user-scalable=yes"': 'name="viewport" content="width=device-width, initial-scale=1"'}.items():
+        html = html.replace(old, new)
+    html = re.sub(r"(<body[^>]*>)", r'\1<a class="skip-link" href="#quarto-document-content">Skip to the text</a>', html, count=1)
+    html = html.replace('<main class="content"', '<main tabindex="-1" class="content"')
+    html = BUTTON.sub(r'<button type="button" \1\2>\3</button>', html)
+    html = re.sub(r'(?s)<a class="quarto-color-scheme-toggle([^"]*)" href="" title="[^"]*" onclick="[^"]*">(.*?)</a>',
+                  r'<button type="button" class="quarto-color-scheme-toggle\1" aria-label="dark or light" title="dark or light" onclick="window.smalldocsToggleScheme()">\2</button>', html)
+    html = re.sub(r'<script src="[^"]*fuse\.min\.js"></script>', "", html)
+    def scoped(m): return re.sub(r"<th(?=[ >])(?![^>]*scope)", f'<th scope="{"col" if m[1] == "thead" else "row"}"', m[0])
+    return re.sub(r"(?s)<(thead|tbody)>.*?</\1>", scoped, html)
 
 
 def finish(site, cfg):
@@ -173,7 +287,7 @@ def finish(site, cfg):
         html = re.sub(r'(<div class="sidebar-title[^>]*><a href=")[./]*"', rf'\1{up}index.html"', html)  # a folder is no page on a disk
         html = re.sub(rf'href="{re.escape(docs)}([^"#]*)#?([^"]*)"', local, html)
         html = re.sub(r"(?s)<td.*?</td>", lambda m: re.sub(r"<code>[^<]*", lambda code: re.sub(r"([_.])(?=\w)", r"\1<wbr>", code[0]), m[0]), html)  # a phone breaks long names there
-        html = write_pictures(site, name, html)
+        html = write_pictures(site, name, name_parts(html))
         if katex: html = CDN.sub(f"{up}site_libs/katex", html)
         (site/name).write_text(html, encoding="utf-8")
     if not katex: print("without npm, the pages load KaTeX from its usual address")
@@ -186,7 +300,10 @@ def build():
     try: proc, cfg, _ = nbdev.quarto._pre_docs()
     except Exception as fault:
         sys.exit(f"{fault}\n\nThe cell above is executed for the site because it imports: give the imports a cell of their own.")
-    sort_sidebar(proc)
+    show_claims(proc, cfg)
+    fold_checks(proc)
+    add_pages(proc, cfg)
+    write_sidebar(proc, cfg)
     rename(proc)
     quarto = shutil.which("quarto")
     if not quarto: leave_out_widgets(proc)
@@ -196,7 +313,9 @@ def build():
     shutil.rmtree(cfg.doc_path, ignore_errors=True)
     shutil.move(proc/cfg.doc_path.name, cfg.doc_path)
     finish(cfg.doc_path, cfg)
-    if not quarto: search_offline(cfg.doc_path)
+    if not quarto:
+        search_offline(cfg.doc_path, cfg)
+        lighten(cfg.doc_path)
 
 
 if __name__ == "__main__":  # nbdev starts processes that import this file

@@ -18,6 +18,7 @@ from samsde.experiments import error_vs_rho, escape, experiment, flat_minima, ne
 from samsde.hessian_noise import cross_covariance, noise_covariance, noise_dim, noise_sample, sgd_covariance
 from samsde.implicit_regularizer import drift, gaussian_direction, regularized_loss
 from samsde.machinery.batches import BatchNetwork, LossOfOutput
+from samsde.machinery.style import Frames
 from samsde.monitor import Monitor
 from samsde.objective import FiniteSum, Gaussian, MinibatchLoss, Minibatches, Noiseless, NoisyLoss, Quadratic
 from samsde.random_direction import kappa
@@ -538,6 +539,7 @@ TABLE |= { # optimizers
     "a step without a closure": (lambda: optimizer().step(), ValueError, "step needs a closure, or first_step before it"),
     "the second step first": (lambda: optimizer().second_step(), ValueError, "step needs a closure, or first_step before it"),
     "two first steps": (lambda: [o.first_step() for o in [optimizer()] * 2], ValueError, "first_step was called twice"),
+    "a slider without values": (lambda: Frames(None, {"rho": []}), ValueError, "each slider at least one value"),
     "an optimizer without a scale": (lambda: stepped(optim.Perturbed), TypeError, "Perturbed must define `scale`"),
     "base optimizer needs a closure, partly given": (lambda: optimizer(base=functools.partial(torch.optim.LBFGS, max_iter=2)), TypeError, "must step without a closure, got LBFGS"),
     "base optimizer is SAM": (lambda: optimizer(base=functools.partial(optim.SAM, base_optimizer=torch.optim.SGD)), TypeError, "optimizer of torch's, such as SGD, got SAM"),

@@ -1,12 +1,16 @@
 "What holds for the package as a whole."
 import json
+import pkgutil
 import re
 import subprocess
 import sys
 import warnings
 from configparser import ConfigParser
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
+
+import yaml
 
 import samsde
 
@@ -64,12 +68,45 @@ def test_kernels_have_the_usual_name():
     for path in notebooks(): assert json.loads(path.read_text(encoding="utf-8"))["metadata"]["kernelspec"]["name"] == "python3", path
 
 
-def test_first_page_lists_every_notebook():
-    "The site's sidebar follows that table."
-    index = ROOT/"nbs"/"index.ipynb"
-    table = "".join("".join(c["source"]) for c in json.loads(index.read_text(encoding="utf-8"))["cells"]).partition("## The notebooks")[2]
-    listed = re.findall(r"\]\(([\w/]+\.ipynb)\)", table)
-    assert sorted([*listed, "index.ipynb"]) == sorted(p.relative_to(ROOT/"nbs").as_posix() for p in notebooks())
+def leaves(group):
+    for name, entry in group.items():
+        if isinstance(entry, dict): yield from leaves(entry)
+        else: yield name
+
+
+def test_navigation_lists_every_notebook_once():
+    listed = list(leaves(yaml.safe_load((ROOT/"nbs"/"navigation.yml").read_text(encoding="utf-8"))))
+    there = {p.relative_to(ROOT/"nbs").as_posix() for p in notebooks()} - {"index.ipynb"}
+    there |= {f"{name.lower()}.md" for name in ("CHANGELOG", "CONTRIBUTING")}
+    missing, gone, twice = there - set(listed), set(listed) - there, {name for name in listed if listed.count(name) > 1}
+    assert not missing, f"give these a line in nbs/navigation.yml: {sorted(missing)}"
+    assert not gone, f"nbs/navigation.yml lists what is not there: {sorted(gone)}"
+    assert not twice, f"nbs/navigation.yml lists these twice: {sorted(twice)}"
+
+
+def test_first_page_is_short():
+    words = len((ROOT/"README.md").read_text(encoding="utf-8").split())
+    assert words <= 900, f"README.md has {words} words"
+
+
+def outputs(path): return "".join("".join(out.get("data", {}).get("text/markdown", "")) for c in cells_of(path) for out in c.get("outputs", []))
+def cells_of(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def test_reference_lists_every_public_name():
+    "Those of the library's own modules; experiments and machinery have none."
+    page, missing = outputs(ROOT/"nbs"/"api.ipynb"), []
+    for info in pkgutil.walk_packages(samsde.__path__, "samsde."):
+        if info.name.startswith(("samsde.experiments", "samsde.machinery")) or info.name.endswith(("__main__", "_modidx")): continue
+        module = import_module(info.name)
+        missing += [f"{info.name}.{name}" for name in getattr(module, "__all__", ())
+                    if getattr(getattr(module, name), "__module__", None) == info.name and f"[{name}](" not in page]
+    assert not missing, f"execute nbs/api.ipynb again: {missing}"
+
+
+def test_changes_begin_with_this_version_or_what_is_to_come():
+    text = (ROOT/"CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)", text, re.M)[:2] in (["Unreleased", samsde.__version__], [samsde.__version__])
 
 
 INSTALL = """#| hide

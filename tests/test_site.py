@@ -1,16 +1,19 @@
-"""The built site, as files and in Chromium: markup, links, equations, search, themes, a phone's width. Each check finds a broken page."""
+"""The built site, as files and in Chromium: markup, links, equations, search, themes, a phone's width, a keyboard, paper. Each check finds a broken page."""
 import json
 import os
 import re
 import select
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote, urlsplit
 
 import pytest
+
+import samsde
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT/"_docs"
@@ -128,10 +131,15 @@ class Browser:
         if "exceptionDetails" in done: raise RuntimeError(done["exceptionDetails"])
         return done["result"].get("value")
 
-    def open(self, path, width=1400, dark=False):
+    def resize(self, width): self("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+
+    def press(self, key, code):
+        for kind in ("keyDown", "keyUp"): self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+    def open(self, path, width=1400, dark=False, media=""):
         "The messages of the console, and the addresses elsewhere that the page wanted."
-        self("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.resize(width)
+        self("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
         self.events = []
         self("Page.navigate", url=path.as_uri())
         while not any(e.get("method") == "Page.loadEventFired" for e in self.events): self.events.append(self.receive())
@@ -151,7 +159,10 @@ LOOK = r"""(() => {
   const scrolls = (e) => /auto|scroll/.test(getComputedStyle(e).overflowX); // what is clipped is lost
   const boxed = (e) => e && e !== document.body && (scrolls(e) || boxed(e.parentElement));
   const red = (e) => /(#cc0000|rgb\(204, 0, 0\))/.test(e.getAttribute("style")); // what KaTeX does not know
+  const named = (e) => (e.getAttribute("aria-label") || e.textContent || "").trim();
   return {
+    nameless: [...all("nav").filter((e) => !e.getAttribute("aria-label")), ...all("button, a[href], input").filter((e) => !named(e) && !e.querySelector("img[alt], i"))].map((e) => e.outerHTML.slice(0, 120))
+      .concat(all("button").filter((e) => !named(e)).map((e) => e.outerHTML.slice(0, 120)), all("th").filter((e) => !e.scope && e.textContent.trim()).map((e) => "no scope: " + e.textContent)),
     maths: all(".math").length, shown: all(".katex").length,
     bad: [...all(".katex-error"), ...all(".katex [style]").filter(red)].map((e) => e.title || e.textContent),
     broken: all("img").filter((e) => !e.naturalWidth).map((e) => e.getAttribute("src").slice(0, 80)),
@@ -164,17 +175,41 @@ LOOK = r"""(() => {
 })()"""
 
 
+# on a wide screen: code and equations that are wider than their column, and parts of an equation that do not stand on one line
+WIDE = r"""(() => {
+  const all = (selector) => [...document.querySelectorAll(selector)], cut = (e) => e.scrollWidth > e.clientWidth + 1;
+  all("details").forEach((e) => { e.open = true; });
+  const baseline = (base) => {
+    const mark = document.createElement("span");
+    mark.style = "display: inline-block; width: 0; height: 0";
+    base.append(mark);
+    const y = mark.getBoundingClientRect().bottom;
+    mark.remove();
+    return y;
+  };
+  const uneven = (e) => { const ys = [...e.querySelectorAll(":scope > .base")].map(baseline); return Math.max(...ys) - Math.min(...ys) > 1; };
+  return {
+    code: all("main pre").filter(cut).map((e) => e.textContent.slice(0, 60)),
+    formulas: all(".katex-display").filter(cut).map((e) => "cut: " + e.textContent.slice(0, 60))
+      .concat(all(".katex-display > .katex > .katex-html").filter(uneven).map((e) => "uneven: " + e.textContent.slice(0, 60))),
+  };
+})()"""
+
+
 def look(browser, path):
-    "The faults of a page on a phone's screen, by kind."
+    "The faults of a page on a phone's screen and on a wide one, by kind."
     console, elsewhere = browser.open(path, width=400)
     found = browser.js(LOOK)
+    browser.resize(1400)
+    found |= browser.js(WIDE) if not path.is_relative_to(SITE/"source") else {"code": [], "formulas": []}
     few = found["shown"] + len(found["bad"]) < found["maths"]
     return {"console": console, "elsewhere": elsewhere, "pictures": found["broken"], "letters": found["small"],
+            "names": found["nameless"], "code": found["code"], "formulas": found["formulas"],
             "equations": found["bad"] + [f"{found['shown']} of {found['maths']} are rendered"] * few,
             "overflow": found["wide"] + [f"the page is {found['page']} pixels wide"] * (found["page"] > 400)}, found["shown"]
 
 
-KINDS = ("console", "elsewhere", "pictures", "letters", "equations", "overflow")
+KINDS = ("console", "elsewhere", "pictures", "letters", "equations", "overflow", "names", "code", "formulas")
 
 
 # --- what is there to look at ---
@@ -187,7 +222,8 @@ def pages(request):
     "Name -> Page, if the site is built and not older than what it is made from."
     if not (SITE/"index.html").exists(): absent(request, "the site is not built: make docs")
     made = (SITE/"index.html").stat().st_mtime
-    for path in [*(ROOT/"nbs").rglob("*.ipynb"), ROOT/"nbs"/"styles.css", *(ROOT/".ci").glob("*.py")]:
+    for path in [*(ROOT/"nbs").rglob("*.ipynb"), ROOT/"nbs"/"styles.css", ROOT/"nbs"/"navigation.yml", *(ROOT/".ci").rglob("*.*"), *ROOT.glob("*.md")]:
+        if path.parent.name == "__pycache__": continue
         if path.stat().st_mtime > made: absent(request, f"the site is older than {path.relative_to(ROOT)}: make docs")
     pages = {p.relative_to(SITE).as_posix(): Page(p.read_text(encoding="utf-8")) for p in sorted(SITE.rglob("*.html"))}
     for name, page in pages.items(): page.name = name
@@ -233,15 +269,59 @@ def test_files(check, pages):
     assert not found, "\n".join(found)
 
 
+def number(name): return re.sub(r"^\d+[a-z]?_", "", name)
+def page_of(path): return (path.relative_to(ROOT/"nbs").parent/number(path.stem)).with_suffix(".html").as_posix()
+def notebooks(): return [p for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if p.parent.name[0] != "."]
+
+
 def test_every_notebook_has_a_page(pages):
-    number = lambda name: re.sub(r"^\d+[a-z]?_", "", name)
-    notebooks = [p.relative_to(ROOT/"nbs") for p in (ROOT/"nbs").rglob("*.ipynb") if p.parent.name[0] != "."]
-    assert {(p.parent/number(p.stem)).with_suffix(".html").as_posix() for p in notebooks} <= pages.keys()
+    assert set(map(page_of, notebooks())) | {"changelog.html", "contributing.html"} <= pages.keys()
 
 
-def test_sidebar_follows_the_first_page(pages):
+def test_pages_say_their_claim_first(pages):
+    for path in notebooks():
+        claim = re.search(r"^> (.*)", "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]), re.M)[1]
+        shown = unescape(re.sub(r"<[^>]+>", "", re.search(r'(?s)<div class="description">(.*?)</div>', pages[page_of(path)].html)[1]))
+        plain = lambda text: re.sub(r"[`'’\s]", "", text)
+        assert plain(shown) == plain(claim), path
+
+
+def test_sidebar_is_the_navigation(pages):
+    "Four groups, in the order of the file, machinery last."
     order = re.findall(r'<a href="([^"]+)" class="sidebar-item-text', pages["index.html"].html)
-    assert order[:3] == ["index.html", "how_to.html", "objective.html"] and order[-1] == "machinery/style.html" and "experiments/bench.html" in order, order
+    assert order[:3] == ["index.html", "how_to.html", "optim.html"] and order[-1] == "machinery/style.html" and "experiments/bench.html" in order, order
+    assert order.index("implicit_regularizer.html") < order.index("hessian_noise.html") < order.index("weak_approximation.html") < order.index("saddle_attraction.html")
+    groups = re.findall(r'<button[^>]*sidebar-link[^>]*><span class="menu-text">([^<]+)', pages["index.html"].html)
+    assert [g for g in groups if g in ("Use", "Learn", "Experiments", "Reference")] == ["Use", "Learn", "Experiments", "Reference"]
+
+
+def test_checks_are_folded(pages):
+    "Cells that show nothing and assert something; what an example shows is open."
+    html = pages["weak_errors.html"].html
+    folded = re.findall(r"(?s)<details class=\"code-fold\">\s*<summary>checked by</summary>(.*?)</details>", html)
+    assert len(folded) > 5 and all("assert" in re.sub(r"<[^>]+>", "", code) or "raises" in code for code in folded)
+    outside = re.sub(r"(?s)<details.*?</details>", "", html)
+    cells = re.findall(r'(?s)<div class="cell">(.*?)(?=<div class="cell">|</main>)', outside)
+    assert sum("cell-output" not in c and re.search(r"(?m)^<span[^>]*>assert", c) is not None for c in cells) == 0
+
+
+def test_version_and_icon(pages):
+    for name, page in pages.items():
+        if name.startswith("source/"): continue
+        assert f"samsde {samsde.__version__}" in page.html and "favicon.svg" in page.html and "changelog.html" in page.html, name
+
+
+LARGE = {"experiments/error_vs_rho.html"}  # pages of more than a megabyte with their pictures: 42 panels
+
+
+def test_pages_are_light(pages):
+    heavy = {}
+    for name, page in pages.items():
+        pictures = {(SITE/name).parent/unquote(link) for link in page.links if link.endswith(".svg")}
+        size = len(page.html.encode()) + sum(p.stat().st_size for p in pictures if p.is_file())
+        if size > 1e6: heavy[name] = size
+    assert set(heavy) <= LARGE, heavy
+    assert (SITE/"search.js").stat().st_size < 1e6 and not (SITE/"search.json").exists()
 
 
 @pytest.mark.parametrize("page, name, words", [
@@ -266,6 +346,7 @@ BREAKS = {"markup": "<p>**bold**</p>", "widgets": "<pre>interactive(children=(Fl
           "links": '<a href="nowhere.html">x</a>', "console": "<script>console.error('broken')</script>",
           "elsewhere": '<img src="http://127.0.0.1:9/x.png" alt="x">', "pictures": '<img src="nowhere.png" alt="x">',
           "letters": '<img style="width: 100%" alt="x" src="data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 width=%22900%22 height=%229%22/%3E">',
+          "names": "<nav>x</nav>", "code": f"<pre>{'x' * 300}</pre>", "formulas": f"<div>\\[{'x+' * 99}x\\]</div>",
           "equations": '<span class="math inline">\\(\\nosuchcommand\\)</span>', "overflow": '<p style="width: 900px">wide</p>'}
 
 
@@ -308,13 +389,17 @@ def search(browser, words):
 
 
 @pytest.mark.parametrize("start", ["index.html", "experiments/scaling.html"])
-def test_search(start, browser, smalldocs):
-    "From the first page and from one in a folder; the controls are words that are nowhere, and pages that have nothing to do with the words."
+@pytest.mark.parametrize("words, first", [
+    ("saddle", {"saddle_attraction.html", "saddle_flow.html"}), ("momentum", {"momentum.html"}), ("DataLoader", {"how_to.html"}), ("ResNet", {"how_to.html", "real_networks.html"}),
+    ("batch norm", {"optim.html", "how_to.html", "objective.html"}), ("Lyapunov", {"hessian_noise.html", "stationarity.html", "saddle_attraction.html"}), ("m-SAM", {"which_samples.html"}),
+    ("Lightning", {"frameworks.html"}), ("simulate", {"ensemble.html"}), ("zzqxj", set())])
+def test_search(words, first, start, browser, smalldocs):
+    "From the first page and from one in a folder; the control is a word that is nowhere."
     browser.open(SITE/start)
-    saddle, lyapunov = search(browser, "saddle"), search(browser, "Lyapunov")
-    assert {"saddle_attraction.html", "experiments/saddles.html"} & set(saddle[:3]), saddle
-    assert {"hessian_noise.html", "stationarity.html"} & set(lyapunov[:3]), lyapunov
-    assert "optim.html" not in saddle + lyapunov and search(browser, "zzqxj") == []
+    found = search(browser, words)
+    assert set(found[:1]) <= first and bool(found) == bool(first), found
+    shown = browser.js("document.querySelector('.smalldocs-search-results').innerText")
+    assert not re.search(r"\\[a-z]{2,}|\{|\}", shown), shown
 
 
 def test_search_leads_to_a_page(browser, smalldocs):
@@ -341,3 +426,53 @@ def test_theme(browser, smalldocs):
     for page in ("index.html", "source/samsde/sde.html"):
         browser.open(SITE/page, dark=True)
         assert browser.js(seen)[0] == dark[0], page
+
+
+# --- reading without a mouse, at night, on a phone, on paper ---
+
+def test_keyboard(browser, smalldocs):
+    "The first stop leads past the menu to the text; the menu's groups fold by Enter."
+    browser.open(SITE/"weak_approximation.html")
+    browser.press("Tab", 9)
+    assert browser.js("document.activeElement.className") == "skip-link" and browser.js("document.activeElement.getBoundingClientRect().left") >= 0
+    browser("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
+    browser.press("Tab", 9)
+    assert browser.js("document.querySelector('main').contains(document.activeElement)")
+    assert browser.js("[...document.querySelectorAll('.sidebar-item-section button')].every((e) => e.tabIndex === 0)")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_statements_stand_out(dark, browser, smalldocs):
+    "A theorem is the darkest text of a light page and the lightest of a dark one, and so is the claim; the search field has the page's ground."
+    browser.open(SITE/"saddle_attraction.html", dark=dark)
+    colour = lambda selector, what="color": browser.js(f"getComputedStyle(document.querySelector({selector!r})).{what}")
+    strongest = "rgb(255, 255, 255)" if dark else "rgb(0, 0, 0)"
+    assert colour("main blockquote") == colour("#title-block-header .description") == strongest
+    ground = [int(v) for v in re.findall(r"\d+", colour(".smalldocs-search input", "backgroundColor"))[:3]]
+    assert (max(ground) < 100) == dark
+
+
+def test_menu_on_a_phone(browser, smalldocs):
+    "The open menu begins below the bar, and its first line can be seen."
+    browser.open(SITE/"saddle_attraction.html", width=400)
+    browser.js("document.querySelector('.quarto-btn-toggle').click()")
+    browser.js("new Promise((done) => setTimeout(done, 400))")
+    box = browser.js("(({left, top, bottom}) => [left, top, bottom])(document.querySelector('#quarto-sidebar .sidebar-title a').getBoundingClientRect())")
+    bar = browser.js("document.querySelector('#quarto-header').getBoundingClientRect().bottom")
+    assert box[0] >= 0 and box[1] >= bar, (box, bar)
+    assert browser.js(f"document.elementFromPoint({box[0] + 3}, {(box[1] + box[2]) / 2}).closest('#quarto-sidebar') !== null")
+
+
+def test_paper(browser, smalldocs):
+    "No bar, no menu, and no code that is cut."
+    browser.open(SITE/"weak_approximation.html", width=700, media="print")
+    hidden = "['#quarto-header', '#quarto-sidebar', '#quarto-margin-sidebar'].every((s) => getComputedStyle(document.querySelector(s)).display === 'none')"
+    cut = "[...document.querySelectorAll('main pre')].filter((e) => e.scrollWidth > e.clientWidth + 1).length"
+    assert browser.js(hidden) and browser.js(cut) == 0
+    browser.open(SITE/"weak_approximation.html", width=700)
+    assert not browser.js(hidden) and browser.js(cut) > 0  # the control is the screen
+
+
+def test_asks_for_no_font_that_is_not_there():
+    for css in SITE.rglob("*.css"):
+        assert not re.search(r"Source Sans|\bLato\b|fonts\.googleapis", css.read_text(encoding="utf-8")), css
