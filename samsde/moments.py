@@ -613,6 +613,10 @@ def previous_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
         raise ValueError(
             "source='previous' has no exact form: "
             "its long-run covariance is known to first order in ρ")
+    if getattr(objective.law, "steps", 1) > 1:
+        raise ValueError(
+            "source='previous' with replace='epochs' has no moments here: "
+            "the previous minibatch of an epoch has no sample in common with this one")
     if isinstance(objective, Additive):
         return own_moments(with_source(algorithm, "own"), objective, x, exact, draws, seed)
     if isinstance(objective, FiniteSum) and getattr(algorithm, "is_linear", False):

@@ -127,6 +127,10 @@ def mean_square_radius(algorithm:Algorithm, # SGD or USAM
     """The spectral radius of M ↦ E[(I − ηA)M(I − ηA)ᵀ] at a minimum that all samples share, Eq.
     (2). It is below 1 iff E‖x‖² shrinks. Raises TypeError on another algorithm, ValueError on
     bad input or a source that is none of this kind."""
+    if replace not in (True, False):
+        raise ValueError(
+            "replace must be True or False, since the steps of an epoch are not independent, "
+            f"got {replace!r}")
     if type(algorithm) not in (SGD, USAM):
         raise TypeError(f"algorithm must be SGD or USAM, whose step is linear, got {algorithm!r}")
     if algorithm.source == "previous":
