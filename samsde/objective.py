@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .machinery.batches import BatchNetwork, LossOfOutput, of_loader
+from .machinery.batches import BatchNetwork, LossOfOutput, check_reshuffles, of_loader
 from .machinery.checks import broadcast_axes, broadcast_paths, check_int, check_points, check_scalar, check_symmetric, psd_root
 from .machinery.comparison import check_network
 from .machinery.network import Network, check_data, check_layers
@@ -647,7 +647,7 @@ def minibatches_of_module(cls, module:torch.nn.Module, # any that trains, in the
                           loss:Callable|None, # (output, target) -> scalar; the module's own loss if None
                           data, # tensors such as (X, y) or a dictionary, a map-style Dataset, or a DataLoader
                           batch_size:int|None=None, # B; that of the DataLoader if None
-                          *, replace:bool=True, # draw minibatches with replacement? A DataLoader says itself.
+                          *, replace:bool|str=True, # draw minibatches with replacement? A DataLoader says itself, save for "epochs": reshuffled
                           collate_fn:Callable|None=None, # puts samples of a Dataset together; torch's own if None
                           batch_loss:Callable|None=None, # (module, batch) -> scalar, in place of `loss`
                           full_batches:int|None=None, # drawn for f where it has no exact form; those of a pass over the data if None, at least 16
@@ -659,7 +659,10 @@ def minibatches_of_module(cls, module:torch.nn.Module, # any that trains, in the
     if isinstance(data, DataLoader):
         if batch_size is not None or collate_fn is not None:
             raise ValueError("a DataLoader has its own batch_size and collate_fn: give it alone, or its dataset with them")
-        data, collate_fn, batch_size, replace = of_loader(data).values()
+        loader, epochs = data, replace == "epochs"
+        data, collate_fn, batch_size, replace = of_loader(loader).values()
+        if epochs: check_reshuffles(loader)
+        if epochs: replace = "epochs"
     if batch_size is None: raise TypeError("batch_size must be given, unless the data are a DataLoader")
     if batch_loss is not None and loss is not None: raise ValueError("give loss or batch_loss, not both: the other one is None")
     if not (loss is None or callable(loss)): raise TypeError(f"loss must be a function of (output, target), got {type(loss).__name__}")
