@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .machinery.batches import BatchNetwork, LossOfOutput, of_loader
+from .machinery.batches import BatchNetwork, LossOfOutput, check_reshuffles, of_loader
 from .machinery.checks import broadcast_axes, broadcast_paths, check_int, check_points, check_scalar, check_symmetric, psd_root
 from .machinery.comparison import check_network
 from .machinery.network import Network, check_data, check_layers
 from .machinery.paths import add_, can_be_tried, gradient, lift, needs_loop
 from .machinery.record import version
+from .machinery.sampling import KEY, batch_of_epoch, distinct, draw_key
 
 # %% ../nbs/00_objective.ipynb #f18a48a7
 class Support(NamedTuple):
@@ -179,12 +180,18 @@ class Minibatches:
     "The law of minibatches of `batch_size` sample numbers out of `n`. Raises ValueError if that is impossible."
     def __init__(self, n:int, # number of samples, N
                  batch_size:int=1, # B
-                 replace:bool=True # may a sample occur twice in a minibatch?
+                 replace:bool|str=True # may a sample occur twice in a minibatch? "epochs": not even in an epoch
                 ):
-        if not isinstance(replace, bool): raise TypeError(f"replace must be True or False, got {replace!r}")
-        self.n, self.batch_size, self.replace = check_int("n", n), check_int("batch_size", batch_size), replace
-        if not replace and batch_size > n:
-            raise ValueError(f"batch_size must be at most n without replacement, got batch_size={batch_size} and n={n}")
+        if not (isinstance(replace, bool) or replace == "epochs"):
+            raise TypeError(f"replace must be True, False or 'epochs', got {replace!r}")
+        self.n = check_int("n", n)
+        self.batch_size = check_int("batch_size", batch_size)
+        self.replace = replace is True
+        self.epochs = replace == "epochs"
+        if not self.replace and batch_size > n:
+            raise ValueError(
+                "batch_size must be at most n without replacement, "
+                f"got batch_size={batch_size} and n={n}")
 
     @property
     def tau(self) -> float:
@@ -207,11 +214,31 @@ class Minibatches:
         if least >= 63: return math.inf
         return n**k if self.replace else math.comb(n, k)
 
+    @property
+    def sampling(self) -> bool|str:
+        "The `replace` that it was made with"
+        return "epochs" if self.epochs else self.replace
+    @property
+    def steps(self) -> int:
+        "Those whose minibatches have no sample in common, one after another"
+        return self.n // self.batch_size if self.epochs else 1
+    key_size = KEY # numbers that a step in an epoch draws
+
     def draw(self, shape, generator=None, *, dtype=None, device=None) -> Tensor:
+        "Minibatches of one step"
         n, B = self.n, self.batch_size
-        if self.replace or B == 1: return torch.randint(n, (*shape, B), generator=generator, device=device)
+        if self.replace or B == 1:
+            return torch.randint(n, (*shape, B), generator=generator, device=device)
         if B == n: return torch.arange(n, device=device).expand(*shape, n)
-        return torch.rand(*shape, n, generator=generator, device=device).topk(B).indices
+        return distinct(n, B, shape, generator, device)
+    def draw_key(self, shape, generator=None, *, dtype=None, device=None) -> Tensor:
+        "What a step in an epoch needs afresh: the key of the epoch, in its first step"
+        return draw_key(shape, generator, device)
+    def of_epoch(self, key:Tensor, step:int, # of the epoch, and in it from 0 on
+                 fresh:Tensor # of draw_key, in this step
+                ) -> Tensor:
+        "Minibatches of a step in an epoch"
+        return batch_of_epoch(key, step, self.n, self.batch_size)
     def support(self, draws, generator=None, *, dtype=None, device=None) -> Support:
         n, B, K = self.n, self.batch_size, self.size(draws)
         if K != self.count: return Support(self.draw((K,), generator, device=device), False)
@@ -230,7 +257,7 @@ class FiniteSum(Objective):
                  n:int, # number of samples, N
                  dim:int, # d
                  batch_size:int=1, # B
-                 replace:bool=True, # draw minibatches with replacement?
+                 replace:bool|str=True, # draw minibatches with replacement? "epochs": reshuffled, as by a DataLoader
                  *, select:Callable|None=None, # the losses of chosen samples, (d,), (b,) -> (b,), where that is cheaper than all
                  chunk:int|None=None # samples, times paths, in one pass over the data, to bound memory; all if None. Needs `select`.
                 ):
@@ -254,7 +281,7 @@ class FiniteSum(Objective):
     def with_batch(self, batch_size:int):
         "The same samples in minibatches of another size"
         other = copy.copy(self)
-        other.law = Minibatches(self.n, batch_size, self.law.replace)
+        other.law = Minibatches(self.n, batch_size, self.law.sampling)
         return other
     def one_pass(self, x:Tensor) -> bool: return len(self.slices(x)) == 1
     def some(self, x:Tensor, s:slice) -> Tensor:
@@ -331,7 +358,7 @@ def from_module(cls, module:torch.nn.Module, # any network without training-mode
                 X:Tensor, # inputs, (n, ...)
                 y:Tensor, # targets, (n, ...)
                 batch_size:int=1, # B
-                replace:bool=True, # draw minibatches with replacement?
+                replace:bool|str=True, # draw minibatches with replacement? "epochs": reshuffled, as by a DataLoader
                 chunk:int|None=None # samples, times paths, in one pass over the data, to bound memory; all if None
                ) -> FiniteSum:
     """The finite sum over the data (X, y) of a module's losses, at flat parameters; `.x0` is the module's own point.
@@ -363,7 +390,7 @@ class Noiseless(Additive):
 # %% ../nbs/00_objective.ipynb #984cc129
 class SeededMinibatches(Minibatches):
     "The law of minibatches in their order, with a seed behind the sample numbers"
-    def __init__(self, n:int, batch_size:int, replace:bool, random:bool # are random numbers drawn from the seed?
+    def __init__(self, n:int, batch_size:int, replace:bool|str, random:bool # are random numbers drawn from the seed?
                 ):
         super().__init__(n, batch_size, replace)
         self.random = random
@@ -379,13 +406,18 @@ class SeededMinibatches(Minibatches):
         if B * math.log2(n) >= 63: return math.inf
         return n**B if self.replace else math.perm(n, B)
     def draw(self, shape, generator=None, *, dtype=None, device=None) -> Tensor:
-        n, B = self.n, self.batch_size
-        if self.replace or B in (1, n): numbers = super().draw(shape, generator, device=device)
-        else:
-            each = [torch.randperm(n, generator=generator, device=device)[:B] for _ in range(math.prod(shape))]
-            numbers = torch.stack(each) if each else torch.zeros(0, B, dtype=torch.long, device=device)
-            numbers = numbers.reshape(*shape, B)
-        seeds = torch.randint(2**62, (*shape, 1), generator=generator, device=device)
+        numbers = super().draw(shape, generator, device=device)
+        return self.with_seeds(numbers, generator)
+    def with_seeds(self, numbers, generator) -> Tensor:
+        shape = (*numbers.shape[:-1], 1)
+        seeds = torch.randint(2**62, shape, generator=generator, device=numbers.device)
+        return torch.cat([numbers, seeds], -1)
+    key_size = KEY + 1
+    def draw_key(self, shape, generator=None, *, dtype=None, device=None) -> Tensor:
+        return self.with_seeds(super().draw_key(shape, generator, device=device), generator)
+    def of_epoch(self, key, step, fresh):
+        numbers = super().of_epoch(key, step, fresh)
+        seeds = fresh[..., KEY:self.key_size].expand(*numbers.shape[:-1], 1)
         return torch.cat([numbers, seeds], -1)
     def support(self, draws, generator=None, *, dtype=None, device=None) -> Support:
         n, B, K = self.n, self.batch_size, self.size(draws)
@@ -446,7 +478,7 @@ class MinibatchLoss(Objective):
     chunk = 1 # one γ after another
     def __init__(self, network:BatchNetwork, # from samsde.machinery.batches
                  batch_size:int=1, # B
-                 replace:bool=True, # draw minibatches with replacement?
+                 replace:bool|str=True, # draw minibatches with replacement? "epochs": reshuffled, as by a DataLoader
                  *, full_batches:int|None=None, # drawn for f where it has no exact form; those of a pass over the data if None, at least 16
                  progress:bool=False # a bar for passes over the data?
                 ):
@@ -615,7 +647,7 @@ def minibatches_of_module(cls, module:torch.nn.Module, # any that trains, in the
                           loss:Callable|None, # (output, target) -> scalar; the module's own loss if None
                           data, # tensors such as (X, y) or a dictionary, a map-style Dataset, or a DataLoader
                           batch_size:int|None=None, # B; that of the DataLoader if None
-                          *, replace:bool=True, # draw minibatches with replacement? A DataLoader says itself.
+                          *, replace:bool|str=True, # draw minibatches with replacement? A DataLoader says itself, save for "epochs": reshuffled
                           collate_fn:Callable|None=None, # puts samples of a Dataset together; torch's own if None
                           batch_loss:Callable|None=None, # (module, batch) -> scalar, in place of `loss`
                           full_batches:int|None=None, # drawn for f where it has no exact form; those of a pass over the data if None, at least 16
@@ -627,7 +659,10 @@ def minibatches_of_module(cls, module:torch.nn.Module, # any that trains, in the
     if isinstance(data, DataLoader):
         if batch_size is not None or collate_fn is not None:
             raise ValueError("a DataLoader has its own batch_size and collate_fn: give it alone, or its dataset with them")
-        data, collate_fn, batch_size, replace = of_loader(data).values()
+        loader, epochs = data, replace == "epochs"
+        data, collate_fn, batch_size, replace = of_loader(loader).values()
+        if epochs: check_reshuffles(loader)
+        if epochs: replace = "epochs"
     if batch_size is None: raise TypeError("batch_size must be given, unless the data are a DataLoader")
     if batch_loss is not None and loss is not None: raise ValueError("give loss or batch_loss, not both: the other one is None")
     if not (loss is None or callable(loss)): raise TypeError(f"loss must be a function of (output, target), got {type(loss).__name__}")

@@ -14,6 +14,7 @@ from samsde import cli, optim
 from samsde.algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Linear
 from samsde.diagnosis import diagnose, diagnose_training, largest_eigenvalue, top_eigenvectors
 from samsde.ensemble import simulate
+from samsde.epochs import epoch_noise, epoch_terms, quadratic_moments
 from samsde.experiments import error_vs_rho, escape, experiment, flat_minima, networks, problems, saddles, scaling, suboptimality as levels
 from samsde.hessian_noise import cross_covariance, noise_covariance, noise_dim, noise_sample, sgd_covariance
 from samsde.implicit_regularizer import drift, gaussian_direction, regularized_loss
@@ -515,6 +516,20 @@ TABLE |= { # saddles, stationarity, diagnosis
     "diagnosis at NaN": (lambda: look(x=nan * x), ValueError, "x must be finite"),
 }
 
+TABLE |= { # epochs
+    "epochs of batches too large": (lambda: data(4, "epochs"), ValueError, "batch_size must be at most n without replacement, got batch_size=4 and n=3"),
+    "moments of one Hessian": (lambda: quadratic_moments(eye, A, .1), ValueError, r"hessians must have shape \(n, d, d\), got \(2, 2\)"),
+    "moments of a skew Hessian": (lambda: quadratic_moments(torch.tensor([[[1., 2.], [0., 1.]]] * 3, **f64), A, .1), ValueError, "symmetric"),
+    "moments of too few minima": (lambda: quadratic_moments(torch.stack([eye] * 3), A[:2], .1), ValueError, r"minima must have shape \(3, 2\), got \(2, 2\)"),
+    "moments of steps that diverge": (lambda: quadratic_moments(torch.stack([eye] * 3), A, 2.1), ValueError, "steps that shrink second moments .* got a factor of"),
+    "moments of a million orders": (lambda: quadratic_moments(torch.stack([eye] * 20), torch.ones(20, 2, **f64), .1), ValueError, "minibatches must be at most 50000, got 10485760"),
+    "moments of no sampling": (lambda: quadratic_moments(torch.stack([eye] * 3), A, .1, replace="epoch"), TypeError, "replace must be True, False or 'epochs', got 'epoch'"),
+    "noise of steps that diverge": (lambda: epoch_noise(2., 10), ValueError, "eta_lambda must be below 2, or steps diverge, got 2"),
+    "noise of a negative curvature": (lambda: epoch_noise(-.1, 10), ValueError, "eta_lambda must be positive and finite, got -0.1"),
+    "noise of the full batch": (lambda: epoch_noise(.1, 10, 10), ValueError, "batch_size must be below n, got 10 and 10"),
+    "epochs at a saddle": (lambda: epoch_terms(data(1, "epochs"), .1, -1.), ValueError, "curvature must be positive and finite, got -1"),
+}
+
 TABLE |= { # optimizers
     "base optimizer a number": (lambda: optimizer(base=3), TypeError, "base_optimizer must be a class such as torch.optim.SGD, got 3"),
     "no base optimizer": (lambda: optimizer(base=None), TypeError, "base_optimizer must be a class such as torch.optim.SGD, got None"),
@@ -653,7 +668,7 @@ def test_every_public_name_has_a_bad_input():
     """What the modules export is called by the tests of bad input, here or in a file of its own, or has nothing to refuse."""
     import importlib
     text, missing = "".join(p.read_text(encoding="utf-8") for p in Path(__file__).parent.glob("test_*.py")), []
-    results = "Wrapped FullSampleMoments FullAdditiveMoments FullExactMoments IndependentAdditiveMoments PreviousMoments ExactPreviousMoments MicroBatchMoments Model Potential StepMoments GammaMoments ExactMoments MinibatchMoments SampleMoments LinearSampleMoments AdditiveMoments LinearAdditiveMoments UnitAdditiveMoments Unperturbed Process Support GaussianDirection Ensemble Attraction WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
+    results = "Wrapped FullSampleMoments FullAdditiveMoments FullExactMoments IndependentAdditiveMoments PreviousMoments ExactPreviousMoments MicroBatchMoments Model Potential StepMoments StationaryMoments GammaMoments ExactMoments MinibatchMoments SampleMoments LinearSampleMoments AdditiveMoments LinearAdditiveMoments UnitAdditiveMoments Unperturbed Process Support GaussianDirection Ensemble Attraction WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
     fine = "theme use_theme Perturbed from_module expectation plot_validity parser own_options reproduce main".split() # tested through others, or with nothing to refuse
     for name in sorted(p.stem for p in Path(samsde.__file__).parent.glob("[a-z]*.py")):
         module = importlib.import_module(f"samsde.{name}")

@@ -240,16 +240,16 @@ DAMAGE = {
     "deep inside": (lambda text: text.replace('"rows": ', '"rows": ' + "[" * 10**5), "is damaged"),
     "no text": (lambda text: "\udcff", "is damaged"),
     "huge": (lambda text: text + " " * 10**6, "is damaged"),
-    "no format": (lambda text: text.replace('"format": 2', '"format": [2]'), "is damaged"),
+    "no format": (lambda text: text.replace('"format": 3', '"format": [3]'), "is damaged"),
     "another JSON file": (lambda text: "[1, 2]", "is damaged, or no file of a sweep"),
-    "another format": (lambda text: text.replace('"format": 2', '"format": 3'), "has format 3, but this version of samsde writes 2"),
+    "another format": (lambda text: text.replace('"format": 3', '"format": 4'), "has format 4, but this version of samsde writes 3"),
 }
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_files_are_refused(kind, tmp_path):
     (damage, message), table = DAMAGE[kind], small(tmp_path)
     path, text = files(tmp_path)[0], files(tmp_path)[0].read_text()
-    assert damage(text) != text and json.loads(text)["format"] == 2
+    assert damage(text) != text and json.loads(text)["format"] == 3
     path.write_text(damage(text), errors="surrogateescape")
     with pytest.raises(ValueError, match=f"{path.name} {message}"): small(tmp_path)
     path.write_text(text)

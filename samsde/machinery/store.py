@@ -56,7 +56,7 @@ def write(path:Path, arrays:dict):
     with replacing(path) as f: np.savez(f, **arrays)
 
 # %% ../../nbs/machinery/store.ipynb #e9009d77
-FORMAT = 2 # of the files; another one where the layout changes, or what a seed gives
+FORMAT = 3 # of the files; another one where the layout changes, or what a seed gives
 TEXT = 2**26 # bytes that a file may have to say of itself
 
 @contextmanager
