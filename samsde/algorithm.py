@@ -14,6 +14,7 @@ from torch import Tensor
 from .machinery.checks import (
     broadcast_axes, check_int, check_nonzero, check_positive, check_scalar, check_share, per_path)
 from .machinery.record import replay
+from .machinery.sampling import KEY
 from .objective import Additive, FiniteSum, Noiseless, Objective, gradient
 from .machinery.style import colours
 
@@ -412,15 +413,19 @@ class Model(Process):
     def looks(self, x, generator): return self.objective.looks(x, generator)
     def split(self, state:Tensor) -> list:
         "The parts of a state: x, and what `memory` names"
-        d = self.objective.dim
-        return [*state.split([1 if name == "k" else d for name in ("x", *self.memory)], -1)]
-    # of "v", the velocity; "u0", "u1", …, perturbations of the step before; "k", the number of steps
+        return [*state.split(self.sizes, -1)]
+    # of "v", the velocity; "u0", "u1", …, perturbations of the step before; "epoch" and "batch", the key
+    # of the order of the samples and the place in it; "k", the number of steps
     memory = ()
+    @property
+    def sizes(self) -> list:
+        "Numbers in each part of a state"
+        known = dict(epoch=KEY, batch=1, k=1)
+        return [known.get(name, self.objective.dim) for name in ("x", *self.memory)]
     @property
     def width(self) -> int:
         "Numbers in a state"
-        sizes = (1 if name == "k" else self.objective.dim for name in self.memory)
-        return self.objective.dim + sum(sizes)
+        return sum(self.sizes)
     def start(self, x):
         rest = self.width - self.objective.dim
         return torch.cat([x, x.new_zeros(*x.shape[:-1], rest)], -1) if rest else x
@@ -447,21 +452,32 @@ class Chain(Model):
     @property
     def memory(self) -> tuple:
         counts = self.schedule is not None or (self.momentum and self.dampening)
-        return (*["v"] * bool(self.momentum), *self.remembered, *["k"] * bool(counts))
+        epoch = ("epoch", "batch") if self.reshuffles else ()
+        velocity = ["v"] * bool(self.momentum)
+        return (*velocity, *self.remembered, *epoch, *["k"] * bool(counts))
+    @property
+    def reshuffles(self) -> bool:
+        "Do its minibatches depend on those before them in an epoch?"
+        return getattr(self.objective.law, "steps", 1) > 1
     @property
     def noise_dim(self) -> int: return self.batches * self.size
+    def over_axes(self, state:Tensor) -> Tensor:
+        "`state` with the axes of a sweep"
+        lead = self.over_sweep(self.position(state)).shape[:-1]
+        return state.expand(*lead, -1)
     def step(self, state:Tensor, gamma:Tensor) -> Tensor:
         "The next state, for γ of the same leading axes"
-        x = self.over_sweep(self.position(state))
-        state = state.expand(*x.shape[:-1], -1) if self.memory else x
+        state = self.over_axes(state)
         rate = []
         if self.schedule is not None:
-            rate = [x.new_tensor(self.factor(state[..., -1].flatten()[0].item()))]
-        step = self.trained_step if self.memory or self.weight_decay else self.plain_step
-        if not self.objective.one_pass(x): return step(state, gamma, *rate)
+            rate = [state.new_tensor(self.factor(state[..., -1].flatten()[0].item()))]
+        trains = {*self.memory} - {"epoch", "batch"} or self.weight_decay
+        step = self.trained_step if trains else self.plain_step
+        if not self.objective.one_pass(self.position(state)): return step(state, gamma, *rate)
         return self.taken("chain", step, state, gamma, *rate)
-    def plain_step(self, x:Tensor, gamma:Tensor) -> Tensor:
-        return self.algorithm.step(self.objective, x, self.eta, gamma)
+    def plain_step(self, state:Tensor, gamma:Tensor) -> Tensor:
+        x = self.algorithm.step(self.objective, self.position(state), self.eta, gamma)
+        return joined([x, *self.split(state)[1:]])
     def trained_step(self, state:Tensor, gamma:Tensor, rate=1.0) -> Tensor:
         x, *rest = self.split(state)
         known = dict(zip(self.memory, rest))
@@ -487,7 +503,25 @@ class Chain(Model):
     def draw(self, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
         kind = dict(generator=generator, dtype=dtype, device=device)
         if isinstance(self.objective, Additive): return torch.randn(*shape, self.noise_dim, **kind)
-        return self.algorithm.draw(self.objective, shape, **kind)
+        if not self.reshuffles: return self.algorithm.draw(self.objective, shape, **kind)
+        more = [self.objective.draw(shape, **kind)] * (self.batches == 2)
+        return joined([self.objective.law.draw_key(shape, **kind), *more])
+    def next_batch(self, state:Tensor, fresh:Tensor # of draw
+                  ) -> tuple[Tensor, Tensor]: # the state with its place in the epoch moved on, and γ
+        "All paths are at the same step. Raises ValueError on a dtype that cannot count its steps."
+        law = self.objective.law
+        if law.steps > 1 / torch.finfo(state.dtype).eps:
+            raise ValueError(
+                f"an epoch of {law.steps} steps cannot be counted in {state.dtype}: use float64")
+        parts = dict(zip(("x", *self.memory), self.split(self.over_axes(state))))
+        step = int(parts["batch"].flatten()[0])
+        if step == 0: parts["epoch"] = fresh[..., :KEY].to(state).expand_as(parts["epoch"])
+        gamma = law.of_epoch(parts["epoch"], step, fresh)
+        parts["batch"] = torch.full_like(parts["batch"], (step + 1) % law.steps)
+        if self.batches == 2:
+            second = fresh[..., law.key_size:]
+            gamma = joined([gamma, second.expand(*gamma.shape[:-1], -1)])
+        return joined([*parts.values()]), gamma
     def advance(self, state:Tensor, draw, # () -> fresh randomness
                 steps:list # lengths of the substeps, which add up to the time of one step
                ) -> Tensor:
@@ -501,4 +535,6 @@ class Chain(Model):
             raise ValueError(
                 f"a chain with minibatches has no time step below eta={self.time_step}, "
                 f"got dt={steps[0]}")
-        return self.step(state, draw())
+        fresh = draw()
+        if not self.reshuffles: return self.step(state, fresh)
+        return self.step(*self.next_batch(state, fresh))

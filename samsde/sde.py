@@ -35,7 +35,7 @@ def along_itself(b, # a vector field, (..., d) -> (..., d)
 
 # %% ../nbs/05_sde.ipynb #6209e9de
 class SDE(Model):
-    """dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 1).
+    """dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 6.1).
     Raises ValueError or TypeError on arguments that make no SDE."""
     def __init__(self, algorithm:Algorithm, # what it is a model of
                  objective:Objective, # on which loss

@@ -42,7 +42,7 @@ def edge_of_stability(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
                       sigma:float=0.0, # standard deviation of a coordinate of the noise, for SAM
                       dim:int|None=None # d, for SAM with noise
                      ) -> float:
-    """The eigenvalue of the Hessian at which the mean step loses its stability, Eq. (1).
+    """The eigenvalue of the Hessian at which the mean step loses its stability, Eq. (7c.1).
     Raises ValueError or TypeError on bad input, or without a norm or dimension that is needed."""
     eta = check_scalar("eta", eta)
     mu = check_share("momentum", momentum)
@@ -131,9 +131,13 @@ def mean_square_radius(algorithm:Algorithm, # SGD or USAM
                        batch_size:int, # B
                        replace:bool=True # are minibatches drawn with replacement?
                       ) -> float:
-    """The spectral radius of M ↦ E[(I − ηA)M(I − ηA)ᵀ] at a minimum that all samples share, Eq.
-    (2). It is below 1 iff E‖x‖² shrinks. Raises TypeError on another algorithm, ValueError on
+    """The spectral radius of M ↦ E[(I − ηA)M(I − ηA)ᵀ] at a minimum that all samples share,
+    Eq. (7c.2). It is below 1 iff E‖x‖² shrinks. Raises TypeError on another algorithm, ValueError on
     bad input or a source that is none of this kind."""
+    if replace not in (True, False):
+        raise ValueError(
+            "replace must be True or False, since the steps of an epoch are not independent, "
+            f"got {replace!r}")
     if type(algorithm) not in (SGD, USAM):
         raise TypeError(f"algorithm must be SGD or USAM, whose step is linear, got {algorithm!r}")
     if algorithm.source == "previous":

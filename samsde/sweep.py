@@ -216,7 +216,7 @@ def jobs_of(algorithms:list, objectives:list, # from variants
     return jobs
 
 # %% ../nbs/08c_sweep.ipynb #sweep029
-FORMAT = 2 # of the files; another one where the numbers of a setting change
+FORMAT = 3 # of the files; another one where the numbers of a setting change
 
 def request(job:Job) -> dict:
     "All that was asked for, in text and numbers"

@@ -29,7 +29,7 @@ from .sde import SDE, KineticSDE, one_process
 
 # %% ../nbs/05b_weak_errors.ipynb #73fb23be
 def wave_data(c, a, m, p) -> list: # tensors in double precision
-    "The data of Eq. (2), if their shapes fit and `m` is whole; else a ValueError"
+    "The data of Eq. (5b.2), if their shapes fit and `m` is whole; else a ValueError"
     c, a, m, p = (torch.as_tensor(np.asarray(v, dtype=float)) for v in (c, a, m, p))
     if c.ndim != 2 or m.ndim != 3:
         raise ValueError(
@@ -50,7 +50,7 @@ def wave_data(c, a, m, p) -> list: # tensors in double precision
 
 # %% ../nbs/05b_weak_errors.ipynb #9459042b
 class TrigonometricSum(FiniteSum):
-    """f_i(x) = c_i·x − Σ_j a_ij cos(m_ij·x + p_ij), Eq. (2).
+    """f_i(x) = c_i·x − Σ_j a_ij cos(m_ij·x + p_ij), Eq. (5b.2).
     Raises ValueError if shapes do not fit or `m` is not whole."""
     def __init__(self, c, # tilts, (n, d)
                  a, # amplitudes of the losses, (n, waves)
@@ -140,7 +140,7 @@ def torus_nodes(nodes:int, # M along each axis, even
                                       -1).reshape(-1, dim)))
 
 def dirichlet(s:np.ndarray, nodes:int) -> np.ndarray:
-    "The kernel of trigonometric interpolation, Eq. (3), 1 at s = 0"
+    "The kernel of trigonometric interpolation, Eq. (5b.3), 1 at s = 0"
     s = np.remainder(s + np.pi, 2 * np.pi) - np.pi
     zero = np.abs(s) < 1e-14
     return np.where(zero, 1, np.sin(nodes * s / 2) / (nodes * np.tan(np.where(zero, 1, s) / 2)))
@@ -195,7 +195,7 @@ def derivatives(nodes:int, dim:int) -> tuple[dict, dict]: # i -> D_i, and (i, j)
 def generator(sde:SDE, # on a circle_problem or torus_problem
               nodes:int # along each axis, even
              ) -> np.ndarray: # (nodes^d, nodes^d)
-    "The matrix of the SDE's generator, Eq. (4). Raises TypeError on another objective."
+    "The matrix of the SDE's generator, Eq. (5b.4). Raises TypeError on another objective."
     dim = periodic(sde).dim
     x = torus_nodes(nodes, dim)[1]
     D, DD = derivatives(nodes, dim)
@@ -237,7 +237,7 @@ def exact_difference(chain:Chain, # the algorithm
                      test:Callable, # φ, a function of arrays of angles, one for each dimension
                      nodes:int|None=None # on an axis, even; if None, 96 (circle) or 20 (torus)
                     ) -> tuple[Tensor, np.ndarray]: # starts (nodes^d, d), and the error from each
-    """The weak error (1) at `t_end` from every node, exactly.
+    """The weak error at `t_end` from every node, exactly.
     Raises ValueError or TypeError if the two do not belong together."""
     together(chain, sde)
     steps = step_count(chain.time_step, t_end)
@@ -297,7 +297,7 @@ def torus_error(algorithm:Algorithm, # any, on both sides
 
 # %% ../nbs/05b_weak_errors.ipynb #f5886ab1
 def linear_system(process:Chain|SDE) -> tuple[np.ndarray, np.ndarray]: # F and C, (d, d)
-    """F and C of Eq. (5).
+    """F and C of Eq. (5b.5).
     Raises TypeError or ValueError unless the process is that of SGD or USAM on a Quadratic."""
     if (type(one_process(process).algorithm) not in (SGD, USAM)
         or not isinstance(process.objective, Quadratic)):
@@ -349,7 +349,7 @@ def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
                    x0:Tensor, # start, (d,)
                    t_end:float # end time; for a Chain, a whole number of steps
                   ) -> tuple[Tensor, Tensor]: # mean (d,) and covariance (d, d)
-    """Exact mean and covariance at `t_end`, Eq. (5).
+    """Exact mean and covariance at `t_end`, Eq. (5b.5).
     Raises TypeError or ValueError on another process, start or time."""
     F, C = linear_system(process)
     d = process.objective.dim
@@ -370,7 +370,7 @@ def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
 # %% ../nbs/05b_weak_errors.ipynb #8c5b086b
 def stationary_covariance(process:Chain|SDE # of SGD or USAM, on a Quadratic
                          ) -> Tensor: # (d, d)
-    """The covariance that Eq. (5) keeps, by Lyapunov's equation.
+    """The covariance that Eq. (5b.5) keeps, by Lyapunov's equation.
     Raises ValueError if there is none, TypeError on another process."""
     F, C = linear_system(process)
     discrete = isinstance(process, Chain)
@@ -494,7 +494,7 @@ def weak_error(chain:Chain, # the algorithm
                every:int|None=None, # record every so many eta; about twenty times in all if None
                *, substeps:int=4 # Euler steps of the SDE within one eta, even
               ) -> WeakError:
-    """The weak error (1), simulated, on common noise if additive.
+    """The weak error of Eq. (5b.1), simulated, on common noise if additive.
     Raises ValueError or TypeError, DivergenceError if no path stays finite."""
     together(chain, sde)
     d = chain.objective.dim

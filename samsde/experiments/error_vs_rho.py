@@ -27,7 +27,7 @@ from ..sde import SDE
 def relative_error(algorithm:Tensor, # mean (or spread) of the statistic of the algorithm, (T, ...)
                    model:Tensor # of the model
                   ) -> Tensor: # (...)
-    "Eq. (1), over the first axis"
+    "Eq. (error-vs-rho.1), over the first axis"
     return (algorithm - model).abs().amax(0) / algorithm.abs().mean(0)
 
 # of means of φ and φ²

@@ -132,7 +132,7 @@ def noise_study(s:Setting) -> list:
 
 # %% ../../nbs/experiments/saddles.ipynb #00ade057
 def step_study(s:Setting, case:str="d = 400, sharp and mild") -> list:
-    "Share of starts that are held without noise, against η in units of η_c, Eq. (1)"
+    "Share of starts that are held without noise, against η in units of η_c, Eq. (saddles.1)"
     rows = []
     lam = SPECTRA[case][0]
     objective = saddle(s.dtype, s.device, case).objective
@@ -469,7 +469,7 @@ def draw_escapes(figure, table:pd.DataFrame):
     part = table[table.study == "step"]
     curves(ax["I"], part)
     bounds(ax["I"], part, ["SAM"])
-    ax["I"].set(xscale="log", xlabel="$\\eta\\,/\\,\\eta_c$, Eq. (1)", ylabel="share held",
+    ax["I"].set(xscale="log", xlabel="$\\eta\\,/\\,\\eta_c$", ylabel="share held",
                 title="steps, no noise")
     ax["I"].set_xticks(STEPS, [f"{factor:g}" for factor in STEPS])
     ax["I"].minorticks_off()

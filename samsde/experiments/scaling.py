@@ -75,7 +75,7 @@ def orders(table:pd.DataFrame # from measure
 
 # %% ../../nbs/experiments/scaling.ipynb #e77574c1
 def theory(problem:str, p:str, model:str) -> float:
-    "The order that Theorem 1 says"
+    "The order that Theorem 6.1 says"
     if model == "SGD's SDE": return min(1, POWERS[p])
     return 1 if problem == "quadratic" else min(1, 2 * POWERS[p])
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'states', 'same_states', 'set_states', 'seed_all', 'seeded', 'rows_of', 'as_tree', 'by_tensors', 'batch_of',
-           'of_loader', 'run', 'own_loss', 'LossOfOutput', 'check_parameters', 'differentiable', 'BatchNetwork']
+           'of_loader', 'check_reshuffles', 'run', 'own_loss', 'LossOfOutput', 'check_parameters', 'differentiable',
+           'BatchNetwork']
 
 # %% ../../nbs/machinery/batches.ipynb #047f4038
 import random, threading
@@ -106,6 +107,20 @@ def of_loader(loader:DataLoader) -> dict:
                          f"got {type(sampler).__name__}: give its dataset and batch_size instead")
     return dict(data=loader.dataset, collate_fn=loader.collate_fn, batch_size=loader.batch_size,
                 replace=bool(getattr(sampler, "replacement", False)))
+
+# %% ../../nbs/machinery/batches.ipynb #1c5642ad
+def check_reshuffles(loader:DataLoader):
+    "Raises ValueError unless a DataLoader reshuffles all its data, into batches of one size"
+    n, B, sampler = len(loader.dataset), loader.batch_size, loader.sampler
+    shuffles = isinstance(sampler, RandomSampler) and not sampler.replacement
+    if not (shuffles and sampler.num_samples == n):
+        raise ValueError(
+            "replace='epochs' needs a DataLoader with shuffle=True, "
+            f"got {type(sampler).__name__} of {len(sampler)} samples")
+    if n % B and not loader.drop_last:
+        raise ValueError(
+            "replace='epochs' needs a DataLoader with batches of one size, "
+            f"got {n} samples in batches of {B}: set drop_last=True")
 
 # %% ../../nbs/machinery/batches.ipynb #bbaf29b3
 def run(module:nn.Module, inputs):
