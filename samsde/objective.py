@@ -226,7 +226,8 @@ class Minibatches:
         n, B, K = self.n, self.batch_size, self.size(draws)
         if K != self.count: return Support(self.draw((K,), generator, device=device), False)
         numbers = torch.arange(n, device=device)
-        every = torch.cartesian_prod(*[numbers] * B) if self.replace else torch.combinations(numbers, B)
+        if self.replace: every = torch.cartesian_prod(*[numbers] * B)
+        else: every = torch.tensor([*itertools.combinations(range(n), B)], device=device)
         return Support(every.reshape(K, B), True)
     def size(self, draws:int) -> int: return self.count if self.count <= max(self.n, draws) else draws
 
