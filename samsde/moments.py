@@ -9,7 +9,7 @@ __all__ = ['StepMoments', 'Wrapped', 'expectation', 'GammaMoments', 'ExactMoment
            'PreviousMoments', 'MicroBatchMoments', 'Unperturbed', 'moments', 'SecondMoments', 'TaylorMoments']
 
 # %% ../nbs/02d_moments.ipynb #c13aa3a3
-import copy
+import copy, itertools, math
 from functools import cached_property
 from typing import Callable
 
@@ -639,10 +639,29 @@ def noise_share(law:Minibatches, m:int) -> float:
     if law.replace: return m / B
     return m * (N - B) / (B * (N - m)) if m < N else 1.0
 
+class OrderedMinibatches(Minibatches):
+    "Minibatches without replacement, in every order"
+    @property
+    def count(self) -> int: return math.perm(self.n, self.batch_size)
+    def support(self, draws, generator=None, *, dtype=None, device=None) -> Support:
+        if self.size(draws) != self.count:
+            return super().support(draws, generator, dtype=dtype, device=device)
+        orders = itertools.permutations(range(self.n), self.batch_size)
+        return Support(torch.tensor([*orders], device=device), True)
+
+def in_order(objective:FiniteSum, m:int|None) -> FiniteSum:
+    "The same minibatches; in every order, where that decides how they are cut"
+    law = objective.law
+    if m is None or law.replace or m in (1, law.batch_size): return objective
+    other = copy.copy(objective)
+    other.law = OrderedMinibatches(law.n, law.batch_size, False)
+    return other
+
 def micro_moments(algorithm:Algorithm, objective:FiniteSum, x:Tensor,
                   exact:bool, draws:int, seed) -> StepMoments:
     law, m = objective.law, algorithm.micro_batch
     if exact and not law.replace and m > 1: # by whole batches
+        objective = in_order(objective, m)
         if algorithm.source == "independent": objective = with_pairs(objective)
         return ExactMoments(algorithm, objective, x, draws, seed)
     whole = copy.copy(algorithm)
@@ -830,5 +849,6 @@ def taylor_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
     if algorithm.source == "previous":
         raise ValueError("source='previous' has no noise of second order: "
                          "its long-run covariance is known to first order in ρ")
+    if algorithm.micro_batch is not None: objective = in_order(objective, algorithm.micro_batch)
     if algorithm.source == "independent": objective = with_pairs(objective)
     return TaylorMoments(algorithm, objective, x, draws, seed)
