@@ -348,6 +348,17 @@ class Process:
         "step(state, *noise), from a record if there is one"
         return replay(self, name, step, state, *noise, reads=lambda: [self])
 
+# %% ../nbs/01_algorithm.ipynb #d6ba330b
+def check_schedule(name:str, schedule, value): # of what it multiplies
+    "`schedule` if it is None or can be one; else a TypeError or ValueError"
+    if schedule is None or callable(schedule): return schedule
+    if not (isinstance(schedule, Tensor) and schedule.ndim == 1):
+        raise TypeError(f"{name} must be a function of time, or a tensor (steps,), "
+                        f"got {type(schedule).__name__}")
+    if axes_of(value=value):
+        raise ValueError(f"{name} must be a function of time in a sweep, got a tensor")
+    return schedule
+
 # %% ../nbs/01_algorithm.ipynb #e774ab2a
 class Model(Process):
     """An algorithm with its objective, its learning rate, and what training adds to these.
@@ -360,7 +371,8 @@ class Model(Process):
                  nesterov:bool=False, # as in torch.optim.SGD
                  weight_decay:float=0.0, # times x, added to the gradient where the step started
                  decoupled:bool=False, # decay x itself instead, as AdamW does?
-                 schedule=None # factor of η: a function of unscheduled time, or a tensor of rates
+                 schedule=None, # factor of η: a function of unscheduled time, or a tensor of rates
+                 rho_schedule=None # factor of ρ: a function of that time, or a tensor of radii
                 ):
         self.algorithm, self.objective = pair(algorithm, objective)
         self.eta = check_positive("eta", eta)
@@ -372,12 +384,14 @@ class Model(Process):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
         if nesterov and (not self.momentum or self.dampening):
             raise ValueError("nesterov needs momentum and no dampening, as in torch.optim.SGD")
-        if not (schedule is None or callable(schedule) or isinstance(schedule, Tensor)
-                and schedule.ndim == 1):
-            raise TypeError(
-                "schedule must be a function of time, or a tensor (steps,), "
-                f"got {type(schedule).__name__}")
-        self.nesterov, self.decoupled, self.schedule = nesterov, decoupled, schedule
+        self.nesterov, self.decoupled = nesterov, decoupled
+        self.schedule = check_schedule("schedule", schedule, eta)
+        self.rho_schedule = check_schedule("rho_schedule", rho_schedule, algorithm.rho)
+        if rho_schedule is not None and algorithm.unperturbed:
+            raise ValueError("rho_schedule multiplies rho, which must not be 0")
+        if overrides(algorithm, "step") and self.is_trained:
+            raise ValueError(f"{type(algorithm).__name__} overrides `step`, so what training adds "
+                             "belongs there: override `direction` instead")
         self.shape # raises where ρ and η do not broadcast
 
     @property
@@ -391,22 +405,42 @@ class Model(Process):
         return self.eta * (1 - self.dampening) / (1 - self.momentum)
     @property
     def time_step(self): return self.rate
+    @property
+    def is_scheduled(self) -> bool:
+        return self.schedule is not None or self.rho_schedule is not None
+    @property
+    def is_trained(self) -> bool:
+        return bool(self.momentum or self.weight_decay or self.is_scheduled)
     def factor(self, k:float) -> float:
         "What the schedule multiplies η by in step k"
-        if self.schedule is None: return 1.0
-        if callable(self.schedule): s = float(self.schedule(k * float(self.time_step)))
-        elif k < len(self.schedule): s = float(self.schedule[int(k)]) / float(self.eta)
+        return self.scheduled("schedule", self.eta, k)
+    def radius_factor(self, k:float) -> float:
+        "What the schedule of the radius multiplies ρ by in step k"
+        return self.scheduled("rho_schedule", self.algorithm.rho, k)
+    def scheduled(self, name:str, value, k:float) -> float:
+        schedule = getattr(self, name)
+        if schedule is None: return 1.0
+        if callable(schedule): s = float(schedule(k * float(self.time_step)))
+        elif k < len(schedule): s = float(schedule[int(k)]) / float(value)
         else:
+            what = "rates" if name == "schedule" else "radii"
             raise ValueError(
-                f"schedule has {len(self.schedule)} rates, but step {int(k)} is to be taken")
+                f"{name} has {len(schedule)} {what}, but step {int(k)} is to be taken")
         if 0 <= s < math.inf: return s
-        raise ValueError(f"schedule must be finite and not negative, got {s:g} at step {k:g}")
+        raise ValueError(f"{name} must be finite and not negative, got {s:g} at step {k:g}")
+    def with_radius(self, factor:Tensor) -> Algorithm: # ()
+        "The algorithm with its radius times a factor"
+        if self.rho_schedule is None: return self.algorithm
+        other = copy.copy(self.algorithm)
+        other.rho = factor * self.algorithm.rho # a tensor, and so of the same noise at 0
+        return other
     def check_untrained(self, what:str): # that is asked for, in words
         "Raises ValueError where a formula is for steps without what training adds to them"
-        if not (self.momentum or self.weight_decay or self.schedule is not None): return
+        if not self.is_trained: return
+        more = f", rho_schedule={self.rho_schedule}" if self.rho_schedule is not None else ""
         raise ValueError(f"{what} is for momentum=0, weight_decay=0 and no schedule, got "
                          f"momentum={self.momentum:g}, weight_decay={self.weight_decay:g}, "
-                         f"schedule={self.schedule}")
+                         f"schedule={self.schedule}{more}")
     def over_sweep(self, x:Tensor) -> Tensor:
         return expand_sweep(self.objective.check(x), rho=self.algorithm.rho, eta=self.eta)
     def check(self, x0, name="x0"): return self.objective.check(x0, name)
@@ -451,7 +485,7 @@ class Chain(Model):
         return [f"u{j}" for j in range(parts)]
     @property
     def memory(self) -> tuple:
-        counts = self.schedule is not None or (self.momentum and self.dampening)
+        counts = self.is_scheduled or (self.momentum and self.dampening)
         epoch = ("epoch", "batch") if self.reshuffles else ()
         velocity = ["v"] * bool(self.momentum)
         return (*velocity, *self.remembered, *epoch, *["k"] * bool(counts))
@@ -468,20 +502,21 @@ class Chain(Model):
     def step(self, state:Tensor, gamma:Tensor) -> Tensor:
         "The next state, for γ of the same leading axes"
         state = self.over_axes(state)
-        rate = []
-        if self.schedule is not None:
-            rate = [state.new_tensor(self.factor(state[..., -1].flatten()[0].item()))]
+        now = []
+        if self.is_scheduled:
+            k = state[..., -1].flatten()[0].item()
+            now = [state.new_tensor(factor(k)) for factor in (self.factor, self.radius_factor)]
         trains = {*self.memory} - {"epoch", "batch"} or self.weight_decay
         step = self.trained_step if trains else self.plain_step
-        if not self.objective.one_pass(self.position(state)): return step(state, gamma, *rate)
-        return self.taken("chain", step, state, gamma, *rate)
+        if not self.objective.one_pass(self.position(state)): return step(state, gamma, *now)
+        return self.taken("chain", step, state, gamma, *now)
     def plain_step(self, state:Tensor, gamma:Tensor) -> Tensor:
         x = self.algorithm.step(self.objective, self.position(state), self.eta, gamma)
         return joined([x, *self.split(state)[1:]])
-    def trained_step(self, state:Tensor, gamma:Tensor, rate=1.0) -> Tensor:
+    def trained_step(self, state:Tensor, gamma:Tensor, rate=1.0, radius=1.0) -> Tensor:
         x, *rest = self.split(state)
         known = dict(zip(self.memory, rest))
-        algorithm = self.algorithm
+        algorithm = self.with_radius(radius)
         eta = per_path(self.eta, x) * rate
         if self.remembered:
             cuts = algorithm.cuts(gamma) if len(self.remembered) > 1 else gamma[None]

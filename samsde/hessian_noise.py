@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .algorithm import SGD, Algorithm, an_objective, check_model, expand_sweep, pair
 from .machinery.checks import broadcast_paths, check_points, per_path, psd_root
-from .moments import StepMoments, Unperturbed, Wrapped, product, simplest
+from .moments import (
+    StepMoments, Unperturbed, Wrapped, product, simplest, taylor_moments)
 from .objective import Objective
 
 # %% ../nbs/04_hessian_noise.ipynb #5289c90f
-FORMS = ("factor", "truncated", "exact", "sgd", "none")
+FORMS = ("factor", "truncated", "second", "exact", "sgd", "none")
 
 class NoNoise(StepMoments):
     "No columns"
@@ -49,6 +50,7 @@ def noise_moments(algorithm:Algorithm, objective:Objective, x:Tensor, form:str,
     silent = objective.law.silent and not (form == "exact" and algorithm.is_cut(objective.law))
     if form == "none" or silent: return NoNoise(objective, x)
     if form == "sgd": return SGD().moments(objective, x, **draws)
+    if form == "second": return taylor_moments(simplest(algorithm), objective, x, **draws)
     m = simplest(algorithm).moments(objective, x, exact=form == "exact", **draws)
     return TruncatedMoments(m) if form == "truncated" and not isinstance(m, Unperturbed) else m
 
@@ -80,7 +82,7 @@ def cross_covariance(algorithm:Algorithm, objective:Objective,
 # %% ../nbs/04_hessian_noise.ipynb #999d11a0
 def noise_covariance(algorithm:Algorithm, objective:Objective,
                      x:Tensor, # (..., d)
-                     form:str="factor", # "factor", "truncated", "exact", "sgd" or "none"
+                     form:str="factor", # "factor", "truncated", "second", "exact", "sgd" or "none"
                      *, draws:int=1024, # γ drawn where there is no closed form
                      seed:int=0 # of those draws
                     ) -> Tensor: # (..., d, d)

@@ -12,7 +12,8 @@ from torch import Tensor
 from .algorithm import DNSAM, SAM, USAM, Algorithm, check_model, expand_sweep, overrides, pair
 from .machinery.checks import per_path
 from .moments import (
-    ExactMoments, StepMoments, all_samples, expectation, gamma_support, simplest)
+    ExactMoments, SecondMoments, StepMoments, Unperturbed, all_samples, expectation,
+    gamma_support, simplest)
 from .objective import Additive, FiniteSum, Noiseless, Objective, Quadratic, Support
 from .random_direction import gaussian_direction
 
@@ -20,28 +21,40 @@ from .random_direction import gaussian_direction
 _all_ = ["expectation", "gaussian_direction"] # also here, beside what they serve
 
 # %% ../nbs/03_implicit_regularizer.ipynb #c813e978
+EXPANSIONS = ("first", "second", "exact")
+
+def check_expansion(expansion):
+    "Raises ValueError if it is none"
+    if expansion not in EXPANSIONS:
+        raise ValueError(f"expansion must be 'first', 'second' or 'exact', got {expansion!r}")
+
 def mean_moments(algorithm:Algorithm, objective:Objective, x:Tensor, expansion:str,
                  **draws) -> StepMoments:
     "The moments that have the mean of an expansion"
     exact = expansion == "exact"
-    check_model(algorithm, "first-order expansion", "expansion='exact'", direction=exact)
+    order = "second" if expansion == "second" else "first"
+    check_model(algorithm, f"{order}-order expansion", "expansion='exact'", direction=exact)
     # G_ρ = g + ρHu
     affine = isinstance(objective, Quadratic) and not overrides(algorithm, "direction")
     x = expand_sweep(objective.check(x), rho=algorithm.rho)
-    return simplest(algorithm).moments(objective, x, exact=exact and not affine, **draws)
+    m = simplest(algorithm).moments(objective, x, exact=exact and not affine, **draws)
+    if order == "first" or affine or isinstance(m, Unperturbed): return m
+    return SecondMoments(m, algorithm, objective, **draws)
 
 # %% ../nbs/03_implicit_regularizer.ipynb #a960ff3c
 def drift(algorithm:Algorithm, objective:Objective,
           x:Tensor, # (..., d)
-          expansion:str="first", # "first": −(ḡ + ρ E[Hu]), or "exact": −E ∇f_γ(x + ρu)
+          # "first": −(ḡ + ρ E[Hu]); "second": −(ḡ + ρ E[Hu] + (ρ²/2) E T[u,u]), T = ∇³f_γ;
+          # or "exact": −E ∇f_γ(x + ρu)
+          expansion:str="first",
           *, draws:int=1024, # γ drawn where an expectation has no closed form
           seed:int=0, # of those draws
-          return_sem:bool=False # also return the standard error, 0 for a closed form?
+          # also return the standard error, 0 for a closed form? For "second" a bound of it
+          return_sem:bool=False
          ) -> Tensor: # (..., d), per unit of time
     "The SDE's drift (Theorem 3.1, Eq. (3.1)). Raises ValueError on an unknown `expansion`."
     pair(algorithm, objective)
-    if expansion not in ("first", "exact"):
-        raise ValueError(f"expansion must be 'first' or 'exact', got {expansion!r}")
+    check_expansion(expansion)
     m = mean_moments(algorithm, objective, x, expansion, draws=draws, seed=seed)
     rho = per_path(algorithm.rho, m.x)
     b = -m.combine(1.0, None, rho)
@@ -110,14 +123,19 @@ def seen_by(algorithm:Algorithm, objective:Objective) -> Objective:
 # %% ../nbs/03_implicit_regularizer.ipynb #f90f0d42
 def regularized_loss(algorithm:Algorithm, objective:Objective,
                      x:Tensor, # (..., d)
+                     expansion:str="first", # of the drift whose loss it is; no other has one
                      *, draws:int=1024, # γ drawn where the expectation has no closed form
                      seed:int=0, # of those draws
                      return_sem:bool=False # also return the standard error that the draws leave?
                     ) -> Tensor: # (...)
     """f̃(x) = f + ρ E ψ(∇f_γ) (Theorem 3.1).
     Raises ValueError where there is none: DNSAM with noise that depends on x, an algorithm
-    with a direction of its own; TypeError without a potential."""
+    with a direction of its own, another expansion; TypeError without a potential."""
     pair(algorithm, objective)
+    check_expansion(expansion)
+    if expansion != "first":
+        raise ValueError(f"expansion={expansion!r} has no regularised loss: "
+                         "beyond first order in ρ the drift is in general not a gradient")
     check_model(algorithm, "regularised loss")
     x = expand_sweep(objective.check(x), rho=algorithm.rho)
     value, sem = algorithm.mean_potential(seen_by(algorithm, objective), x, draws, seed)

@@ -6,7 +6,8 @@
 __all__ = ['StepMoments', 'Wrapped', 'expectation', 'GammaMoments', 'ExactMoments', 'MinibatchMoments', 'SampleMoments',
            'LinearSampleMoments', 'AdditiveMoments', 'LinearAdditiveMoments', 'UnitAdditiveMoments',
            'FullSampleMoments', 'FullAdditiveMoments', 'FullExactMoments', 'IndependentAdditiveMoments',
-           'PreviousMoments', 'ExactPreviousMoments', 'MicroBatchMoments', 'Unperturbed', 'moments']
+           'PreviousMoments', 'ExactPreviousMoments', 'MicroBatchMoments', 'Unperturbed', 'moments', 'SecondMoments',
+           'TaylorMoments']
 
 # %% ../nbs/02d_moments.ipynb #c13aa3a3
 import copy
@@ -23,7 +24,7 @@ from .algorithm import (
 from .machinery.checks import broadcast_paths, check_int, per_path
 from .objective import (
     Additive, FiniteSum, Minibatches, Objective, Quadratic, Support, gradient)
-from .random_direction import gaussian_factors
+from .random_direction import gaussian_factors, mean_square_across
 from .sample_sums import (
     HALF_SQUARE, NORM, Potential, gradient_of_sum, signed_products, way_of)
 
@@ -809,3 +810,102 @@ def simplest(algorithm:Algorithm) -> Algorithm:
     "SGD where the radius is 0"
     same = algorithm.unperturbed and not overrides(algorithm, "direction")
     return SGD() if same else algorithm
+
+# %% ../nbs/02d_moments.ipynb #7f58dddb
+def third_perturbation(algorithm:Algorithm, objective:Objective,
+                       x:Tensor, # (..., d)
+                       gamma:Tensor # broadcasts with the paths of x
+                      ) -> Tensor: # (..., d)
+    """T_γ[u, u] of Eq. (7).
+    u is that of the algorithm's source, and micro-batches are averaged."""
+    x = broadcast_paths(x, gamma=gamma)
+    own = algorithm.of_gradient(gamma)
+    if algorithm.micro_batch not in (None, own.shape[-1]):
+        return third_perturbation(algorithm, objective, x, algorithm.cuts(gamma)).mean(0)
+    if algorithm.source == "previous":
+        return objective.third(x, algorithm.perturbation(objective, x, gamma))
+    return objective.sample_third(x, own, algorithm.ascent(objective, x, gamma))
+
+# %% ../nbs/02d_moments.ipynb #2344567e
+def second_moment(self:Algorithm, objective:Additive, grad:Tensor) -> tuple|None:
+    "a and b of Eq. (8); None where these are not known"
+
+def second_moment_of_linear(self:Linear, objective, grad):
+    if self.is_linear: return (self.scale(grad)**2,) * 2
+
+def second_moment_of_sam(self:SAM, objective, grad):
+    law = objective.law
+    if self.definer is not SAM or self.has_metric or law.cov is not None or law.silent: return None
+    square = torch.linalg.vecdot(grad, grad)[..., None]
+    p = mean_square_across(square, law.sigma, objective.dim)
+    return (1 - objective.dim * p) / torch.where(square == 0, 1, square), p / law.sigma**2
+
+Algorithm.second_moment, Linear.second_moment = second_moment, second_moment_of_linear
+SAM.second_moment = second_moment_of_sam
+
+# %% ../nbs/02d_moments.ipynb #0fc4ba40
+def mean_third(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int, seed
+              ) -> tuple[Tensor, Tensor|float]: # (..., d)
+    "E T[u, u] and its standard error, 0 for a closed form"
+    if algorithm.source == "full": return objective.third(x, algorithm.ascent(objective, x, x)), 0.0
+    if isinstance(objective, Additive):
+        grad = objective.grad(x)
+        known = algorithm.second_moment(objective, grad)
+        if known is not None: return by_columns(objective, x, grad, *known), 0.0
+    if algorithm.micro_batch is not None: objective = objective.with_batch(algorithm.micro_batch)
+    if algorithm.source == "independent": objective = with_law(algorithm, objective)
+    support = gamma_support(objective, x, draws, seed)
+    def third(gamma): return third_perturbation(algorithm, objective, x, gamma)
+    return expectation(third, support, x, objective.chunk)
+
+def by_columns(objective:Additive, x:Tensor, grad:Tensor, a, b) -> Tensor: # (..., d)
+    "Eq. (8)"
+    first = a * objective.third(x, grad)
+    if objective.law.silent: return first
+    roots = objective.law(torch.eye(objective.dim, dtype=x.dtype, device=x.device))
+    every = Support(first_axis(roots, x), True)
+    mean = expectation(lambda root: objective.third(x, root), every, x)[0]
+    return first + b * objective.dim * mean
+
+# %% ../nbs/02d_moments.ipynb #6315bf51
+class SecondMoments(Wrapped):
+    "The mean to second order in ρ, at the radius of the algorithm, and the noise of the first"
+    def __init__(self, inner:StepMoments, algorithm:Algorithm, objective:Objective,
+                 draws:int=1024, seed=0):
+        super().__init__(inner)
+        self.algorithm, self.objective, self.draws, self.seed = algorithm, objective, draws, seed
+    @cached_property
+    def third(self) -> tuple[Tensor, Tensor|float]:
+        "E T[u, u] and its standard error"
+        return mean_third(self.algorithm, self.objective, self.x, self.draws, self.seed)
+    @property
+    def sem(self):
+        "At most the standard error of E[Hu] + (ρ/2) E T[u, u]"
+        return self.inner.sem + per_path(self.algorithm.rho, self.x) / 2 * self.third[1]
+    passes = 2 # γ may be drawn within a step, which no record can hold
+    def same_as(self, other): return self.inner.same_as(other)
+    def columns(self, rho): return self.inner.columns(rho)
+    def cross(self): return self.inner.cross()
+    def combine(self, h, xi, rho):
+        first = self.inner.combine(h, xi, rho)
+        return first + h * rho**2 / 2 * self.third[0] if h else first
+    def euler(self, x, dt, s, xi, rho):
+        return self.inner.euler(x, dt, s, xi, rho) - dt * rho**2 / 2 * self.third[0]
+
+# %% ../nbs/02d_moments.ipynb #d6db3294
+class TaylorMoments(ExactMoments):
+    "g + ρHu + (ρ²/2) T[u, u] in place of G_ρ, at the radius of the algorithm"
+    def G(self, gamma):
+        rho = per_path(self.algorithm.rho, self.x)
+        third = third_perturbation(self.algorithm, self.objective, self.x, gamma)
+        return self.g(gamma) + rho * self.Hu(gamma) + rho**2 / 2 * third
+
+# %% ../nbs/02d_moments.ipynb #5aee454b
+def taylor_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
+                   draws:int=1024, seed=0) -> StepMoments:
+    "Of the algorithm's source. Raises ValueError for the previous batch."
+    if isinstance(algorithm, SGD): return algorithm.moments(objective, x, draws=draws, seed=seed)
+    if algorithm.source == "previous":
+        raise ValueError("source='previous' has no noise of second order: "
+                         "its long-run covariance is known to first order in ρ")
+    return TaylorMoments(algorithm, with_law(algorithm, objective), x, draws, seed)

@@ -49,6 +49,10 @@ class Objective:
         "∇²f(x) v, for shapes (..., d) that broadcast"
         x = broadcast_paths(self.check(x), v=self.check(v, "v"))
         return gradient(lambda z: (self.grad(z) * v).sum(-1), x)
+    def third(self, x:Tensor, v:Tensor) -> Tensor:
+        "∇³f(x)[v, v], the derivative of ∇²f v along a fixed v"
+        x = broadcast_paths(self.check(x), v=self.check(v, "v"))
+        return gradient(lambda z: (self.hvp(z, v) * v).sum(-1), x)
     def add_grad_(self, y:Tensor, x:Tensor, a) -> Tensor:
         "y + a ∇f(x), into `y`, for a number `a` or a tensor (..., 1)"
         return add_(y, a, self.grad(x))
@@ -77,6 +81,10 @@ class Objective:
         "∇²f_γ(x) v, likewise"
         x = broadcast_paths(self.check(x), gamma=gamma, v=self.check(v, "v"))
         return gradient(lambda z: (self.sample_grad(z, gamma) * v).sum(-1), x)
+    def sample_third(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
+        "∇³f_γ(x)[v, v], likewise"
+        x = broadcast_paths(self.check(x), gamma=gamma, v=self.check(v, "v"))
+        return gradient(lambda z: (self.sample_hvp(z, gamma, v) * v).sum(-1), x)
     def looks(self, x:Tensor, # (points, d)
               generator:torch.Generator) -> list: # of tensors
         "Tensors that tell it from another objective: gradients at a few points, and those of 16 γ"
@@ -137,6 +145,7 @@ class Additive(Objective):
         g = self.grad(x)
         return broadcast_paths(g, gamma=check_points("gamma", gamma, self.dim, x.dtype)) + gamma, g
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor: return self.hvp(x, v)
+    def sample_third(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor: return self.third(x, v)
 
 # %% ../nbs/00_objective.ipynb #46370c9d
 class Quadratic(Additive):
@@ -154,6 +163,7 @@ class Quadratic(Additive):
     def hvp(self, x:Tensor, v:Tensor) -> Tensor:
         Hv = self.check(v, "v") @ self.H
         return Hv if self.check(x).shape == v.shape else Hv.expand(*broadcast_axes(x=x.shape[:-1], v=v.shape[:-1]), -1)
+    def third(self, x:Tensor, v:Tensor) -> Tensor: return torch.zeros_like(self.hvp(x, v))
     def add_grad_(self, y:Tensor, x:Tensor, a) -> Tensor: return add_(y, a, self.check(x), self.H)
     def add_hvp_(self, y:Tensor, x:Tensor, v:Tensor, a) -> Tensor: return add_(y, a, self.check(v, "v"), self.H)
     def hessian(self, x:Tensor) -> Tensor: return self.H.expand(*self.check(x).shape[:-1], -1, -1)
@@ -243,7 +253,8 @@ class Minibatches:
         n, B, K = self.n, self.batch_size, self.size(draws)
         if K != self.count: return Support(self.draw((K,), generator, device=device), False)
         numbers = torch.arange(n, device=device)
-        every = torch.cartesian_prod(*[numbers] * B) if self.replace else torch.combinations(numbers, B)
+        if self.replace: every = torch.cartesian_prod(*[numbers] * B)
+        else: every = torch.tensor([*itertools.combinations(range(n), B)], device=device)
         return Support(every.reshape(K, B), True)
     def size(self, draws:int) -> int: return self.count if self.count <= max(self.n, draws) else draws
 
@@ -297,6 +308,8 @@ class FiniteSum(Objective):
     def even(self, x:Tensor) -> Tensor: return self.check(x).new_full((1,), 1 / self.n).expand(self.n)
     def grad(self, x:Tensor) -> Tensor: return self.weighted_grad(x, self.even(x))
     def hvp(self, x:Tensor, v:Tensor) -> Tensor: return self.weighted_hvp(x, self.even(x), v)
+    def third(self, x:Tensor, v:Tensor) -> Tensor:
+        return self.sample_third(x, torch.arange(self.n, device=x.device), v)
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
         "The mean loss of the samples `gamma`, (..., d) and (..., b) -> (...); `b` need not be the batch size"
         x = broadcast_paths(x, gamma=self.numbers(gamma))
@@ -308,6 +321,9 @@ class FiniteSum(Objective):
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
         x = broadcast_paths(self.check(x), gamma=self.numbers(gamma), v=self.check(v, "v"))
         return self.in_parts(lambda i: super(FiniteSum, self).sample_hvp(x, i, v), x, gamma)
+    def sample_third(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
+        x = broadcast_paths(self.check(x), gamma=self.numbers(gamma), v=self.check(v, "v"))
+        return self.in_parts(lambda i: super(FiniteSum, self).sample_third(x, i, v), x, gamma)
     def in_parts(self, mean:Callable, x:Tensor, gamma:Tensor) -> Tensor:
         "A mean over the samples of minibatches, of means over so few of them that samples times paths are at most `chunk`"
         b = gamma.shape[-1]
@@ -386,6 +402,7 @@ class Noiseless(Additive):
     def loss(self, x): return self.objective.loss(x)
     def grad(self, x): return self.objective.grad(x)
     def hvp(self, x, v): return self.objective.hvp(x, v)
+    def third(self, x, v): return self.objective.third(x, v)
 
 # %% ../nbs/00_objective.ipynb #984cc129
 class SeededMinibatches(Minibatches):

@@ -16,21 +16,27 @@ from torch import Tensor
 from .machinery.checks import check_floating, check_int, check_scalar
 
 # %% ../nbs/02b_random_direction.ipynb #646cea8b
+def bell_curve(z:Tensor, # (..., 1)
+               m:float # at least 0
+              ) -> tuple[Tensor, Tensor]: # (..., 48) each
+    "Angles θ of a quadrature over [0, π/2], and its weights times e^{−z sin²θ} cos^m θ"
+    nodes, weights = (torch.from_numpy(v).to(z) for v in np.polynomial.legendre.leggauss(48))
+    cut = (math.pi / 2 * (40 / (z + m / 2)).sqrt()).clamp(max=math.pi / 2)
+    theta = cut * (nodes + 1) / 2
+    return theta, cut / 2 * weights * torch.exp(-z * theta.sin().square()) * theta.cos()**m
+
 def gaussian_integrals(
     r:Tensor, # ‖∇f‖ in units of the noise's standard deviation, (...), double precision
                        d:int # dimension
                       ) -> tuple[Tensor, Tensor]: # (...)
     "A and A_∥ of Eqs. (2b.3) and (2b.5) for s = 1, by quadrature"
-    nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(48))
     z = r.square()[..., None] / 2
     m = max(d - 2, 0)
-    cut = (math.pi / 2 * (40 / (z + m / 2)).sqrt()).clamp(max=math.pi / 2)
-    theta = cut * (nodes + 1) / 2
-    s2 = theta.sin().square()
+    theta, bell = bell_curve(z, m)
     const = math.sqrt(2 / math.pi)
-    bell = cut / 2 * weights * torch.exp(-z * s2) * theta.cos()**m
     A = const * (bell * theta.cos()**(d - m)).sum(-1)
-    return A, const * (d - 1) * (bell * s2).sum(-1) if d > 1 else const * torch.exp(-z[..., 0])
+    if d == 1: return A, const * torch.exp(-z[..., 0])
+    return A, const * (d - 1) * (bell * theta.sin().square()).sum(-1)
 
 # %% ../nbs/02b_random_direction.ipynb #3408ad2e
 # from what is tabulated, in this order
@@ -97,8 +103,18 @@ def gaussian_direction(g:Tensor, # ḡ, (..., d)
     return GaussianDirection(A * r**2 + sigma**2 * ((g.shape[-1] - 1) * A + along),
                              A[..., None] * g, sigma**2 * along, sigma**2 * A)
 
+# %% ../nbs/02b_random_direction.ipynb #6f17a2ba
+def mean_square_across(square:Tensor, # ‖∇f‖², (...)
+                       sigma:float, # standard deviation of each coordinate, positive
+                       d:int # dimension
+                      ) -> Tensor: # (...)
+    "p of Eq. (2b.6), the mean square of a coordinate of u across ∇f; 1 in one dimension"
+    if d == 1: return torch.ones_like(square)
+    theta, bell = bell_curve(square[..., None] / (2 * sigma**2), d - 2)
+    return (bell * theta.cos() * theta.sin()).sum(-1)
+
 # %% ../nbs/02b_random_direction.ipynb #44848135
 def kappa(d:int) -> float:
-    "κ_d of Eq. (2b.6): E[g/‖g‖] = κ_d ḡ/s to first order in ḡ, for g ~ N(ḡ, s² I) in d dimensions"
+    "κ_d of Eq. (2b.7): E[g/‖g‖] = κ_d ḡ/s to first order in ḡ, for g ~ N(ḡ, s² I) in d dimensions"
     d = check_int("d", d)
     return math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2)) / d

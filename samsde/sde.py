@@ -6,15 +6,15 @@
 __all__ = ['SDE', 'KineticSDE']
 
 # %% ../nbs/05_sde.ipynb #1a9f9b9b
-import math
+import copy, math
 
 import torch
 from torch import Tensor
 
-from .algorithm import Algorithm, Chain, Model
+from .algorithm import Algorithm, Chain, Model, joined
 from .hessian_noise import (
     NoNoise, noise_covariance, noise_dim, noise_moments, noise_sample, nowhere)
-from .implicit_regularizer import drift, mean_moments
+from .implicit_regularizer import check_expansion, drift, mean_moments
 from .machinery.checks import broadcast_paths, check_int, check_points, per_path
 from .moments import StepMoments
 from .objective import Objective
@@ -36,30 +36,29 @@ def along_itself(b, # a vector field, (..., d) -> (..., d)
 # %% ../nbs/05_sde.ipynb #6209e9de
 class SDE(Model):
     """dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 6.1).
+    Where kinetic, a state is (X, P), with P = −√η v for torch's velocity v.
     Raises ValueError or TypeError on arguments that make no SDE."""
     def __init__(self, algorithm:Algorithm, # what it is a model of
                  objective:Objective, # on which loss
                  eta, # learning rate η; a number, or a tensor that broadcasts over the paths
-                 expansion:str="first", # drift to first order in ρ, or "exact"
-                 noise:str="factor", # "factor", "truncated", "exact", "sgd" or "none"
-                 order:int=1, # weak order in η; 2 needs expansion="exact"
-                 *, draws:int=1024, # γ drawn where an expectation has no closed form
+                 expansion:str="first", # drift to "first" or "second" order in ρ, or "exact"
+                 noise:str="factor", # "factor", "truncated", "second", "exact", "sgd" or "none"
+                 order:int=1, # weak order in η; 2 needs expansion="second" or "exact"
+                 # a point and its velocity, for momentum close to 1? In time t = k√η,
+                 # dX = P dt, dP = (b − cP) dt + η^{1/4} a^{1/2} dW with c = (1 − μ)/√η
+                 *, kinetic:bool=False,
+                 draws:int=1024, # γ drawn where an expectation has no closed form
                  seed:int|None=0, # of those draws; None: new ones in every step of a simulation
                  **training # as of a Chain: momentum, nesterov, weight_decay, schedule, ...
                 ):
         super().__init__(algorithm, objective, eta, **training)
-        if order == 2 and self.momentum and self.decoupled:
-            raise ValueError(
-                "order=2 with momentum is known for weight decay in the gradient, "
-                "got decoupled=True")
-        if expansion not in ("first", "exact"):
-            raise ValueError(f"expansion must be 'first' or 'exact', got {expansion!r}")
+        check_expansion(expansion)
         if order not in (1, 2): raise ValueError(f"order must be 1 or 2, got {order!r}")
-        if order == 2 and expansion != "exact":
-            raise ValueError(f"order=2 needs expansion='exact', got {expansion!r}")
-        if order == 2 and algorithm.source == "previous":
-            raise ValueError(
-                "order=2 is known for steps that are drawn independently, got source='previous'")
+        if not isinstance(kinetic, bool):
+            raise TypeError(f"kinetic must be True or False, got {kinetic!r}")
+        if order == 2: self.check_second_order(expansion, kinetic)
+        if kinetic: self.check_kinetic()
+        self.kinetic = kinetic
         self.expansion = expansion
         self.order = order
         self.draws = check_int("draws", draws, least=4)
@@ -67,6 +66,38 @@ class SDE(Model):
         self.noise = noise
         self.noise_dim # raises where there is no such noise
 
+    def check_second_order(self, expansion:str, kinetic:bool):
+        "Raises ValueError where no SDE of second order in η is known"
+        if expansion == "first":
+            raise ValueError(
+                f"order=2 needs expansion='second' or 'exact', got {expansion!r}")
+        if kinetic: raise ValueError("a kinetic model is of order 1 in √η, got order=2")
+        if self.algorithm.source == "previous":
+            raise ValueError(
+                "order=2 is known for steps that are drawn independently, got source='previous'")
+        if self.is_scheduled:
+            raise ValueError("order=2 is for steps that are the same at all times, got a schedule")
+        if self.momentum and self.decoupled:
+            raise ValueError(
+                "order=2 with momentum is known for weight decay in the gradient, "
+                "got decoupled=True")
+    def check_kinetic(self):
+        "Raises ValueError where no kinetic model is known"
+        if not self.momentum: raise ValueError("a kinetic model needs momentum, got 0")
+        if self.dampening or self.nesterov or self.decoupled:
+            raise ValueError(
+                "a kinetic model has no dampening, no nesterov and no decoupled weight decay")
+
+    @property
+    def rate(self):
+        "η_e; in a kinetic model η"
+        return self.eta if self.kinetic else super().rate
+    @property
+    def time_step(self): return self.eta**.5 if self.kinetic else self.rate
+    @property
+    def friction(self):
+        "c of a kinetic model"
+        return (1 - self.momentum) / self.eta**.5
     @property
     def noise_dim(self) -> int:
         return noise_dim(self.objective, self.algorithm, self.noise, self.draws)
@@ -118,11 +149,8 @@ class SDE(Model):
         s = (per_path(self.rate, x) * dt)**.5
         after = mean.euler(x, dt, s, xi, per_path(self.algorithm.rho, x))
         return after - dt * self.decay * x if self.decay else after
-    def one_step(self, x:Tensor, xi:Tensor, dt:float, seed, s:float=1.0 # of the schedule
-                ) -> Tensor:
+    def one_step(self, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
         "`euler` with γ drawn before, from a record if there is one"
-        if s != 1: # dX = s b dt + s √η_e R dW
-            return x + s * (dt * self.drift(x, seed) + dt**.5 * self.diffusion(x, xi, seed))
         mean, noise = self.moments(x, seed)
         drawn = noise.drawn if mean is noise else None
         def step(x, xi, *gammas):
@@ -132,7 +160,9 @@ class SDE(Model):
             return step(x, xi, *gammas) # a record would be as long
         return self.taken(("sde", dt), step, x, xi, *gammas)
     def step(self, x:Tensor, xi:Tensor, dt:float) -> Tensor:
-        "Euler–Maruyama, x + dt b(x) + √dt · diffusion(x, ξ)"
+        "Euler–Maruyama, x + dt b(x) + √dt · diffusion(x, ξ), without a schedule"
+        if self.kinetic:
+            raise ValueError("a kinetic model steps from a point and a velocity: use advance")
         if not dt > 0: raise ValueError(f"dt must be positive, got {dt}")
         longest = self.rate.min() if isinstance(self.rate, Tensor) else self.rate
         if longest < dt * (1 - 1e-9):
@@ -142,16 +172,44 @@ class SDE(Model):
         return self.one_step(x, xi, dt, self.seed or 0)
     def advance(self, state:Tensor, draw, steps:list) -> Tensor:
         "The time of one step of the algorithm, in steps of these lengths; `draw` gives fresh noise"
-        x, *k = self.split(state) if self.memory else [state]
+        x, *rest = self.split(state) if self.memory else [state]
         x = self.over_sweep(x)
-        t = k[0].flatten()[0].item() if k else 0.0
-        for dt in steps:
+        known = {name: v.expand(*x.shape[:-1], -1) for name, v in zip(self.memory, rest)}
+        t = rest[-1].flatten()[0].item() if "k" in known else 0.0
+        for h in steps:
             xi = draw()
-            fresh = self.seed
-            if fresh is None: fresh = torch.Generator(x.device).manual_seed(seed_of(xi))
-            x = self.one_step(x, xi, dt, fresh, self.factor(t))
-            t += dt / sum(steps)
-        return torch.cat([x, (k[0] + 1).expand(*x.shape[:-1], 1)], -1) if k else x
+            seed = self.seed
+            if seed is None: seed = torch.Generator(x.device).manual_seed(seed_of(xi))
+            if self.kinetic: x, known["v"] = self.kinetic_step(x, known["v"], xi, h, seed, t)
+            elif self.is_scheduled: x = self.scheduled_step(x, xi, h, seed, t)
+            else: x = self.one_step(x, xi, h, seed)
+            t += h / sum(steps)
+        if "k" in known: known["k"] = known["k"] + 1
+        return joined([x, *known.values()])
+    def at(self, t:float, x:Tensor):
+        "This SDE with the radius that it has at step t"
+        if self.rho_schedule is None: return self
+        other = copy.copy(self)
+        other.algorithm = self.with_radius(x.new_tensor(self.radius_factor(t)))
+        other.rho_schedule = None
+        return other
+    def scheduled_step(self, x:Tensor, xi:Tensor, dt:float, seed, t:float) -> Tensor:
+        "dX = s b dt + s √η_e R dW, with s and the radius of step t"
+        now = self.at(t, x)
+        move = dt * now.drift(x, seed) + dt**.5 * now.diffusion(x, xi, seed)
+        return x + self.factor(t) * move
+    def kinetic_step(self, x:Tensor, P:Tensor, xi:Tensor, h:float, seed, t:float
+                    ) -> tuple[Tensor, Tensor]:
+        "Half a kick, half a drift, friction and noise exactly, and back again"
+        now, s = self.at(t, x), self.factor(t)
+        c = per_path(self.friction, x)
+        P = P + h / 2 * now.drift(x, seed)
+        x = x + h / 2 * s * P
+        kick = ((1 - exponential(-2 * c * h)) / (2 * c))**.5 / per_path(self.eta, x)**.25
+        # diffusion is −√η R ξ, and the noise of P η^{1/4} R ξ with the sign of −v
+        P = exponential(-c * h) * P + kick * now.diffusion(x, xi, seed)
+        x = x + h / 2 * s * P
+        return x, P + h / 2 * now.drift(x, seed)
     @property
     def decay(self) -> float:
         "Weight decay per unit of time"
@@ -160,7 +218,8 @@ class SDE(Model):
     @property
     def lags(self) -> bool: return self.order == 2 and self.momentum > 0
     @property
-    def memory(self): return ("k",) if self.lags or self.schedule is not None else ()
+    def memory(self):
+        return ("v",) * self.kinetic + ("k",) * (self.lags or self.is_scheduled)
     @property
     def memory_factor(self) -> float:
         "What momentum makes of Euler's correction −(η/2)(∇b)b"
@@ -196,53 +255,10 @@ def exponential(a): return a.exp() if isinstance(a, Tensor) else math.exp(a)
 
 # %% ../nbs/05_sde.ipynb #4e0582f9
 class KineticSDE(SDE):
-    """dX = P dt, dP = (b − cP) dt + η^{1/4} a^{1/2} dW with c = (1 − μ)/√η, in time t = k√η.
-    The model of an algorithm with momentum close to 1. A state is (X, P), with P = −√η v for
-    torch's velocity v. Raises ValueError or TypeError as SDE does, and without momentum, with
-    dampening, Nesterov's form or decoupled decay."""
+    "`SDE` with kinetic=True: the model of an algorithm with momentum close to 1"
     def __init__(self, algorithm:Algorithm, objective:Objective, eta,
-                 expansion:str="first", noise:str="factor",
-                 *, draws:int=1024, seed:int|None=0, **training):
-        super().__init__(algorithm, objective, eta, expansion, noise,
-                         draws=draws, seed=seed, **training)
-        if not self.momentum: raise ValueError("a kinetic model needs momentum, got 0")
-        if self.dampening or self.nesterov or self.decoupled:
-            raise ValueError(
-                "a kinetic model has no dampening, no nesterov and no decoupled weight decay")
-    @property
-    def rate(self): return self.eta
-    @property
-    def time_step(self): return self.eta**.5
-    @property
-    def friction(self): return (1 - self.momentum) / self.eta**.5
-    @property
-    def memory(self): return ("v",) + ("k",) * (self.schedule is not None)
-    def position(self, state): return state[..., :self.objective.dim]
-    def start(self, x): return Model.start(self, x)
-    def advance(self, state:Tensor, draw, steps:list) -> Tensor:
-        """The time of one step of the algorithm, in steps of these lengths.
-        Each is half a kick, half a drift, friction and noise exactly, and back again."""
-        x, P, *k = self.split(state)
-        x = self.over_sweep(x)
-        P = P.expand_as(x)
-        t = k[0].flatten()[0].item() if k else 0.0
-        for h in steps:
-            xi = draw()
-            s = self.factor(t)
-            seed = self.seed
-            if seed is None: seed = torch.Generator(x.device).manual_seed(seed_of(xi))
-            c = per_path(self.friction, x)
-            root = per_path(self.eta, x)**.25
-            P = P + h / 2 * self.drift(x, seed)
-            x = x + h / 2 * s * P
-            shrink = exponential(-c * h)
-            kick = ((1 - exponential(-2 * c * h)) / (2 * c))**.5
-            # diffusion is −√η R ξ, and the noise of P η^{1/4} R ξ with the sign of −v
-            P = shrink * P + kick / root * self.diffusion(x, xi, seed)
-            x = x + h / 2 * s * P
-            P = P + h / 2 * self.drift(x, seed)
-            t += h / sum(steps)
-        return torch.cat([x, P] + [n + 1 for n in k], -1)
+                 expansion:str="first", noise:str="factor", **settings): # of an SDE
+        super().__init__(algorithm, objective, eta, expansion, noise, kinetic=True, **settings)
 
 # %% ../nbs/05_sde.ipynb #c74e5ec0
 def one_process(process) -> Chain|SDE:

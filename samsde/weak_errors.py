@@ -25,7 +25,7 @@ from .machinery.checks import (
     broadcast_paths, check_finite, check_int, check_points, check_positive)
 from .machinery.store import one_thread
 from .objective import Additive, FiniteSum, Quadratic
-from .sde import SDE, KineticSDE, one_process
+from .sde import SDE, one_process
 
 # %% ../nbs/05b_weak_errors.ipynb #73fb23be
 def wave_data(c, a, m, p) -> list: # tensors in double precision
@@ -195,8 +195,12 @@ def derivatives(nodes:int, dim:int) -> tuple[dict, dict]: # i -> D_i, and (i, j)
 def generator(sde:SDE, # on a circle_problem or torus_problem
               nodes:int # along each axis, even
              ) -> np.ndarray: # (nodes^d, nodes^d)
-    "The matrix of the SDE's generator, Eq. (5b.4). Raises TypeError on another objective."
+    """The matrix of the SDE's generator, Eq. (5b.4).
+    Raises TypeError on another objective, ValueError for a schedule or a velocity."""
     dim = periodic(sde).dim
+    if sde.kinetic or sde.is_scheduled:
+        raise ValueError("the exact operators need an SDE of points that is the same at all times, "
+                         f"got {'a kinetic one' if sde.kinetic else 'a schedule'}")
     x = torus_nodes(nodes, dim)[1]
     D, DD = derivatives(nodes, dim)
     b, C = (v.detach().numpy() for v in (sde.drift(x), sde.covariance(x)))
@@ -310,8 +314,8 @@ def linear_system(process:Chain|SDE) -> tuple[np.ndarray, np.ndarray]: # F and C
         raise ValueError(
             "moments are exact for a step that is the same at all times, "
             "got a schedule or dampening")
-    if isinstance(process, KineticSDE): return kinetic_system(process, eye(len(H)), array)
     if isinstance(process, SDE):
+        if process.kinetic: return kinetic_system(process, eye(len(H)), array)
         return (array(process.drift(eye(len(H))).T),
                 array(process.covariance(torch.zeros_like(H[0]))))
     m = process.start(H[0]).shape[-1]

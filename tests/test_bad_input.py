@@ -125,9 +125,9 @@ TABLE = {
     "algorithm without a perturbation": (lambda: NoWay(.1).step(bowl, x, .1, x), TypeError, "NoWay has no potential"),
     "algorithm is a number": (lambda: drift(.1, bowl, x), TypeError, "algorithm must be an Algorithm, such as SAM.0.05., got 0.1"),
     "objective is a function": (lambda: Chain(SAM(.1), torch.sum, .1), TypeError, "objective must be an Objective"),
-    "unknown expansion": (lambda: SDE(SAM(.1), bowl, .1, expansion="second"), ValueError, "expansion must be 'first' or 'exact', got 'second'"),
-    "unknown noise": (lambda: SDE(SAM(.1), bowl, .1, noise="full"), ValueError, "one of factor, truncated, exact, sgd, none, got 'full'"),
-    "order 2 of the first expansion": (lambda: SDE(SAM(.1), bowl, .1, order=2), ValueError, "order=2 needs expansion='exact', got 'first'"),
+    "unknown expansion": (lambda: SDE(SAM(.1), bowl, .1, expansion="third"), ValueError, "expansion must be 'first', 'second' or 'exact', got 'third'"),
+    "unknown noise": (lambda: SDE(SAM(.1), bowl, .1, noise="full"), ValueError, "one of factor, truncated, second, exact, sgd, none, got 'full'"),
+    "order 2 of the first expansion": (lambda: SDE(SAM(.1), bowl, .1, order=2), ValueError, "order=2 needs expansion='second' or 'exact', got 'first'"),
     "truncated and indefinite": (lambda: noise_covariance(USAM(9.), data(), torch.ones(2, **f64) / 9, "truncated"), ValueError, "got an eigenvalue of -"),
     "xi of the wrong length": (lambda: noise_sample(SAM(.1), bowl, x, torch.ones(3, **f64)), ValueError, r"xi must have shape \(..., 2\), got \(3,\)"),
     "too few draws": (lambda: cross_covariance(SAM(.1), data(2), x, draws=3), ValueError, "draws must be at least 4, got 3"),
@@ -225,7 +225,7 @@ TABLE |= { # sums over samples, drift, noise, SDE
     "norms at a point of the wrong length": (lambda: square_norms(network(), torch.ones(5, **f64)), ValueError, r"x must have shape \(..., 3\), got \(5,\)"),
     "one draw of signs": (lambda: signed_products(data(), x, three, 1), ValueError, "draws must be at least 2, got 1"),
     "signs with too many weights": (lambda: signed_products(data(), x, torch.ones(4, **f64)), ValueError, r"w must have shape \(..., 3\), got \(4,\)"),
-    "expansion is None": (lambda: drift(SAM(.1), bowl, x, None), ValueError, "expansion must be 'first' or 'exact', got None"),
+    "expansion is None": (lambda: drift(SAM(.1), bowl, x, None), ValueError, "expansion must be 'first', 'second' or 'exact', got None"),
     "edge of a number": (lambda: edge_of_stability(.1, .1), TypeError, "algorithm must be SGD, USAM, DNSAM or SAM, got 0.1"),
     "edge of SAM without a norm": (lambda: edge_of_stability(SAM(.1), .1), ValueError, "SAM needs grad_norm, the norm of the full gradient"),
     "edge of SAM with noise in no dimension": (lambda: edge_of_stability(SAM(.1), .1, grad_norm=1., sigma=.1), ValueError, "SAM with noise needs dim"),
@@ -245,6 +245,21 @@ TABLE |= { # sums over samples, drift, noise, SDE
     "a schedule that ends early": (lambda: run(Chain(SAM(.1), bowl, .1, schedule=torch.ones(3) / 10), t_end=1.), ValueError, "schedule has 3 rates, but step 3 is to be taken"),
     "a schedule below 0": (lambda: run(SDE(SAM(.1), bowl, .1, schedule=lambda t: -t - 1)), ValueError, "schedule must be finite and not negative, got -1 at step 0"),
     "decoupled decay of second order": (lambda: SDE(SAM(.1), bowl, .1, "exact", order=2, momentum=.5, weight_decay=.1, decoupled=True), ValueError, "order=2 with momentum is known for weight decay in the gradient"),
+    "a radius schedule that is a list": (lambda: Chain(SAM(.1), bowl, .1, rho_schedule=[.1]), TypeError, r"rho_schedule must be a function of time, or a tensor \(steps,\), got list"),
+    "a radius schedule that ends early": (lambda: run(Chain(SAM(.1), bowl, .1, rho_schedule=torch.ones(3) / 10), t_end=1.), ValueError, "rho_schedule has 3 radii, but step 3 is to be taken"),
+    "a radius schedule below 0": (lambda: run(SDE(SAM(.1), bowl, .1, rho_schedule=lambda t: -t - 1)), ValueError, "rho_schedule must be finite and not negative, got -1 at step 0"),
+    "a radius schedule of SGD": (lambda: Chain(SGD(), bowl, .1, rho_schedule=lambda t: t), ValueError, "rho_schedule multiplies rho, which must not be 0"),
+    "radii for a sweep": (lambda: Chain(SAM(SWEEP), bowl, .1, rho_schedule=torch.ones(3)), ValueError, "rho_schedule must be a function of time in a sweep, got a tensor"),
+    "moments of a radius schedule": (lambda: linear_moments(SDE(USAM(.1), bowl, .1, rho_schedule=lambda t: 1.), x, 1.), ValueError, "moments are exact for a step that is the same at all times"),
+    "order 2 with a radius schedule": (lambda: SDE(SAM(.1), bowl, .1, "exact", order=2, rho_schedule=lambda t: 1.), ValueError, "order=2 is for steps that are the same at all times, got a schedule"),
+    "exact operators of a schedule": (lambda: generator(SDE(USAM(.1), circle, .1, schedule=lambda t: 1.), 16), ValueError, "that is the same at all times, got a schedule"),
+    "exact operators of a velocity": (lambda: generator(SDE(USAM(.1), circle, .1, momentum=.5, kinetic=True), 16), ValueError, "that is the same at all times, got a kinetic one"),
+    "kinetic by a number": (lambda: SDE(SAM(.1), bowl, .1, momentum=.5, kinetic=1), TypeError, "kinetic must be True or False, got 1"),
+    "kinetic of order 2": (lambda: SDE(SAM(.1), bowl, .1, "exact", order=2, momentum=.5, kinetic=True), ValueError, "a kinetic model is of order 1 in √η"),
+    "a step of a kinetic model": (lambda: SDE(SAM(.1), bowl, .1, momentum=.5, kinetic=True).step(x, x, .1), ValueError, "a kinetic model steps from a point and a velocity"),
+    "a loss of second order": (lambda: regularized_loss(SAM(.1), bowl, x, "second"), ValueError, "expansion='second' has no regularised loss"),
+    "noise of second order of the previous batch": (lambda: SDE(SAM(.1, source="previous"), bowl, .1, noise="second"), ValueError, "source='previous' has no noise of second order"),
+    "momentum of a step of one's own": (lambda: Chain(Jumps(.1), bowl, .1, momentum=.5), ValueError, "Jumps overrides `step`, so what training adds belongs there"),
     "a kinetic model without momentum": (lambda: KineticSDE(SAM(.1), bowl, .1), ValueError, "a kinetic model needs momentum, got 0"),
     "a kinetic model with dampening": (lambda: KineticSDE(SAM(.1), bowl, .1, momentum=.5, dampening=.1), ValueError, "a kinetic model has no dampening"),
     "moments of a schedule": (lambda: linear_moments(Chain(USAM(.1), bowl, .1, schedule=lambda t: 1.), x, 1.), ValueError, "moments are exact for a step that is the same at all times"),
@@ -285,7 +300,7 @@ TABLE |= { # sums over samples, drift, noise, SDE
     "covariance of nothing": (lambda: sgd_covariance(None, x), TypeError, "objective must be an Objective, .* got NoneType"),
     "covariance at a point too long": (lambda: sgd_covariance(data(), three), ValueError, r"x must have shape \(..., 2\), got \(3,\)"),
     "cross covariance of nothing": (lambda: cross_covariance(None, data(), x), TypeError, "algorithm must be an Algorithm, .* got None"),
-    "form in capitals": (lambda: noise_covariance(SAM(.1), bowl, x, "Factor"), ValueError, "form must be one of factor, truncated, exact, sgd, none, got 'Factor'"),
+    "form in capitals": (lambda: noise_covariance(SAM(.1), bowl, x, "Factor"), ValueError, "form must be one of factor, truncated, second, exact, sgd, none, got 'Factor'"),
     "form is None": (lambda: noise_covariance(SAM(.1), bowl, x, None), ValueError, "form must be one of .* got None"),
     "noise of a number": (lambda: noise_covariance(SAM(.1), 3, x), TypeError, "objective must be an Objective, .* got int"),
     "DNSAM's noise at a zero gradient": (lambda: noise_covariance(DNSAM(.1), bowl, 0 * x), ValueError, "exactly zero at a given point"),
@@ -393,7 +408,7 @@ TABLE |= { # weak errors and weak approximation
     "an exact error of nothing": (lambda: around(algorithm=None), TypeError, "algorithm must be an Algorithm, .* got None"),
     "a test that is constant": (lambda: around(test=lambda x: 1.), ValueError, r"one number for each of 96 nodes, got shape \(\)"),
     "a test that is NaN": (lambda: around(test=lambda x: x * nan), ValueError, "test must be finite at every node"),
-    "order 2 of the first expansion, exactly": (lambda: around(order=2), ValueError, "order=2 needs expansion='exact', got 'first'"),
+    "order 2 of the first expansion, exactly": (lambda: around(order=2), ValueError, "order=2 needs expansion='second' or 'exact', got 'first'"),
     "the operator of a quadratic": (lambda: chain_operator(chain, 16), TypeError, "need a circle_problem or torus_problem, got Quadratic"),
     "the generator of a quadratic": (lambda: generator(sde, 16), TypeError, "need a circle_problem or torus_problem, got Quadratic"),
     "a chain and an SDE with two eta": (lambda: exact_difference(on_circle[0], SDE(USAM(.1), circle, .2), 1., np.sin), ValueError, "stand for the same time .*got 0.1 and 0.2"),
@@ -668,7 +683,7 @@ def test_every_public_name_has_a_bad_input():
     """What the modules export is called by the tests of bad input, here or in a file of its own, or has nothing to refuse."""
     import importlib
     text, missing = "".join(p.read_text(encoding="utf-8") for p in Path(__file__).parent.glob("test_*.py")), []
-    results = "Wrapped FullSampleMoments FullAdditiveMoments FullExactMoments IndependentAdditiveMoments PreviousMoments ExactPreviousMoments MicroBatchMoments Model Potential StepMoments StationaryMoments GammaMoments ExactMoments MinibatchMoments SampleMoments LinearSampleMoments AdditiveMoments LinearAdditiveMoments UnitAdditiveMoments Unperturbed Process Support GaussianDirection Ensemble Attraction WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
+    results = "Wrapped SecondMoments TaylorMoments FullSampleMoments FullAdditiveMoments FullExactMoments IndependentAdditiveMoments PreviousMoments ExactPreviousMoments MicroBatchMoments Model Potential StepMoments StationaryMoments GammaMoments ExactMoments MinibatchMoments SampleMoments LinearSampleMoments AdditiveMoments LinearAdditiveMoments UnitAdditiveMoments Unperturbed Process Support GaussianDirection Ensemble Attraction WeakOrder WeakError Diagnosis Objective Additive DivergenceError".split() # returned, or bases of what is in the tables
     fine = "theme use_theme Perturbed from_module expectation plot_validity parser own_options reproduce main".split() # tested through others, or with nothing to refuse
     for name in sorted(p.stem for p in Path(samsde.__file__).parent.glob("[a-z]*.py")):
         module = importlib.import_module(f"samsde.{name}")

@@ -136,8 +136,11 @@ def test_micro_batches_by_enumeration(kind, m, replace):
     how = dict(draws=2000)
     assert_close(-drift(a, objective, x, **how) - objective.grad(x), 0.1 * Hu.mean(0), rtol=1e-9, atol=1e-11)
     assert_close(cross_covariance(a, objective, x, **how), S, rtol=1e-9, atol=1e-11)
+    part = drift(kind(0.1), objective.with_batch(m), x, "exact", **how)
+    assert_close(drift(a, objective, x, "exact", **how), part, rtol=1e-9, atol=1e-11)
     if m < 4:  # the control
         whole = kind(0.1)
+        assert not torch.allclose(drift(whole, objective, x, "exact", **how), part, rtol=1e-4)
         assert not torch.allclose(cross_covariance(whole, objective, x, **how), S, rtol=1e-2)
     G = a.direction(objective, x, batches)
     assert_close(noise_covariance(a, objective, x, "exact", **how), covariance(G), rtol=1e-9, atol=1e-11)

@@ -1,11 +1,13 @@
 """Momentum, weight decay and schedules through the whole library: simulate, files, sweeps, weak errors."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from samsde import optim
 from samsde.algorithm import SAM, SGD, USAM, Chain
 from samsde.ensemble import simulate
 from samsde.experiments.examples import line, plane
@@ -37,9 +39,11 @@ def processes(objective):
     yield SDE(SAM(0.1), objective, 0.1, **training, draws=8, schedule=lambda t: 1 / (1 + t))
     yield SDE(USAM(0.1), objective, 0.1, "exact", "factor", 2, **training, draws=8)
     yield KineticSDE(SAM(0.1), objective, 0.1, **training, draws=8)
+    yield Chain(SAM(0.1), objective, 0.1, rho_schedule=lambda t: 1 / (1 + t))
+    yield SDE(SAM(0.1), objective, 0.1, **training, draws=8, rho_schedule=lambda t: 1 / (1 + t))
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(10))
 def test_records_chunks_and_files_change_nothing(number, tmp_path):
     process = [*processes(network())][number]
     plain = isinstance(process, Chain) or number == 4  # the others are never recorded
@@ -63,6 +67,16 @@ def test_a_file_of_another_training_is_refused(name, value, tmp_path):
     other = Chain(SAM(0.1), line, 0.08 if name == "momentum" else 0.1, **training)
     with pytest.raises(ValueError, match="other settings"):
         simulate(other, one, checkpoint=tmp_path / "a.npz", **how)
+
+
+def test_a_file_of_another_schedule_is_refused(tmp_path):
+    """Also where the first step is the same."""
+    for name in ("schedule", "rho_schedule"):
+        how, file = dict(t_end=2.0, n_paths=4), tmp_path / f"{name}.npz"
+        simulate(Chain(SAM(0.1), line, 0.1, **{name: lambda t: 1.0}), one, checkpoint=file, **how)
+        other = Chain(SAM(0.1), line, 0.1, **{name: lambda t: 1 / (1 + t)})
+        with pytest.raises(ValueError, match="other settings"):
+            simulate(other, one, checkpoint=file, **how)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -121,6 +135,152 @@ def test_a_schedule_of_rates_is_that_of_torch():
     chain = Chain(SGD(), Quadratic(torch.eye(1, dtype=F64)), 0.1, schedule=rates)
     end = simulate(chain, one, 0.3, 2).final
     assert_close(end, torch.full((2, 1), 0.9 * 0.95 * 0.975, dtype=F64))
+
+
+RADII = 0.3 * torch.linspace(1, 0.1, 50, dtype=F64)  # one for each step
+
+
+@pytest.mark.parametrize("kind", [USAM, SAM])
+@pytest.mark.parametrize("momentum, decay, scheduled", [(0.0, 0.0, False), (0.9, 0.01, True)])
+def test_a_schedule_of_the_radius_is_that_of_the_optimizer(kind, momentum, decay, scheduled):
+    """50 steps with rho set by hand, from values and from a function; the control is a fixed one."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    X, y, loss = torch.randn(9, 3, dtype=F64), torch.arange(9) % 2, torch.nn.CrossEntropyLoss()
+    objective = FiniteSum.from_module(net, loss, X, y, batch_size=3)
+    batches = list(objective.draw((50,), torch.Generator().manual_seed(1)))
+    rates = 0.2 * torch.linspace(1, 0.5, 50, dtype=F64) if scheduled else torch.full((50,), 0.2, dtype=F64)
+    training = dict(momentum=momentum, weight_decay=decay)
+
+    model = copy.deepcopy(net)
+    optimizer = getattr(optim, kind.__name__)(
+        model.parameters(), torch.optim.SGD, rho=0.3, lr=0.2, **training
+    )
+    for i, rho, rate in zip(batches, RADII.tolist(), rates.tolist()):
+
+        def closure():
+            optimizer.zero_grad()
+            value = loss(model(X[i]), y[i])
+            value.backward()
+            return value
+
+        optimizer.param_groups[0].update(rho=rho, lr=rate)
+        optimizer.step(closure)
+    known = torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def end(rho_schedule):
+        more = dict(schedule=rates) if scheduled else {}
+        chain = Chain(kind(0.3), objective, 0.2, rho_schedule=rho_schedule, **training, **more)
+        state = chain.start(objective.x0)
+        for i in batches:
+            state = chain.step(state, i)
+        return chain.position(state)
+
+    def share(t):  # of the first radius, at time t = k η_e
+        return 1 - 0.9 * t / (49 * 0.2 / (1 - momentum))
+
+    assert_close(end(RADII), known, rtol=0, atol=1e-12)
+    assert_close(end(share), known, rtol=0, atol=1e-12)
+    assert (end(None) - known).abs().max() > 1e-3
+
+
+def linear_run(process, steps, substeps):
+    """Mean and variance on the line, from 1, by advancing means and basis vectors"""
+    def advance(x, xi, k):
+        state = torch.cat([x, torch.full_like(x, k)], -1) if process.memory else x
+        noise = iter(xi)
+        h = process.time_step / substeps
+        return process.position(process.advance(state, noise.__next__, [h] * substeps))
+
+    mean, variance, silent = 1.0, 0.0, torch.zeros(substeps, 1, 1, dtype=F64)
+    for k in range(steps):
+        F = advance(torch.ones(1, 1, dtype=F64), silent, k).item()
+        units = torch.eye(substeps, dtype=F64)[:, :, None]  # the draws, one path for each
+        B = advance(torch.zeros(substeps, 1, dtype=F64), units, k)
+        mean, variance = F * mean, F**2 * variance + B.square().sum().item()
+    return mean, variance
+
+
+def test_a_schedule_of_the_radius_on_a_quadratic():
+    """Mean and variance of the SDE by hand: of Euler's method to rounding, and of the SDE to O(h);
+    those of a chain to rounding. The control is the radius without its schedule."""
+    eta, s, lam, steps = 0.05, 0.7, 1.3, 20
+
+    def share(t):
+        return 1 / (1 + t)
+
+    def rate(t):  # A and the factor of the noise
+        return lam * (1 + 0.3 * share(t) * lam), s * (1 + 0.3 * share(t) * lam)
+
+    def by_hand(substeps):
+        mean, variance, h = 1.0, 0.0, eta / substeps
+        for j in range(steps * substeps):
+            A, b = rate(j * h)
+            mean, variance = (1 - h * A) * mean, (1 - h * A) ** 2 * variance + eta * h * b**2
+        return mean, variance
+
+    sde, plain = (SDE(USAM(0.3), line, eta, rho_schedule=f) for f in (share, None))
+    for substeps in (1, 4):
+        assert linear_run(sde, steps, substeps) == pytest.approx(by_hand(substeps), rel=1e-12)
+        wrong = linear_run(plain, steps, substeps)
+        assert abs(wrong[0] / by_hand(substeps)[0] - 1) > 0.05
+        assert abs(wrong[1] / by_hand(substeps)[1] - 1) > 0.05
+    # the integral of A to time 1 is λ + 0.3 λ² ln 2
+    exact = math.exp(-lam - 0.3 * lam**2 * math.log(2))
+    assert abs(by_hand(64)[0] / exact - 1) < 2e-3 < abs(linear_run(plain, steps, 64)[0] / exact - 1)
+
+    found = linear_run(Chain(USAM(0.3), line, eta, rho_schedule=share), steps, 1)
+    assert found == pytest.approx(by_hand(1), rel=1e-12)  # its step is Euler's
+
+
+def test_schedules_of_rates_and_radii_together():
+    """The kinetic model and the chain with both: one step by hand, at its own radius and rate."""
+    half, third = (torch.tensor([1.0, r], dtype=F64) for r in (0.5, 1 / 3))
+    chain = Chain(USAM(0.3), line, 0.1, schedule=0.1 * half, rho_schedule=0.3 * third)
+    x = chain.step(chain.start(one), torch.zeros(1, dtype=F64))
+    y = chain.step(x, torch.zeros(1, dtype=F64))
+    assert_close(y[:1], x[:1] * (1 - 0.05 * 1.3 * (1 + 0.1 * 1.3)))
+
+    quiet = Quadratic(torch.tensor([[1.3]], dtype=F64))
+    sde = SDE(USAM(0.3), quiet, 0.01, momentum=0.9, kinetic=True, rho_schedule=0.3 * third)
+    state = torch.tensor([1.0, 0.0, 1.0], dtype=F64)  # x, P and the number of steps
+    after = sde.advance(state, lambda: torch.zeros(1, dtype=F64), [0.1])
+    small = KineticSDE(USAM(0.1), quiet, 0.01, momentum=0.9)
+    known = small.advance(state[:2], lambda: torch.zeros(1, dtype=F64), [0.1])
+    assert_close(after, torch.cat([known, torch.full((1,), 2.0, dtype=F64)]))
+
+
+def test_weak_error_with_a_schedule_of_the_radius():
+    """The difference of means on common noise is that by hand; without the schedule it is not."""
+
+    def share(t):
+        return 1 / (1 + t)
+
+    def point(x):
+        return x[..., 0]
+
+    chain, sde, plain = (
+        cls(USAM(0.3), line, 0.05, rho_schedule=f)
+        for cls, f in [(Chain, share), (SDE, share), (SDE, None)]
+    )
+    found = weak_error(chain, sde, one, 1.0, point, 2000)
+    exact = linear_run(chain, 20, 1)[0] - linear_run(sde, 20, 64)[0]
+    assert abs(found.difference - exact) < 4 * found.sem + 1e-4
+    wrong = weak_error(chain, plain, one, 1.0, point, 2000)
+    assert abs(wrong.difference - exact) > 8 * wrong.sem
+
+
+def test_kinetic_is_the_class():
+    """SDE(..., kinetic=True) is KineticSDE in all but its name; the control is the plain SDE."""
+    how = dict(momentum=0.9, weight_decay=0.1)
+    a, b = (cls(USAM(0.2), plane, 0.01, **how, **more) for cls, more in
+            [(SDE, dict(kinetic=True)), (KineticSDE, {})])
+    assert a.time_step == b.time_step == 0.1 and a.memory == b.memory == ("v",)
+    assert_close(stationary_covariance(a), stationary_covariance(b), rtol=0, atol=0)
+    ends = [simulate(p, two, 1.0, 50).final for p in (a, b)]
+    assert ends[0].equal(ends[1])
+    plain = SDE(USAM(0.2), plane, 0.01, **how)
+    assert not torch.allclose(stationary_covariance(plain), stationary_covariance(a), rtol=0.01)
 
 
 def test_weak_error_with_momentum():

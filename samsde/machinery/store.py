@@ -158,13 +158,18 @@ def settings(run:Run) -> dict:
     def parts(thing, *names): # the name of its class, and what it has of these
         values = [getattr(thing, name, None) for name in names]
         return [type(thing).__name__, *(v.tolist() if isinstance(v, Tensor) else v for v in values)]
-    process = parts(run.process, "eta", "noise_dim", "expansion", "noise", "order", "momentum",
-                    "dampening", "nesterov", "weight_decay", "decoupled", "draws", "seed")
+    process = parts(run.process, "eta", "noise_dim", "expansion", "noise", "order", "kinetic",
+                    "momentum", "dampening", "nesterov", "weight_decay", "decoupled", "draws",
+                    "seed")
     algorithm = parts(getattr(run.process, "algorithm", None), "rho")
     start = run.x if run.x.stride(0) else run.x[:1] # one point for all
     times = [run.grid[0], len(run.grid[1]), run.grid[1][-2:]]
+    schedules = []
+    if getattr(run.process, "is_scheduled", False): # at eight steps
+        some = [k * run.grid[1][-1] // 8 for k in range(8)]
+        schedules = [[f(k) for k in some] for f in (run.process.factor, run.process.radius_factor)]
     found = dict(samsde=__version__, torch=torch.__version__, process=process,
-                 algorithm=algorithm, x0=sha256(start), times=times,
+                 algorithm=algorithm, schedules=schedules, x0=sha256(start), times=times,
                  shape=[run.x.shape, run.shape, run.size],
                  dtype=str(run.x.dtype), device=run.x.device.type,
                  observe=list(run.observe), seed=run.seed, keep=run.keep)
