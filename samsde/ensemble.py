@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -76,9 +75,10 @@ class Ensemble:
         return (f"Ensemble({self.n_paths} paths, {self.n_diverged} diverged, "
                 f"{len(self.times)} times to t={self.times[-1]:g}, {list(self.mean)})")
 
-    def frame(self) -> pd.DataFrame:
+    def frame(self) -> "pandas.DataFrame":
         """One row for each observable, time and component:
         columns observable, time, component, mean, std, sem. Rows without a path are left out."""
+        import pandas as pd
         tables = []
         times = self.times.cpu().numpy()
         for name, mean in self.mean.items():
@@ -169,21 +169,27 @@ def on_threads(work, # a function of one job
     finally: torch.set_num_threads(torch_threads)
 
 # %% ../nbs/02_ensemble.ipynb #0eceb5d4
+def compute_block(run:Run, run_state:RunState, lo:int, bar):
+    "All steps of a block; if paths diverge, once more for the moments of the others"
+    if run_state.stop.is_set(): return
+    block = run.block(lo)
+    if lo in run_state.blocks: block.restore(*run_state.blocks[lo], times=run.times)
+    bar.update(block.step * len(block.x))
+    def tick(block):
+        bar.update(len(block.x))
+        if run_state.note(lo, block): save(run_state)
+    while True:
+        advance(run, block, tick)
+        if (block.until == run.times).equal(block.counted): break
+        bar.update(-block.step * len(block.x))
+        block = run.block(lo, block.until)
+    run_state.add(lo, PathStatistics.of(run, block))
+    save(run_state)
+
 def compute(run:Run, run_state:RunState, many:int, threads:int, bar):
     "All that a RunState does not have yet, `many` blocks at a time, with steps on a bar"
-    def compute_block(lo):
-        if run_state.stop.is_set(): return
-        block = run.block(lo)
-        if lo in run_state.blocks: block.restore(*run_state.blocks[lo])
-        bar.update(block.step * len(block.x))
-        def tick(block):
-            bar.update(len(block.x))
-            if run_state.note(lo, block): save(run_state)
-        advance(run, block, tick)
-        run_state.add(lo, PathStatistics.of(run, block))
-        save(run_state)
     def work(job):
-        for lo in job: compute_block(lo)
+        for lo in job: compute_block(run, run_state, lo, bar)
     done = {b for lo, p in run_state.parts.items() for b in range(lo, lo + len(p), run.size)}
     bar.update(sum(map(len, run_state.parts.values())) * run.grid[1][-1])
     todo = [lo for lo in range(0, len(run.x), run.size) if lo not in done]
@@ -227,8 +233,9 @@ def summary(total:PathStatistics, eta:float, run:Run) -> Ensemble:
     for name, m in zip(run.observe, total.moments):
         n = m.n.reshape(1, *m.n.shape, *(1,) * (m.mean.ndim - 1 - m.n.ndim))
         result.mean[name] = torch.where(n > 0, m.mean, torch.nan)
-        result.std[name] = torch.where(n > 1, (m.m2 / (n - 1)).sqrt(), torch.nan)
-        result.sem[name] = result.std[name] / n.double().sqrt()
+        std = (m.m2 / (n - 1)).sqrt_()
+        result.std[name] = torch.where(n > 1, std, torch.nan)
+        result.sem[name] = torch.div(result.std[name], n.double().sqrt(), out=std)
     return result
 
 # %% ../nbs/02_ensemble.ipynb #904eec0c
