@@ -50,8 +50,8 @@ def as_array(t:Tensor) -> np.ndarray:
     t = t.detach().contiguous()
     return (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).cpu().numpy()
 
-def checksum(about:str, arrays:dict) -> str: # name -> array
-    found = hashlib.sha256(about.encode())
+def checksum(about:bytes, arrays:dict) -> str: # name -> array
+    found = hashlib.sha256(about)
     for name, a in sorted(arrays.items()):
         found.update(f"{name} {a.dtype} {a.shape}".encode())
         found.update(np.ascontiguousarray(a).reshape(-1).view(np.uint8))
@@ -63,7 +63,7 @@ def write(path:Path, about:dict, # text and numbers
     "Write a file completely or not at all. Raises OSError if that fails."
     half = [name for name, t in tensors.items() if t.dtype == torch.bfloat16]
     arrays = {name: as_array(t) for name, t in tensors.items()}
-    text = json.dumps(dict(format=FORMAT, bfloat16=half) | about)
+    text = json.dumps(dict(format=FORMAT, bfloat16=half) | about).encode()
     own = dict(about=text, checksum=checksum(text, arrays))
     with replacing(path) as f: np.savez(f, **own, **arrays)
 
