@@ -78,28 +78,36 @@ class Ensemble:
     def frame(self) -> "pandas.DataFrame":
         """One row for each observable, time and component:
         columns observable, time, component, mean, std, sem. Rows without a path are left out."""
-        import pandas as pd
-        tables = []
-        times = self.times.cpu().numpy()
-        for name, mean in self.mean.items():
-            components = [",".join(map(str, index)) for index in np.ndindex(*mean.shape[1:])]
-            each = dict(time=times.repeat(len(components)), component=components * len(times))
-            for kind in ("mean", "std", "sem"):
-                each[kind] = getattr(self, kind)[name].cpu().numpy().ravel()
-            tables.append(pd.DataFrame(dict(observable=name) | each))
-        return pd.concat(tables, ignore_index=True).dropna(subset="mean")
+        return frame_of(self)
     def plot(self, name:str|None=None, ax=None, **style):
         "Mean over time, with a band of two standard errors; returns the Axes"
-        import matplotlib.pyplot as plt
-        ax = ax or plt.gca()
-        name = name or next(iter(self.mean))
-        mean, sem = (s[name].reshape(len(self.times), -1).cpu() for s in (self.mean, self.sem))
-        for j in range(mean.shape[1]):
-            line, = ax.plot(self.times, mean[:, j], **style)
-            ax.fill_between(self.times, mean[:, j] - 2 * sem[:, j], mean[:, j] + 2 * sem[:, j],
-                            color=line.get_color(), alpha=.25, lw=0)
-        ax.set(xlabel="time $t = k\\eta$", ylabel=f"mean of {name}")
-        return ax
+        return plot_means(self, name or next(iter(self.mean)), ax, **style)
+
+# %% ../nbs/02_ensemble.ipynb #f8d4f0b2
+def frame_of(ensemble:Ensemble): # -> pandas.DataFrame
+    import pandas as pd
+    tables = []
+    times = ensemble.times.cpu().numpy()
+    for name, mean in ensemble.mean.items():
+        components = [",".join(map(str, index)) for index in np.ndindex(*mean.shape[1:])]
+        each = dict(time=times.repeat(len(components)), component=components * len(times))
+        for kind in ("mean", "std", "sem"):
+            each[kind] = getattr(ensemble, kind)[name].cpu().numpy().ravel()
+        tables.append(pd.DataFrame(dict(observable=name) | each))
+    return pd.concat(tables, ignore_index=True).dropna(subset="mean")
+
+# %% ../nbs/02_ensemble.ipynb #37d62252
+def plot_means(ensemble:Ensemble, name:str, ax=None, **style): # -> Axes
+    import matplotlib.pyplot as plt
+    ax = ax or plt.gca()
+    mean, sem = (s[name].reshape(len(ensemble.times), -1).cpu()
+                 for s in (ensemble.mean, ensemble.sem))
+    for j in range(mean.shape[1]):
+        line, = ax.plot(ensemble.times, mean[:, j], **style)
+        ax.fill_between(ensemble.times, mean[:, j] - 2 * sem[:, j], mean[:, j] + 2 * sem[:, j],
+                        color=line.get_color(), alpha=.25, lw=0)
+    ax.set(xlabel="time $t = k\\eta$", ylabel=f"mean of {name}")
+    return ax
 
 # %% ../nbs/02_ensemble.ipynb #560e5e0b
 def starts(process, # has .shape, the axes of a sweep over rho or eta
@@ -255,11 +263,22 @@ def compute_or_again(run:Run, run_state:RunState, many:int, threads:int, bar):
     try: compute(run, run_state, many, threads, bar)
     except RecordError as error:
         warnings.warn(f"{error}: the simulation starts again without records (record=False)",
-                      stacklevel=3)
+                      stacklevel=4)
         run.recorder = None
         run_state.restart()
         bar.reset()
         compute(run, run_state, many, threads, bar)
+
+# %% ../nbs/02_ensemble.ipynb #dc6535d3
+def computed(run:Run, run_state:RunState, many:int, threads:int, progress:bool):
+    "All blocks, with a bar; what was done is saved however it ends, and an interrupt has it"
+    with tqdm(total=len(run.x) * run.grid[1][-1], unit="step", unit_scale=True,
+              disable=not progress) as bar:
+        try: compute_or_again(run, run_state, many, threads, bar)
+        except KeyboardInterrupt as stop:
+            interrupted(stop, run, run_state, float(run.process.time_step))
+            raise
+        finally: save(run_state, last=True)
 
 # %% ../nbs/02_ensemble.ipynb #deb29b60
 def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and advance
@@ -289,7 +308,6 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
     grid = time_grid(process.time_step, t_end, dt, every)
     x = starts(process, x0, check_int("n_paths", n_paths, least=2))
     shape = tuple(1 if share else n for n in x.shape[1:-1])
-    eta = float(process.time_step)
     size = block_size(n_paths, max(process.noise_dim, x.shape[-1]) * math.prod(shape))
     many = math.ceil(check_int("chunk", size if chunk is None else chunk) / size)
     threads = (check_int("threads", threads) if threads is not None else torch.get_num_threads()
@@ -298,11 +316,5 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
     run = Run(process, process.start(x), grid, observe, size, shape, seed, bool(keep),
               Recorder() if record and steps >= Recorder.worth else None)
     run_state = opened(checkpoint, run)
-    with tqdm(total=n_paths * grid[1][-1], unit="step", unit_scale=True,
-              disable=not progress) as bar:
-        try: compute_or_again(run, run_state, many, threads, bar)
-        except KeyboardInterrupt as stop:
-            interrupted(stop, run, run_state, eta)
-            raise
-        finally: save(run_state, last=True)
-    return summary(run_state.parts[0], eta, run)
+    computed(run, run_state, many, threads, progress)
+    return summary(run_state.parts[0], float(process.time_step), run)

@@ -90,6 +90,7 @@ def observed(fn, name:str, x:Tensor) -> Tensor:
 # %% ../../nbs/machinery/streams.ipynb #1eda62a8
 KINDS = "mean", "m2", "paths" # what is recorded of an observable; the values of all paths if kept
 
+# %% ../../nbs/machinery/streams.ipynb #ad7e726a
 @dataclass
 class Block:
     "Some of the paths on their way, and all that decides how they go on"
@@ -167,6 +168,7 @@ def record(run:Run, block:Block, counted:Tensor|None): # of moments_of
         block.until = torch.where(finite, block.until, block.until.clamp(max=k))
     block.recorded += 1
 
+# %% ../../nbs/machinery/streams.ipynb #43c24de5
 @torch.no_grad()
 def advance(run:Run, block:Block, tick):
     "Take a block from where it is to the end; `tick` is called with it after every step"
