@@ -79,9 +79,10 @@ def torch_contestants(size):
     def loss(out, target): return F.softplus(-target * out[..., 0]).mean()
 
     def replica_loop(batch):
-        "Discrete SAM, one replica after the other, with pytorch_optimizer"
+        "Discrete SAM, one replica after the other, with pytorch_optimizer: a tenth of them, since each takes as long as the others"
+        some = max(1, replicas // 10)
         def run():
-            for seed in range(replicas):
+            for seed in range(some):
                 net, g = network(), torch.Generator().manual_seed(seed)
                 optimizer = pytorch_optimizer.SAM(net.parameters(), base_optimizer=torch.optim.SGD, rho=.05, lr=.1)
                 for _ in range(train):
@@ -93,6 +94,7 @@ def torch_contestants(size):
                     loss(net(X[i]), y[i]).backward()
                     optimizer.step(closure)
                     optimizer.zero_grad()
+        run.share = some / replicas
         return run
 
     def replica_vmap(batch):
@@ -114,6 +116,32 @@ def torch_contestants(size):
                 params = every(params, X[i], y[i])
         return run
 
+    class Davda54(torch.optim.Optimizer):
+        "SAM as github.com/davda54/sam has it (David Samuel, MIT), without its adaptive form"
+        def __init__(self, params, base_optimizer, rho, **kwargs):
+            super().__init__(params, dict(rho=rho, **kwargs))
+            self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+            self.param_groups = self.base_optimizer.param_groups
+
+        @torch.no_grad()
+        def first_step(self, zero_grad=False):
+            norm = torch.norm(torch.stack([p.grad.norm(p=2) for group in self.param_groups for p in group["params"] if p.grad is not None]), p=2)
+            for group in self.param_groups:
+                scale = group["rho"] / (norm + 1e-12)
+                for p in group["params"]:
+                    if p.grad is None: continue
+                    self.state[p]["old_p"] = p.data.clone()
+                    p.add_(p.grad * scale.to(p))
+            if zero_grad: self.zero_grad()
+
+        @torch.no_grad()
+        def second_step(self, zero_grad=False):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None: p.data = self.state[p]["old_p"]
+            self.base_optimizer.step()
+            if zero_grad: self.zero_grad()
+
     def optimizer_steps(kind, large):
         "Training steps of a convolutional network with a million parameters, or of a tiny network"
         if large: net, x, t = torch.nn.Sequential(torch.nn.Conv2d(1, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(2048, 500), torch.nn.ReLU(),
@@ -122,7 +150,9 @@ def torch_contestants(size):
         if kind == "samsde":
             from samsde.optim import SAM
             optimizer = SAM(net.parameters(), torch.optim.SGD, rho=.05, lr=.01)
-        elif kind == "pytorch_optimizer": optimizer = pytorch_optimizer.SAM(net.parameters(), base_optimizer=torch.optim.SGD, rho=.05, lr=.01)
+        elif kind == "davda54": optimizer = Davda54(net.parameters(), torch.optim.SGD, rho=.05, lr=.01)
+        elif kind.startswith("pytorch_optimizer"):
+            optimizer = pytorch_optimizer.SAM(net.parameters(), base_optimizer=torch.optim.SGD, rho=.05, foreach="foreach" in kind, lr=.01)
         else: optimizer = torch.optim.SGD(net.parameters(), lr=.01)
         def closure():
             optimizer.zero_grad()
@@ -132,9 +162,14 @@ def torch_contestants(size):
         def run():
             for _ in range(max(1, train // (10 if large else 1))):
                 if kind == "samsde": optimizer.step(closure)
-                elif kind == "pytorch_optimizer":
+                elif kind.startswith("pytorch_optimizer"):
                     closure()
                     optimizer.step(closure)
+                elif kind == "davda54":
+                    closure()
+                    optimizer.first_step(zero_grad=True)
+                    closure()
+                    optimizer.second_step(zero_grad=True)
                 else:
                     for _ in range(2):
                         closure()
@@ -146,7 +181,7 @@ def torch_contestants(size):
     contestants |= {f"limit, {n}": lambda t=t: limit(t) for n, t in names.items()} | {"torchsde, default, float32": lambda: ensemble(torch.float32, False)}
     contestants |= {f"replica loop, B = {b}": lambda b=b: replica_loop(b) for b in (1, 32)} | {f"replica vmap, B = {b}": lambda b=b: replica_vmap(b) for b in (1, 32)}
     contestants |= {f"{kind}, {'large' if large else 'tiny'}": lambda kind=kind, large=large: optimizer_steps(kind, large)
-                    for kind in ("samsde", "two steps of SGD", "pytorch_optimizer") for large in (True, False)}
+                    for kind in ("samsde", "two steps of SGD", "pytorch_optimizer", "pytorch_optimizer foreach", "davda54") for large in (True, False)}
     return contestants
 
 
@@ -192,7 +227,8 @@ def main(env):
                 built[key] = contestants[order["name"]]()
             start = time.perf_counter()
             built[key]()
-            print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+            seconds = (time.perf_counter() - start) / getattr(built[key], "share", 1)
+            print(json.dumps({"seconds": seconds}), flush=True)
         except Exception as error: print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
 
 

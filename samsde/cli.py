@@ -6,22 +6,35 @@
 __all__ = ['EXPERIMENTS', 'parser', 'chosen', 'own_options', 'reproduce', 'main']
 
 # %% ../nbs/09_cli.ipynb #880b4a08
-import argparse, codecs, inspect, math, os, re, sys, time, unicodedata
+import argparse, codecs, importlib, inspect, math, os, re, sys, time, unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 
-import pandas as pd
-import torch
-
-from .machinery.store import replacing
-from .experiments import error_vs_rho, flat_minima, networks, saddles, scaling, suboptimality
-from .experiments.experiment import Experiment
-from .experiments.problems import PROBLEMS
-
 # %% ../nbs/09_cli.ipynb #1177fb1e
-EXPERIMENTS = {e.name: e
-               for e in (m.experiment
-                         for m in (error_vs_rho, scaling, suboptimality, saddles, flat_minima,
-                                   networks))}
+QUESTIONS = { # name -> what is asked, and how long it takes to say
+    "error_vs_rho": ("how well does each SDE track its algorithm as ρ grows?",
+                     "about three minutes"),
+    "scaling": ("how does the error of each SDE scale as η falls, for ρ = η, √η and η^(1/3)?",
+                "two and a half minutes"),
+    "suboptimality": ("how high above a minimum do SGD, USAM, DNSAM and SAM end, "
+                      "and does theory say so?", "three to four minutes"),
+    "saddles": ("who is held by a saddle, and for how long?", "about four minutes"),
+    "flat_minima": ("Does SAM end in flatter minima, at equal loss too, "
+                    "and do the SDEs predict it?", "about nine minutes"),
+    "networks": ("what does an SDE step of a real network cost, "
+                 "and does it follow training by minibatches?", "about twenty-five minutes"),
+}
+
+class Experiments(Mapping):
+    "The experiments by name; the module of one is imported when it is asked for"
+    def __getitem__(self, name):
+        if name not in QUESTIONS: raise KeyError(name)
+        return importlib.import_module(f"samsde.experiments.{name}").experiment
+    def __iter__(self): return iter(QUESTIONS)
+    def __len__(self): return len(QUESTIONS)
+
+# %% ../nbs/09_cli.ipynb #ffac5914
+EXPERIMENTS = Experiments()
 
 # %% ../nbs/09_cli.ipynb #11925593
 class Parser(argparse.ArgumentParser):
@@ -54,8 +67,9 @@ def count(name:str, least:int, most:int):
     return parse
 
 # %% ../nbs/09_cli.ipynb #c11a0001
-def device(text:str) -> torch.device:
+def device(text:str): # -> torch.device
     "A parser of a device that is there"
+    import torch
     try: return torch.device(text) if torch.ones(1, device=text).item() else None
     except Exception: # torch has many words for what it does not find
         raise argparse.ArgumentTypeError(
@@ -65,6 +79,25 @@ def folder_name(text:str) -> Path:
     "A parser of a folder's name"
     if text.strip(): return Path(text)
     raise argparse.ArgumentTypeError(f"out must name a folder, got {text!r}")
+
+# %% ../nbs/09_cli.ipynb #52cb572c
+PROBLEMS = ("quadratic", "deep-linear", "deep-nonlinear", "iris-linear", "iris-nonlinear",
+            "teacher-student", "matrix-sensing")
+ALGORITHMS = "USAM", "DNSAM", "SAM"
+
+def add_own_options(run:argparse.ArgumentParser):
+    "The options of one experiment"
+    own = run.add_argument_group("options of error_vs_rho")
+    own.add_argument("--problem", nargs="+", choices=PROBLEMS, dest="problems",
+                     help="which losses (default: all)")
+    own.add_argument("--algorithm", nargs="+", choices=ALGORITHMS, dest="algorithms",
+                     help="which algorithms (default: all)")
+    own.add_argument("--eta", type=number("eta", least=1e-12),
+                     help="learning rate η (default: 0.05)")
+    own.add_argument("--rho", nargs="+", type=number("rho", zero=True), dest="rhos",
+                     help="radii ρ (default: seven from 0 to 4√η)")
+    own.add_argument("--runs", type=count("runs", 3, 10**9),
+                     help="runs of each algorithm and model")
 
 # %% ../nbs/09_cli.ipynb #5cb7a2a1
 def parser() -> argparse.ArgumentParser:
@@ -84,23 +117,12 @@ def parser() -> argparse.ArgumentParser:
                      help="a smaller setting of under a minute, for a first look")
     run.add_argument("--seed", type=count("seed", 0, 2**63 - 1), default=0,
                      help="of all random numbers (default: %(default)s)")
-    run.add_argument("--device", type=device, default="cpu",
-                     help="where to compute (default: %(default)s)")
+    run.add_argument("--device", type=device, help="where to compute (default: cpu)")
     run.add_argument("--dtype", choices=["float32", "float64"], default="float64",
                      help="precision (default: %(default)s)")
     run.add_argument("--out", type=folder_name, default=Path("results"),
                      help="folder for the results (default: %(default)s)")
-    own = run.add_argument_group("options of error_vs_rho")
-    own.add_argument("--problem", nargs="+", choices=PROBLEMS, dest="problems",
-                     help="which losses (default: all)")
-    own.add_argument("--algorithm", nargs="+", choices=error_vs_rho.ALGORITHMS, dest="algorithms",
-                     help="which algorithms (default: all)")
-    own.add_argument("--eta", type=number("eta", least=1e-12),
-                     help="learning rate η (default: 0.05)")
-    own.add_argument("--rho", nargs="+", type=number("rho", zero=True), dest="rhos",
-                     help="radii ρ (default: seven from 0 to 4√η)")
-    own.add_argument("--runs", type=count("runs", 3, 10**9),
-                     help="runs of each algorithm and model")
+    add_own_options(run)
     return top
 
 # %% ../nbs/09_cli.ipynb #8f2e4a38
@@ -112,7 +134,9 @@ def chosen(names:list) -> list:
             raise ValueError(f"NAME must be one of {', '.join(EXPERIMENTS)} or all, got {name!r}")
     return [EXPERIMENTS[name] for name in dict.fromkeys(names or ["error_vs_rho"])]
 
-def own_options(experiment:Experiment, options:argparse.Namespace) -> dict:
+def own_options(experiment, # an Experiment
+                options:argparse.Namespace
+               ) -> dict: # name -> value
     """The options that were given for this experiment alone.
     Raises ValueError on one that it does not take."""
     given = {k: getattr(options, k) for k in ("problems", "algorithms", "eta", "rhos", "runs")
@@ -166,20 +190,25 @@ def say(text:str, instead:str=""): # what an error adds
         raise OSError(f"stdout cannot be written to ({error.strerror}){instead}") from error
 
 # %% ../nbs/09_cli.ipynb #c11a0008
-def report(experiment:Experiment, table:pd.DataFrame) -> str:
+def report(experiment, table) -> str:
     "The verdicts on a table, and its numbers where they are few"
     numbers = f"{experiment.show(table)}\n\n" if experiment.show else ""
     return f"{experiment.name}: {experiment.question}\n\n{numbers}{experiment.verdicts(table)}"
 
 # %% ../nbs/09_cli.ipynb #16a9d9b7
-def reproduce(experiment:Experiment, options:argparse.Namespace) -> pd.DataFrame:
+def reproduce(experiment, # an Experiment
+              options:argparse.Namespace # of parser
+             ) -> "pandas.DataFrame":
     """Measure, write NAME.csv, .png and .txt, and print the verdicts. Returns the table.
     Raises OSError if that fails."""
+    import torch
+    from samsde.machinery.store import replacing
     begin = time.perf_counter()
     own = own_options(experiment, options)
     check_place(options.out, [experiment])
     table = experiment.measure(quick=options.quick, seed=options.seed,
-                               dtype=getattr(torch, options.dtype), device=options.device,
+                               dtype=getattr(torch, options.dtype),
+                               device=options.device or torch.device("cpu"),
                                progress=sys.stderr is not None and sys.stderr.isatty(), **own)
     try:
         csv, png = experiment.save(table, options.out)
@@ -200,10 +229,11 @@ def main(argv:list|None=None) -> int:
     readable()
     options = parser().parse_args(argv)
     try:
-        experiments = chosen(["all"] if options.list else options.names)
         if options.list:
-            say("\n".join(f"{e.name:16} {e.question} ({e.full})" for e in experiments))
+            say("\n".join(f"{name:16} {question} ({full})"
+                          for name, (question, full) in QUESTIONS.items()))
             return 0
+        experiments = chosen(options.names)
         import matplotlib # raises ValueError on a backend that there isn't
         for e in experiments:
             own_options(e, options) # what one of them refuses is said before the first runs

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -76,30 +75,39 @@ class Ensemble:
         return (f"Ensemble({self.n_paths} paths, {self.n_diverged} diverged, "
                 f"{len(self.times)} times to t={self.times[-1]:g}, {list(self.mean)})")
 
-    def frame(self) -> pd.DataFrame:
+    def frame(self) -> "pandas.DataFrame":
         """One row for each observable, time and component:
         columns observable, time, component, mean, std, sem. Rows without a path are left out."""
-        tables = []
-        times = self.times.cpu().numpy()
-        for name, mean in self.mean.items():
-            components = [",".join(map(str, index)) for index in np.ndindex(*mean.shape[1:])]
-            each = dict(time=times.repeat(len(components)), component=components * len(times))
-            for kind in ("mean", "std", "sem"):
-                each[kind] = getattr(self, kind)[name].cpu().numpy().ravel()
-            tables.append(pd.DataFrame(dict(observable=name) | each))
-        return pd.concat(tables, ignore_index=True).dropna(subset="mean")
+        return frame_of(self)
     def plot(self, name:str|None=None, ax=None, **style):
         "Mean over time, with a band of two standard errors; returns the Axes"
-        import matplotlib.pyplot as plt
-        ax = ax or plt.gca()
-        name = name or next(iter(self.mean))
-        mean, sem = (s[name].reshape(len(self.times), -1).cpu() for s in (self.mean, self.sem))
-        for j in range(mean.shape[1]):
-            line, = ax.plot(self.times, mean[:, j], **style)
-            ax.fill_between(self.times, mean[:, j] - 2 * sem[:, j], mean[:, j] + 2 * sem[:, j],
-                            color=line.get_color(), alpha=.25, lw=0)
-        ax.set(xlabel="time $t = k\\eta$", ylabel=f"mean of {name}")
-        return ax
+        return plot_means(self, name or next(iter(self.mean)), ax, **style)
+
+# %% ../nbs/02_ensemble.ipynb #f8d4f0b2
+def frame_of(ensemble:Ensemble): # -> pandas.DataFrame
+    import pandas as pd
+    tables = []
+    times = ensemble.times.cpu().numpy()
+    for name, mean in ensemble.mean.items():
+        components = [",".join(map(str, index)) for index in np.ndindex(*mean.shape[1:])]
+        each = dict(time=times.repeat(len(components)), component=components * len(times))
+        for kind in ("mean", "std", "sem"):
+            each[kind] = getattr(ensemble, kind)[name].cpu().numpy().ravel()
+        tables.append(pd.DataFrame(dict(observable=name) | each))
+    return pd.concat(tables, ignore_index=True).dropna(subset="mean")
+
+# %% ../nbs/02_ensemble.ipynb #37d62252
+def plot_means(ensemble:Ensemble, name:str, ax=None, **style): # -> Axes
+    import matplotlib.pyplot as plt
+    ax = ax or plt.gca()
+    mean, sem = (s[name].reshape(len(ensemble.times), -1).cpu()
+                 for s in (ensemble.mean, ensemble.sem))
+    for j in range(mean.shape[1]):
+        line, = ax.plot(ensemble.times, mean[:, j], **style)
+        ax.fill_between(ensemble.times, mean[:, j] - 2 * sem[:, j], mean[:, j] + 2 * sem[:, j],
+                        color=line.get_color(), alpha=.25, lw=0)
+    ax.set(xlabel="time $t = k\\eta$", ylabel=f"mean of {name}")
+    return ax
 
 # %% ../nbs/02_ensemble.ipynb #560e5e0b
 def starts(process, # has .shape, the axes of a sweep over rho or eta
@@ -169,21 +177,27 @@ def on_threads(work, # a function of one job
     finally: torch.set_num_threads(torch_threads)
 
 # %% ../nbs/02_ensemble.ipynb #0eceb5d4
+def compute_block(run:Run, run_state:RunState, lo:int, bar):
+    "All steps of a block; if paths diverge, once more for the moments of the others"
+    if run_state.stop.is_set(): return
+    block = run.block(lo)
+    if lo in run_state.blocks: block.restore(*run_state.blocks[lo], times=run.times)
+    bar.update(block.step * len(block.x))
+    def tick(block):
+        bar.update(len(block.x))
+        if run_state.note(lo, block): save(run_state)
+    while True:
+        advance(run, block, tick)
+        if (block.until == run.times).equal(block.counted): break
+        bar.update(-block.step * len(block.x))
+        block = run.block(lo, block.until)
+    run_state.add(lo, PathStatistics.of(run, block))
+    save(run_state)
+
 def compute(run:Run, run_state:RunState, many:int, threads:int, bar):
     "All that a RunState does not have yet, `many` blocks at a time, with steps on a bar"
-    def compute_block(lo):
-        if run_state.stop.is_set(): return
-        block = run.block(lo)
-        if lo in run_state.blocks: block.restore(*run_state.blocks[lo])
-        bar.update(block.step * len(block.x))
-        def tick(block):
-            bar.update(len(block.x))
-            if run_state.note(lo, block): save(run_state)
-        advance(run, block, tick)
-        run_state.add(lo, PathStatistics.of(run, block))
-        save(run_state)
     def work(job):
-        for lo in job: compute_block(lo)
+        for lo in job: compute_block(run, run_state, lo, bar)
     done = {b for lo, p in run_state.parts.items() for b in range(lo, lo + len(p), run.size)}
     bar.update(sum(map(len, run_state.parts.values())) * run.grid[1][-1])
     todo = [lo for lo in range(0, len(run.x), run.size) if lo not in done]
@@ -227,8 +241,9 @@ def summary(total:PathStatistics, eta:float, run:Run) -> Ensemble:
     for name, m in zip(run.observe, total.moments):
         n = m.n.reshape(1, *m.n.shape, *(1,) * (m.mean.ndim - 1 - m.n.ndim))
         result.mean[name] = torch.where(n > 0, m.mean, torch.nan)
-        result.std[name] = torch.where(n > 1, (m.m2 / (n - 1)).sqrt(), torch.nan)
-        result.sem[name] = result.std[name] / n.double().sqrt()
+        std = (m.m2 / (n - 1)).sqrt_()
+        result.std[name] = torch.where(n > 1, std, torch.nan)
+        result.sem[name] = torch.div(result.std[name], n.double().sqrt(), out=std)
     return result
 
 # %% ../nbs/02_ensemble.ipynb #904eec0c
@@ -248,11 +263,22 @@ def compute_or_again(run:Run, run_state:RunState, many:int, threads:int, bar):
     try: compute(run, run_state, many, threads, bar)
     except RecordError as error:
         warnings.warn(f"{error}: the simulation starts again without records (record=False)",
-                      stacklevel=3)
+                      stacklevel=4)
         run.recorder = None
         run_state.restart()
         bar.reset()
         compute(run, run_state, many, threads, bar)
+
+# %% ../nbs/02_ensemble.ipynb #dc6535d3
+def computed(run:Run, run_state:RunState, many:int, threads:int, progress:bool):
+    "All blocks, with a bar; what was done is saved however it ends, and an interrupt has it"
+    with tqdm(total=len(run.x) * run.grid[1][-1], unit="step", unit_scale=True,
+              disable=not progress) as bar:
+        try: compute_or_again(run, run_state, many, threads, bar)
+        except KeyboardInterrupt as stop:
+            interrupted(stop, run, run_state, float(run.process.time_step))
+            raise
+        finally: save(run_state, last=True)
 
 # %% ../nbs/02_ensemble.ipynb #deb29b60
 def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and advance
@@ -282,7 +308,6 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
     grid = time_grid(process.time_step, t_end, dt, every)
     x = starts(process, x0, check_int("n_paths", n_paths, least=2))
     shape = tuple(1 if share else n for n in x.shape[1:-1])
-    eta = float(process.time_step)
     size = block_size(n_paths, max(process.noise_dim, x.shape[-1]) * math.prod(shape))
     many = math.ceil(check_int("chunk", size if chunk is None else chunk) / size)
     threads = (check_int("threads", threads) if threads is not None else torch.get_num_threads()
@@ -291,11 +316,5 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
     run = Run(process, process.start(x), grid, observe, size, shape, seed, bool(keep),
               Recorder() if record and steps >= Recorder.worth else None)
     run_state = opened(checkpoint, run)
-    with tqdm(total=n_paths * grid[1][-1], unit="step", unit_scale=True,
-              disable=not progress) as bar:
-        try: compute_or_again(run, run_state, many, threads, bar)
-        except KeyboardInterrupt as stop:
-            interrupted(stop, run, run_state, eta)
-            raise
-        finally: save(run_state, last=True)
-    return summary(run_state.parts[0], eta, run)
+    computed(run, run_state, many, threads, progress)
+    return summary(run_state.parts[0], float(process.time_step), run)

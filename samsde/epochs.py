@@ -19,7 +19,7 @@ from .objective import Minibatches, Objective
 
 # %% ../nbs/06f_epochs.ipynb #3426fdf9
 def step_map(H:np.ndarray, c:np.ndarray, eta:float, rho:float, batch:tuple) -> np.ndarray:
-    "T ⊗ T for the step T of (x, 1), Eq. (3)"
+    "T ⊗ T for the step T of (x, 1), Eq. (6f.3)"
     d = H.shape[1]
     rows = list(batch)
     mean = H[rows].mean(0)
@@ -111,7 +111,7 @@ def epoch_noise(eta_lambda:float, # ηλ, the learning rate times a curvature, b
                 batch_size:int=1 # B, below N
                ) -> np.ndarray: # (K,)
     """The stationary variance after each step of an epoch, as a part of that with independent
-    minibatches, Eq. (7). The last is the epoch's end. Raises ValueError or TypeError on bad input."""
+    minibatches, Eq. (6f.7). The last is the epoch's end. Raises ValueError or TypeError on bad input."""
     law = Minibatches(n, batch_size, "epochs")
     if law.batch_size == n: raise ValueError(f"batch_size must be below n, got {n} and {n}")
     s = check_scalar("eta_lambda", eta_lambda)

@@ -816,7 +816,7 @@ def third_perturbation(algorithm:Algorithm, objective:Objective,
                        x:Tensor, # (..., d)
                        gamma:Tensor # broadcasts with the paths of x
                       ) -> Tensor: # (..., d)
-    """T_γ[u, u] of Eq. (7).
+    """T_γ[u, u] of Eq. (2d.7).
     u is that of the algorithm's source, and micro-batches are averaged."""
     x = broadcast_paths(x, gamma=gamma)
     own = algorithm.of_gradient(gamma)
@@ -828,7 +828,7 @@ def third_perturbation(algorithm:Algorithm, objective:Objective,
 
 # %% ../nbs/02d_moments.ipynb #2344567e
 def second_moment(self:Algorithm, objective:Additive, grad:Tensor) -> tuple|None:
-    "a and b of Eq. (8); None where these are not known"
+    "a and b of Eq. (2d.8); None where these are not known"
 
 def second_moment_of_linear(self:Linear, objective, grad):
     if self.is_linear: return (self.scale(grad)**2,) * 2
@@ -859,7 +859,7 @@ def mean_third(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int, se
     return expectation(third, support, x, objective.chunk)
 
 def by_columns(objective:Additive, x:Tensor, grad:Tensor, a, b) -> Tensor: # (..., d)
-    "Eq. (8)"
+    "Eq. (2d.8)"
     first = a * objective.third(x, grad)
     if objective.law.silent: return first
     roots = objective.law(torch.eye(objective.dim, dtype=x.dtype, device=x.device))

@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .algorithm import Algorithm, Chain
-from .machinery.store import alike, fingerprint, remove_parts, replacing, sha256
+from .machinery.store import (
+    ELSEWHERE, check_same, fingerprint, read, remove_parts, sha256, write)
 from .machinery.streams import Run
 from .ensemble import DivergenceError, Ensemble, simulate, starts, time_grid
 from .machinery.checks import check_int, check_positive
@@ -125,7 +126,8 @@ class Job:
     def time_step(self) -> float:
         "Of its process; η, where that has none of its own"
         step = getattr(self.process, "time_step", None)
-        return float(step) if getattr(step, "ndim", 0) == 0 and step is not None else self.setting["eta"]
+        one = step is not None and getattr(step, "ndim", 0) == 0
+        return float(step) if one else self.setting["eta"]
     @property
     def dt(self) -> float|None: # of an SDE
         return None if isinstance(self.process, Chain) else self.time_step / self.substeps
@@ -135,6 +137,20 @@ class Job:
         return simulate(self.process, x0, t_end, n_paths, **how)
 
 # %% ../nbs/08c_sweep.ipynb #sweep022
+def rows_of(ensemble:Ensemble, times:list) -> list:
+    "The rows of its frame, by hand, since a small frame takes as long to build as a small run"
+    def known(value): return None if math.isnan(value) else value
+    rows = []
+    for name, mean in ensemble.mean.items():
+        components = [",".join(map(str, index)) for index in
+                      itertools.product(*map(range, mean.shape[1:]))]
+        columns = [getattr(ensemble, kind)[name].reshape(len(times), -1).tolist()
+                   for kind in ("mean", "std", "sem")]
+        for time_, *of_time in zip(times, *columns):
+            rows += [[name, time_, component, *map(known, numbers)]
+                     for component, *numbers in zip(components, *of_time)]
+    return [row for row in rows if row[3] is not None]
+
 def run(job:Job) -> dict: # n_diverged, and rows of observable, time, component, mean, std, sem
     "What a job contributes to the table: text and numbers only"
     records = times_in("t_end", job.t_end, "interval", job.interval)
@@ -145,11 +161,8 @@ def run(job:Job) -> dict: # n_diverged, and rows of observable, time, component,
         except DivergenceError:
             return dict(n_diverged=job.n_paths,
                         rows=[[name, job.t_end, "", None, None, None] for name in job.observe])
-    frame = ensemble.frame()
     times = [k * job.interval for k in range(records)] + [job.t_end]
-    frame["time"] = frame["time"].map(dict(zip(ensemble.times.tolist(), times)))
-    frame = frame.astype(object).where(frame.notna(), None)
-    return dict(n_diverged=ensemble.n_diverged, rows=frame.values.tolist())
+    return dict(n_diverged=ensemble.n_diverged, rows=rows_of(ensemble, times))
 
 # %% ../nbs/08c_sweep.ipynb #sweep024
 def check(job:Job):
@@ -216,90 +229,46 @@ def jobs_of(algorithms:list, objectives:list, # from variants
     return jobs
 
 # %% ../nbs/08c_sweep.ipynb #sweep029
-FORMAT = 3 # of the files; another one where the numbers of a setting change
-
 def request(job:Job) -> dict:
     "All that was asked for, in text and numbers"
     more = {name: getattr(job, name) for name in ("t_end", "n_paths", "interval", "substeps")}
     return job.setting | more | dict(observe=list(job.observe), dtype=str(job.x0.dtype))
 
-@dataclass
-class Meaning:
-    "What the names of a job stand for"
-    x0: str # a hash of the start
-    sketches: dict # of what a step does, of the objective, of what is observed
-    columns: int # numbers that are observed at a time
+def file_of(folder:Path, job:Job) -> Path:
+    "Where a job's result is kept. Raises ValueError if there is one in the format of version 0.1."
+    path = folder / f"{digest(request(job))[:24]}.npz"
+    old = path.with_suffix(".json")
+    if not old.exists(): return path
+    raise ValueError(f"{old} has the format of an earlier version of samsde: {ELSEWHERE}")
 
 # %% ../nbs/08c_sweep.ipynb #a301d160
-def meaning(job:Job) -> Meaning:
-    """What the names of a job stand for.
+def meaning(job:Job) -> dict: # the hash of its start, and sketches
+    """What the names of a job stand for; its seed does not matter.
     Raises ValueError or TypeError, with the setting, if that makes no sense."""
     two = job.x0[:2] if job.x0.ndim == 2 else job.x0
     eta = job.time_step
     with naming(job.setting):
-        x = starts(job.process, two, 2)
+        x = job.process.start(starts(job.process, two, 2))
         grid = time_grid(eta, eta, job.dt)
-        sketches, seen = fingerprint(Run(job.process, job.process.start(x), grid, job.observe, 2,
-                                         (), 0, False))
-    return Meaning(sha256(job.x0), sketches, sum(v[0].numel() for v in seen))
+        sketches = fingerprint(Run(job.process, x, grid, job.observe, 2, (), 0, False))
+    return dict(x0=sha256(job.x0), sketches=sketches)
+
+def about(job:Job, means:dict) -> dict:
+    "What its file says of a job"
+    settings = json.loads(json.dumps(request(job) | dict(x0=means["x0"])))
+    return dict(settings=settings, sketches=means["sketches"])
 
 # %% ../nbs/08c_sweep.ipynb #sweep02a
-def keep(path:Path, job:Job, means:Meaning, result:dict):
+def keep(path:Path, job:Job, means:dict, result:dict):
     "Write the result of a job, completely or not at all. Raises OSError if that fails."
-    content = dict(request=request(job), x0=means.x0, sketches=means.sketches, **result)
-    text = json.dumps(dict(format=FORMAT, sha256=digest(content), content=content))
-    with replacing(path) as f: f.write(text.encode())
+    write(path, about(job, means) | dict(result=result), {})
 
-# %% ../nbs/08c_sweep.ipynb #sweep030
-def loaded(path:Path, room:int
-          ) -> tuple[int, dict]: # format and content of a file of at most `room` bytes
-    "Raises an error if a file is none, or not what was written."
-    if path.stat().st_size > room: raise ValueError("it is too long")
-    file = json.loads(path.read_bytes())
-    version, content = file["format"], file["content"]
-    if type(version) is not int: raise TypeError("its format is no number")
-    if version == FORMAT and digest(content) != file["sha256"]:
-        raise ValueError("its checksum is wrong")
-    return version, content
-
-# %% ../nbs/08c_sweep.ipynb #584ef49c
-def differences(content:dict, job:Job, means:Meaning) -> list:
-    "What another job's file does not agree in. Raises an error if what it says makes no sense."
-    other = (["settings"] * (content["request"] != request(job))
-             + ["x0"] * (content["x0"] != means.x0))
-    known = content["sketches"]
-    seen = means.sketches
-    return other + [name for name in seen if not alike(known.get(name), seen[name])]
-
-# %% ../nbs/08c_sweep.ipynb #a7eaa8c1
-def check_rows(content:dict, job:Job):
-    "Raises an error unless a file's rows can be a job's"
-    def real(v): return type(v) in (int, float) and not math.isnan(v)
-    fit = type(content["n_diverged"]) is int and 0 <= content["n_diverged"] <= job.n_paths
-    for name, time, component, mean, std, sem in content["rows"]:
-        fit &= (name in job.observe and real(time) and 0 <= time <= job.t_end
-                and type(component) is str)
-        fit &= all(v is None or real(v) for v in (mean, std, sem))
-    if not fit: raise ValueError("its rows are not those of this job")
-
-# %% ../nbs/08c_sweep.ipynb #sweep03a
-def kept(path:Path, job:Job, means:Meaning) -> dict:
+def kept(path:Path, job:Job, means:dict) -> dict:
     """The result of a job from its file.
     Raises ValueError if the file is damaged, of another format, or another job's."""
-    row = 200 + max(len(json.dumps(name)) for name in job.observe) # bytes
-    rows = means.columns * (2 + round(job.t_end / job.interval))
-    room = 10**5 + 10 * len(json.dumps([request(job), means.sketches])) + rows * row
-    try:
-        version, content = loaded(path, room)
-        other = differences(content, job, means) if version == FORMAT else []
-        if version == FORMAT and not other: check_rows(content, job)
-    except Exception as error: # whatever is wrong with it
-        raise ValueError(f"{path} is damaged, or no file of a sweep: delete it") from error
-    wrong = f"belongs to another sweep, which differs in {', '.join(other)}" if other else ""
-    if version != FORMAT:
-        wrong = f"has format {version}, but this version of samsde writes {FORMAT}"
-    if wrong: raise ValueError(f"{path} {wrong}: give another folder")
-    return {name: content[name] for name in ("n_diverged", "rows")}
+    known, _ = read(path)
+    check_same(path, known, about(job, means))
+    return known["result"]
 
 # %% ../nbs/08c_sweep.ipynb #sweep032
 def numbered(i:int, job:Job) -> tuple[int, dict]: return i, run(job)
@@ -362,25 +331,30 @@ def table_of(jobs:list, results:dict) -> pd.DataFrame:
 def collect(jobs:list, folder:Path|None, progress:bool) -> dict: # number of a job -> its result
     """Results of all jobs, from the folder where they are there.
     Raises what a job raises, and ValueError on a file that does not belong."""
-    if folder and folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder must be a folder, got the file {folder}")
-    folder = folder and Path(os.path.realpath(folder)) # of a link, what it leads to
-    combinations = [tuple(job.setting.values())[:-1] for job in jobs] # without the seed
-    of_each = dict(zip(combinations, jobs)) if folder else {}
-    known = {key: meaning(job) for key, job in of_each.items()}
-    if folder: folder.mkdir(parents=True, exist_ok=True)
-    if folder: remove_parts(folder, "*.json")
-    paths = [folder / f"{digest(request(job))[:24]}.json" for job in jobs] if folder else []
-    there = [i for i, path in enumerate(paths) if path.exists()]
-    results = {i: kept(paths[i], jobs[i], known[combinations[i]]) for i in there}
+    results, save = there(jobs, folder) if folder else ({}, lambda i, result: None)
     todo = {i: job for i, job in enumerate(jobs) if i not in results}
     bar = tqdm(total=len(jobs), initial=len(results), unit="job", disable=not progress)
     # threads may leave filters behind
     with bar, closing(finished(todo)) as done, warnings.catch_warnings():
         for i, results[i] in done:
-            if folder: keep(paths[i], jobs[i], known[combinations[i]], results[i])
+            save(i, results[i])
             bar.update()
     return results
+
+def there(jobs:list, folder:Path
+         ) -> tuple[dict, Callable]: # number -> result; keeps a number's result
+    """The results that a folder has, and how to add one.
+    Raises ValueError on a file that does not belong."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder must be a folder, got the file {folder}")
+    folder = Path(os.path.realpath(folder)) # of a link, what it leads to
+    combinations = [tuple(job.setting.values())[:-1] for job in jobs] # without the seed
+    known = {key: meaning(job) for key, job in dict(zip(combinations, jobs)).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_parts(folder, "*.npz")
+    files = [(file_of(folder, job), job, known[key]) for job, key in zip(jobs, combinations)]
+    found = {i: kept(*file) for i, file in enumerate(files) if file[0].exists()}
+    return found, lambda i, result: keep(*files[i], result)
 
 # %% ../nbs/08c_sweep.ipynb #sweep035
 def sweep(algorithms, # name -> Algorithm, or function of ρ; or a list, named by their classes

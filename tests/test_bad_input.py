@@ -366,7 +366,7 @@ TABLE |= { # simulate
     "an observable that fails in the middle": (lambda: run(observe={"a": lambda x: x[:2]}, every=5), ValueError, r"must keep the leading axes \(4,\), got shape \(2, 2\)"),
     "more times than memory": (lambda: run(Chain(SAM(.1), bowl, 1e-9)), ValueError, "every must be"),
     "checkpoint in no folder": (lambda: run(checkpoint="/nonexistent/a.npz"), ValueError, "checkpoint must be a file in a folder that exists, got /nonexistent"),
-    "checkpoint a folder": (lambda: run(checkpoint=FOLDER[0]), ValueError, "is no checkpoint of simulate"),
+    "checkpoint a folder": (lambda: run(checkpoint=FOLDER[0]), ValueError, "checkpoint must be a file"),
     "checkpoint a number": (lambda: run(checkpoint=3), TypeError, "checkpoint must be .* int"),
 }
 
@@ -699,7 +699,7 @@ def test_a_file_that_is_no_checkpoint_of_this_run_stays(tmp_path, harm):
     whole = path.read_bytes()
     path.write_bytes({"another run's": whole, "cut short": whole[:len(whole) // 2], "a pickle": pickle.dumps({"final": 3}), "empty": b"", "text": b"hello"}[harm])
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="belongs to a run with other settings" if harm == "another run's" else "is no checkpoint of simulate"): run(checkpoint=path, seed=2)
+    with pytest.raises(ValueError, match="belongs to a run with other settings" if harm == "another run's" else "is no file of samsde"): run(checkpoint=path, seed=2)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["run.npz"]
 
 def test_good_input_beside_it():

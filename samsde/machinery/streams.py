@@ -32,6 +32,18 @@ def stream(seed:int, block:int, device) -> torch.Generator:
     return torch.Generator(device).manual_seed((base + block) % 2**32)
 
 # %% ../../nbs/machinery/streams.ipynb #785d251e
+def moments_of(value:Tensor, # (paths, *batch, ...)
+               counted:Tensor|None # (paths, *batch), which paths count; None: all
+              ) -> tuple[Tensor, Tensor]: # (*batch, ...) each
+    "Mean over paths, and sum of squared deviations from it, in double precision"
+    value = value.double()
+    if counted is None:
+        mean = value.mean(0)
+        return mean, (value - mean).square_().sum(0)
+    mask = counted.reshape(*counted.shape, *(1,) * (value.ndim - counted.ndim))
+    mean = torch.where(mask, value, 0).sum(0) / mask.sum(0).clamp(min=1)
+    return mean, torch.where(mask, value - mean, 0).square_().sum(0)
+
 @dataclass
 class Moments:
     "Count, mean and sum of squared deviations over paths, in double precision"
@@ -39,27 +51,16 @@ class Moments:
     mean: Tensor # (T, *batch, ...)
     m2: Tensor # the same
 
-    @classmethod
-    def of(cls, values:Tensor, # (T, paths, *batch, ...)
-           alive:Tensor # (paths, *batch), which count
-          ):
-        n = alive.sum(0)
-        values = values if values.is_floating_point() else values.double()
-        if alive.all():
-            mean = values.mean(1, dtype=torch.float64)
-            return cls(n, mean, (values - mean[:, None]).square().sum(1))
-        mask = alive.reshape(1, *alive.shape, *(1,) * (values.ndim - 1 - alive.ndim))
-        values = values.double()
-        mean = torch.where(mask, values, 0).sum(1) / mask.sum(1).clamp(min=1)
-        return cls(n, mean, torch.where(mask, values - mean[:, None], 0).square().sum(1))
     def __add__(self, other):
-        def spread(n): return n.reshape(1, *n.shape, *(1,) * (self.mean.ndim - 1 - n.ndim)).double()
-        a = spread(self.n)
-        b = spread(other.n)
+        def over_components(n): return n.reshape(n.shape + (1,) * (self.mean.ndim - 1 - n.ndim))
+        a = over_components(self.n.double())
+        b = over_components(other.n.double())
+        share = b / (a + b).clamp(min=1)
         gap = other.mean - self.mean
-        total = (a + b).clamp(min=1)
-        return Moments(self.n + other.n, self.mean + gap * b / total,
-                       self.m2 + other.m2 + gap**2 * a * b / total)
+        mean = torch.addcmul(self.mean, gap, share)
+        gap *= (a * share).sqrt()
+        m2 = (self.m2 + other.m2).addcmul_(gap, gap)
+        return Moments(self.n + other.n, mean, m2)
 
 # %% ../../nbs/machinery/streams.ipynb #a4ca9f48
 def finite_at(t:Tensor, # (*lead, ...)
@@ -81,34 +82,43 @@ def observed(fn, name:str, x:Tensor) -> Tensor:
                 f"observable {name!r} must give a tensor, got {type(value).__name__}") from None
     if value.is_complex():
         raise TypeError(f"observable {name!r} must be real, got {value.dtype}: observe its parts")
-    if value.shape[:len(lead)] == lead: return value.detach().clone()
+    if value.shape[:len(lead)] == lead: return value.detach()
     raise ValueError(
         f"observable {name!r} must keep the leading axes {tuple(lead)}, "
         f"got shape {tuple(value.shape)}")
 
 # %% ../../nbs/machinery/streams.ipynb #1eda62a8
+KINDS = "mean", "m2", "paths" # what is recorded of an observable; the values of all paths if kept
+
+# %% ../../nbs/machinery/streams.ipynb #ad7e726a
 @dataclass
 class Block:
     "Some of the paths on their way, and all that decides how they go on"
     x: Tensor # (paths, *batch, m), the states
-    until: Tensor # (paths, *batch), how many records a path was finite; all to begin with
-    values: dict # name -> list of (paths, *batch, ...), a tensor for each record so far
+    until: Tensor # (paths, *batch), how many records a path was finite
+    counted: Tensor # (paths, *batch), which paths the moments are of
+    records: list # for each observable tensors (T, ...) of KINDS; none before the first record
     generator: torch.Generator
     step: int=0 # how many steps η were taken
+    recorded: int=0 # how many records there are
     kept: float=field(default_factory=time.monotonic) # when its state was last kept
 
-    def state(self) -> dict: # name -> tensor, or list of tensors to be stacked
+    def state(self) -> dict: # name -> tensor
         "All of it, as it is now"
-        values = {f"values{i}": list(v) for i, v in enumerate(self.values.values())}
-        return ({"x": self.x.clone(), "until": self.until,
-                 "generator": self.generator.get_state()} | values)
-    def restore(self, step:int, t:dict):
+        rows = {f"{kind}{i}": t[:self.recorded] for i, of_one in enumerate(self.records)
+                for kind, t in zip(KINDS, of_one)}
+        return dict(x=self.x.clone(), until=self.until, counted=self.counted,
+                    generator=self.generator.get_state()) | rows
+    def restore(self, step:int, t:dict, times:int): # in all
         "Go on from such a state"
-        self.x = t["x"]
-        self.until = t["until"]
-        self.step = step
-        self.values = {name: list(t[f"values{i}"]) for i, name in enumerate(self.values)}
+        self.x, self.until, self.counted, self.step = t["x"], t["until"], t["counted"], step
         self.generator.set_state(t["generator"].cpu())
+        self.recorded = len(t["mean0"])
+        self.records = []
+        while f"mean{(i := len(self.records))}" in t:
+            rows = [t[f"{kind}{i}"] for kind in KINDS if f"{kind}{i}" in t]
+            self.records.append([v.new_empty(times, *v.shape[1:]) for v in rows])
+            for all_times, v in zip(self.records[-1], rows): all_times[:len(v)] = v
 
 # %% ../../nbs/machinery/streams.ipynb #7930c955
 @dataclass
@@ -126,37 +136,53 @@ class Run:
 
     @property
     def dim(self) -> int: return self.process.position(self.x[:1]).shape[-1]
-    def block(self, lo:int) -> Block:
-        "The block of the paths from `lo` on, at its start"
+    @property
+    def times(self) -> int: return len(self.grid[1])
+    def block(self, lo:int, # its first path
+              until:Tensor|None=None # (paths, *batch), of a run of it in which some diverged
+             ) -> Block:
+        "A block at its start, with moments of the paths that did not diverge"
         x = self.x[lo:lo + self.size].clone(memory_format=torch.contiguous_format)
-        until = torch.full(x.shape[:-1], len(self.grid[1]), device=x.device)
-        return Block(x, until, {name: [] for name in self.observe},
+        if until is None: until = torch.full(x.shape[:-1], self.times, device=x.device)
+        return Block(x, until, until == self.times, [],
                      stream(self.seed, lo // self.size, x.device))
     def draw(self, n:int, generator:torch.Generator): # () -> noise of n paths
         return lambda: self.process.draw((n, *self.shape), generator, dtype=self.x.dtype,
                                          device=self.x.device)
 
 # %% ../../nbs/machinery/streams.ipynb #4fb0958c
+def record(run:Run, block:Block, counted:Tensor|None): # of moments_of
+    "Observe a block, and note which paths are not finite"
+    position = run.process.position(block.x)
+    k = block.recorded
+    # if a sum is finite, so is all that is in it
+    doubtful = [] if math.isfinite(block.x.sum()) else [block.x]
+    for i, (name, fn) in enumerate(run.observe.items()):
+        value = observed(fn, name, position)
+        row = [*moments_of(value, counted)] + [value] * run.keep
+        if not k: block.records.append([v.new_empty(run.times, *v.shape) for v in row])
+        for all_times, v in zip(block.records[i], row): all_times[k] = v
+        if not math.isfinite(row[0].sum()): doubtful.append(value)
+    for t in doubtful:
+        finite = finite_at(t, block.x.ndim - 1)
+        block.until = torch.where(finite, block.until, block.until.clamp(max=k))
+    block.recorded += 1
+
+# %% ../../nbs/machinery/streams.ipynb #43c24de5
 @torch.no_grad()
 def advance(run:Run, block:Block, tick):
     "Take a block from where it is to the end; `tick` is called with it after every step"
     steps, marks = run.grid
     draw = run.draw(len(block.x), block.generator)
-    for k in range(len(next(iter(block.values.values()))), len(marks)):
+    counted = None if block.counted.all() else block.counted
+    for mark in marks[block.recorded:]:
         with recording(run.recorder):
-            while block.step < marks[k]:
+            while block.step < mark:
                 # in memory as a file would give it back
                 block.x = run.process.advance(block.x, draw, steps).contiguous()
                 block.step += 1
                 tick(block)
-        seen = {name: observed(fn, name, run.process.position(block.x))
-                for name, fn in run.observe.items()}
-        for name, value in seen.items(): block.values[name].append(value)
-        # if a sum is finite, so is all that is in it
-        doubtful = [t for t in (block.x, *seen.values()) if not math.isfinite(t.sum())]
-        for t in doubtful:
-            block.until = torch.where(finite_at(t, block.x.ndim - 1), block.until,
-                                      block.until.clamp(max=k))
+        record(run, block, counted)
 
 # %% ../../nbs/machinery/streams.ipynb #337e0141
 @dataclass
@@ -168,15 +194,14 @@ class PathStatistics:
     paths: list # for each observable a list of (T, paths, *batch, ...); empty unless kept
     @classmethod
     def of(cls, run:Run, block:Block):
-        times = len(run.grid[1])
-        values = [torch.stack(v) for v in block.values.values()]
+        n = block.counted.sum(0)
         return cls([run.process.position(block.x)], [block.until],
-                   [Moments.of(v, block.until == times) for v in values],
-                   [[v] for v in values] if run.keep else [])
+                   [Moments(n, mean, m2) for mean, m2, *_ in block.records],
+                   [[paths] for _, _, paths in block.records] if run.keep else [])
     def __add__(self, other):
         return PathStatistics(self.final + other.final, self.until + other.until,
                               [a + b for a, b in zip(self.moments, other.moments)],
-                       [a + b for a, b in zip(self.paths, other.paths)])
+                              [a + b for a, b in zip(self.paths, other.paths)])
     def __len__(self) -> int: return sum(map(len, self.final))
     def state(self) -> dict:
         arrays = {"final": torch.cat(self.final), "until": torch.cat(self.until)}
