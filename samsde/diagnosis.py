@@ -6,7 +6,7 @@
 __all__ = ['top_eigenvectors', 'largest_eigenvalue', 'Diagnosis', 'diagnose', 'diagnose_training']
 
 # %% ../nbs/08b_diagnosis.ipynb #632055e8
-import time
+import inspect, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
 
 from . import optim
@@ -26,7 +26,7 @@ from .machinery.style import colours
 from .implicit_regularizer import drift, mean_moments
 from .moments import chunks, hessian_perturbation
 from .machinery.checks import (
-    check_finite, check_floating, check_int, check_positive, check_scalar)
+    check_finite, check_floating, check_int, check_positive, check_scalar, check_share)
 from .machinery.network import trainable
 from .machinery.paths import gradient
 from .objective import FiniteSum, MinibatchLoss, Objective
@@ -36,6 +36,18 @@ def one_point(objective, x) -> Tensor: # (d,)
     "`x` if it is one finite point of an objective; else a ValueError or TypeError"
     if an_objective(objective).check(x).ndim == 1: return check_finite("x", x)
     raise ValueError(f"x must be one point of shape ({objective.dim},), got {tuple(x.shape)}")
+
+# %% ../nbs/08b_diagnosis.ipynb #0f18e696
+def products_of(objective:Objective, x:Tensor) -> Callable: # (d,) -> (d,)
+    "v ↦ ∇²f(x) v, from one graph of ∇f where a pass over the samples makes one"
+    kind = type(objective)
+    plain = all(getattr(kind, name, None) is getattr(FiniteSum, name)
+                for name in ("grad", "weighted_grad", "hvp", "weighted_hvp"))
+    if not (plain and objective.one_pass(x)): return lambda v: objective.hvp(x, v)
+    z = x.detach().clone().requires_grad_()
+    with torch.enable_grad(): slope = objective.grad(z)
+    if not slope.requires_grad: return lambda v: objective.hvp(x, v)
+    return lambda v: torch.autograd.grad(slope, z, v, retain_graph=True)[0]
 
 # %% ../nbs/08b_diagnosis.ipynb #990e4ab5
 def top_eigenvectors(objective:Objective,
@@ -51,9 +63,10 @@ def top_eigenvectors(objective:Objective,
     if k > d / 2:
         values, vectors = torch.linalg.eigh(objective.hessian(x))
         return values[-k:].flip(0), vectors.T[-k:].flip(0)
+    times = products_of(objective, x)
     def product(v):
         v = torch.from_numpy(np.ascontiguousarray(v.ravel())).to(x)
-        return objective.hvp(x, v).double().cpu().numpy()
+        return times(v).double().cpu().numpy()
     start = np.random.default_rng(0).standard_normal(d)
     if not product(start).any():
         return x.new_zeros(k), torch.eye(k, d).to(x) # the zero matrix, at which Lanczos fails
@@ -445,49 +458,99 @@ def same_in_all(groups:list, name:str, default):
     if len(values) == 1: return values.pop()
     raise ValueError(f"all groups must have one {name}, got {sorted(values)}")
 
+def is_overridden(optimizer, kind:type, names:tuple) -> bool:
+    "Has a subclass of `kind` methods of its own of these names?"
+    def plain(cls, name): return inspect.unwrap(getattr(cls, name)) # without torch's profiler
+    return any(plain(type(optimizer), name) is not plain(kind, name) for name in names)
+
+def is_kind(optimizer, kind:type, names:tuple) -> bool:
+    return isinstance(optimizer, kind) and not is_overridden(optimizer, kind, names)
+
+def refuse_algorithm(optimizer):
+    "A TypeError that says what to write, if one of samsde.algorithm stands for an optimizer"
+    name = type(optimizer).__name__
+    if isinstance(optimizer, Algorithm):
+        raise TypeError(
+            f"optimizer must be samsde.optim.{name} or torch.optim.SGD, got samsde.algorithm.{name}"
+            f": write samsde.optim.{name}(model.parameters(), torch.optim.SGD, rho=..., lr=...)")
+    if isinstance(optimizer, type):
+        raise TypeError(f"optimizer must be an object, got the class {optimizer.__name__}")
+
+# %% ../nbs/08b_diagnosis.ipynb #5103ffa4
+KINDS = {optim.SAM: SAM, optim.USAM: USAM, optim.DNSAM: DNSAM}
+
+def kind_of(optimizer, base, rho) -> type:
+    """The algorithm that an optimizer runs. Raises TypeError where its perturbation is not known.
+    One of another package is taken for SAM by its name, or where a radius is given."""
+    if optimizer is base: return SGD
+    methods = ("scale", "step", "first_step", "_perturb", "_gradient")
+    for cls, kind in KINDS.items():
+        if is_kind(optimizer, cls, methods): return kind
+    name = type(optimizer).__name__
+    foreign = not isinstance(optimizer, optim.Perturbed)
+    named = name == "SAM" and "rho" in optimizer.param_groups[0]
+    if foreign and (named or rho is not None): return SAM
+    raise TypeError(
+        f"the optimizer must be a SAM, USAM or DNSAM as samsde.optim has them, got {name}: "
+        "how it perturbs is not known. If as SAM does, give rho; else use diagnose")
+
 def radius_of(optimizer, base, rho) -> tuple[type, float, bool]:
     "The algorithm that perturbs, its radius, and whether that is scaled by the parameters"
-    kinds = {optim.SAM: SAM, optim.USAM: USAM, optim.DNSAM: DNSAM}
-    groups = optimizer.param_groups
+    kind, groups = kind_of(optimizer, base, rho), optimizer.param_groups
     keys = getattr(optimizer, "keys", dict(rho="rho", adaptive="adaptive", perturb="perturb"))
-    kind = next((kinds[c] for c in type(optimizer).__mro__ if c in kinds), None)
-    has_radius = kind is not None or (base is not optimizer and keys["rho"] in groups[0])
-    if kind is not None and getattr(optimizer, "interval", 1) > 1:
-        raise ValueError(f"the optimizer must perturb in every step, got interval={optimizer.interval}")
+    if getattr(optimizer, "interval", 1) > 1:
+        raise ValueError(
+            f"the optimizer must perturb in every step, got interval={optimizer.interval}")
     if getattr(optimizer, "is_perturbed", False):
         raise ValueError("the optimizer is between its two steps: diagnose before or after them")
     if not same_in_all(groups, keys["perturb"], True):
         raise ValueError("all groups must be perturbed, got perturb=False")
     adaptive = bool(same_in_all(groups, keys["adaptive"], False))
-    if rho is None: rho = same_in_all(groups, keys["rho"], 0.) if has_radius else 0.
+    if rho is None: rho = 0. if kind is SGD else same_in_all(groups, keys["rho"], 0.)
     rho = check_scalar("rho", rho, zero=True)
-    return (kind or SAM) if rho else SGD, rho, adaptive
+    if kind is SGD and rho: kind = SAM
+    return kind if rho else SGD, rho, adaptive
+
+# %% ../nbs/08b_diagnosis.ipynb #b4aafba3
+def step_of(groups:list) -> dict:
+    "The settings of torch's SGD. Raises ValueError if they differ, or are none of a step."
+    if any(group.get("maximize") for group in groups):
+        raise ValueError("maximize=True is not supported")
+    found = {"η": same_in_all(groups, "lr", 0.)}
+    for name in ("momentum", "dampening"): found[name] = same_in_all(groups, name, 0.)
+    check_scalar("the optimizer's lr", found["η"])
+    for name in ("momentum", "dampening"): check_share(f"the optimizer's {name}", found[name])
+    return found | {"nesterov": bool(same_in_all(groups, "nesterov", False))}
+
+def decay_of(model:nn.Module, groups:list) -> Tensor: # (d,), or (1,) where there is none
+    "The weight decay of each coordinate. Raises ValueError on parameters of another model."
+    decays = {id(p): float(g.get("weight_decay", 0.))
+              for g in groups for p in g["params"] if p.requires_grad}
+    params = trainable(model)
+    here = {id(p) for p in params}
+    if set(decays) != here:
+        raise ValueError(
+            f"the optimizer must have the model's {len(params)} trainable parameters, "
+            f"got {len(decays)}, of which {len(set(decays) & here)} are the model's")
+    decay = torch.cat([p.new_full((p.numel(),), decays[id(p)]) for p in params]).detach()
+    return decay if decay.any() else decay[:1]
 
 def read_optimizer(model:nn.Module, optimizer, rho=None) -> tuple[Algorithm, dict, Tensor]:
     """The algorithm, its settings, and the weight decay of each coordinate, (d,).
     Raises ValueError or TypeError where the step is none of SGD's, or settings differ."""
+    refuse_algorithm(optimizer)
     optimizer = unwrapped(optimizer)
     base = getattr(optimizer, "base_optimizer", optimizer)
-    if not isinstance(base, torch.optim.SGD):
-        raise TypeError("the step must be that of torch.optim.SGD, alone or inside of a SAM, USAM or DNSAM, "
-                        f"got {type(base).__name__}: no SDE here describes another")
+    if not is_kind(base, torch.optim.SGD, ("step",)):
+        raise TypeError(
+            "the step must be that of torch.optim.SGD, alone or inside of a SAM, USAM or DNSAM, "
+            f"got {type(base).__name__}: no SDE here describes another")
     kind, rho, adaptive = radius_of(optimizer, base, rho)
-    groups = base.param_groups
-    if any(group.get("maximize") for group in groups): raise ValueError("maximize=True is not supported")
-    settings = {"η": same_in_all(groups, "lr", 0.), "momentum": same_in_all(groups, "momentum", 0.),
-                "dampening": same_in_all(groups, "dampening", 0.),
-                "nesterov": bool(same_in_all(groups, "nesterov", False))}
-    decays = {id(p): float(g.get("weight_decay", 0.)) for g in groups for p in g["params"]}
-    params = trainable(model)
-    if set(decays) != {id(p) for p in params}:
-        raise ValueError(f"the optimizer must have the model's {len(params)} trainable parameters, "
-                         f"got {len(decays)}, of which {len(set(decays) & {id(p) for p in params})} are the model's")
-    check_scalar("the optimizer's lr", settings["η"])
-    decay = torch.cat([torch.full((p.numel(),), decays[id(p)], dtype=p.dtype, device=p.device) for p in params])
-    if not decay.any(): decay = decay[:1]
+    settings = step_of(base.param_groups)
+    decay = decay_of(model, base.param_groups)
     algorithm = SGD() if kind is SGD else kind(rho, adaptive=adaptive)
     found = {"algorithm": type(algorithm).__name__, "ρ": rho, **settings}
-    return algorithm, found | {"weight decay": max(decays.values())}, decay
+    return algorithm, found | {"weight decay": decay.max().item()}, decay
 
 # %% ../nbs/08b_diagnosis.ipynb #ce44f8df
 def ritz(diagonal:list, beside:list, top:int) -> tuple: # (k,), (steps, k) and (k,)
@@ -579,11 +642,14 @@ def set_batches(objective:MinibatchLoss, n:int): # changes the objective
 @contextmanager
 def products_at(objective:MinibatchLoss, x:Tensor, n:int): # changes the objective
     "Gives v ↦ ∇²f v for the mean f over n drawn minibatches; of one, by one graph"
+    before = objective.found
     set_batches(objective, n)
-    if n > 1: yield lambda v: objective.hvp(x, v)
-    else:
-        *rows, seed = objective.batches()[0][0].tolist()
-        with objective.network.products(x, rows, seed) as product: yield product
+    try:
+        if n > 1: yield lambda v: objective.hvp(x, v)
+        else:
+            *rows, seed = objective.batches()[0][0].tolist()
+            with objective.network.products(x, rows, seed) as product: yield product
+    finally: objective.found = before
 
 def momentum_terms(settings:dict, A:float, in_eta:float, tolerance:float) -> dict:
     "Which of the SDEs of order 1, order 2 and with a velocity is fair"
@@ -595,8 +661,30 @@ def momentum_terms(settings:dict, A:float, in_eta:float, tolerance:float) -> dic
     else: model = "none"
     return {"momentum number": number, "model": model}
 
+def check_setting(model):
+    "Raises ValueError or TypeError where sums of gradients would be inexact"
+    kinds = {p.dtype for p in trainable(model)} if isinstance(model, nn.Module) else set()
+    if low := kinds & {torch.float16, torch.bfloat16}:
+        raise TypeError("parameters must be of float32 or float64, "
+                        f"got {low.pop()}: diagnose a copy in float32, with data of that kind")
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        raise ValueError("a diagnosis must not run inside of torch.autocast: give batch_loss, "
+                         "a function (model, batch) -> scalar with an autocast of its own")
+
+def unlike_drawn(data) -> list:
+    "In what a DataLoader differs from minibatches that are drawn at random, in words"
+    if not isinstance(data, DataLoader): return []
+    said, n = [], len(data.dataset)
+    if isinstance(data.sampler, SequentialSampler) and n > data.batch_size:
+        said.append("the DataLoader does not shuffle: minibatches are drawn at random here")
+    if not data.drop_last and (short := len(data.sampler) % data.batch_size):
+        said.append(f"the last batch of an epoch has {short} samples, here {data.batch_size} as all")
+    return said
+
 def run_objective(model, loss, data, batch_size, collate_fn, batch_loss) -> MinibatchLoss:
     "The minibatches of a run: those of a DataLoader, or of data and a batch size"
+    check_setting(model)
+    model = getattr(model, "_orig_mod", model) # as it was before torch.compile
     if isinstance(data, DataLoader): return MinibatchLoss.from_module(model, loss, data, batch_loss=batch_loss)
     return MinibatchLoss.from_module(model, loss, data, batch_size, replace=False, collate_fn=collate_fn, batch_loss=batch_loss)
 
@@ -630,8 +718,10 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
     steps = how["batches"] + how["curved"] * how["steps"] + 2 * how["draws"]
     told = f"diagnosis, about {how['seconds']:.0f} s"
     with tqdm(total=steps, desc=told, leave=False, disable=not progress) as bar:
-        return diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance,
-                            clock, bar)
+        found = diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance,
+                             clock, bar)
+    found.coarse += unlike_drawn(data)
+    return found
 
 # %% ../nbs/08b_diagnosis.ipynb #81ad2a75
 SHARE = .01 # of the largest eigenvalue, by which the top ones may be off before time ends Lanczos
@@ -661,7 +751,7 @@ def top_of_run(objective:MinibatchLoss, x:Tensor, grad:Tensor, how:dict, top:int
 def sampled(algorithm, objective, x, grad, V, how:dict, seed:int, clock:Timed, bar) -> Drawn:
     "As many draws as there is time for, with as much left as the change within a step takes"
     begin = clock.spent
-    def done(n): return n >= LEAST and clock.left < .45 * (clock.spent - begin)
+    def done(n): return n >= LEAST and clock.left < (.5 + 1.5 / n) * (clock.spent - begin)
     return drawn(algorithm, objective, x, grad, V, how["draws"], seed, counted(bar), done)
 
 # %% ../nbs/08b_diagnosis.ipynb #d0c78170
@@ -696,7 +786,8 @@ def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, toler
     step = sampled(algorithm, objective, x, grad, V, how, seed, clock, bar)
     here, parts = parts_of_drift(grad, step, decay, x)
     size = norm(here)
-    def done(n): return n >= LEAST and clock.left < 0
+    begin = clock.spent
+    def done(n): return n >= LEAST and clock.left < 1.5 * (clock.spent - begin) / n
     changes = change_in_a_step(algorithm, objective, x, eta, here, step, decay, counted(bar), done)
     push, push_error = push_of(algorithm, step, size_of_grad)
     lag = (1 - mu + 2 * mu**2 if settings["nesterov"] else 1 + mu) / (1 - mu)
@@ -735,7 +826,7 @@ def coarseness(how:dict, used:str, error:float, errors:Tensor, lam:Tensor, step:
                 f"largest eigenvalue within {off:.1%} of theirs")
     said.append(f"{n} drawn minibatches")
     if changes < n: said.append(f"the change in η from {changes} of them")
-    if clock.spent > clock.budget:
+    if clock.spent > 1.1 * clock.budget:
         said.append(f"took {clock.spent:.2g} s, and not budget_s={clock.budget:.2g}: "
                     f"less than {LEAST} minibatches and Lanczos steps is no measurement")
     return said

@@ -211,9 +211,10 @@ class BatchNetwork:
         finally:
             with torch.no_grad():
                 for name, b in module.named_buffers(): b.copy_(before[name])
-        ours = self.derivative(self.x0, rows, 0)[1]
         slack = 64 * torch.finfo(self.dtype).eps**.75 * known.abs().max()
-        if not ((ours - known).abs() <= slack).all() and torch.isfinite(known).all():
+        def differs(ours): return not ((ours - known).abs() <= slack).all()
+        twice = [self.derivative(self.x0, rows, 0)[1] for _ in range(2)]
+        if any(map(differs, twice)) and torch.isfinite(known).all():
             raise ValueError("the loss has another gradient in a copy of the module: does it, or a function in it, "
                              "read the parameters from elsewhere, or change from one call to the next?")
     def of_module(self, module:nn.Module, rows:list) -> Tensor: # (d,)
