@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial, reduce, wraps
 from numbers import Real
-from operator import is_
 from typing import Callable
 
 import torch
@@ -36,9 +35,10 @@ def shards(tensors:list) -> list:
     return [t.to_local() if is_sharded(t) else t for t in tensors]
 
 # %% ../nbs/08_optim.ipynb #52f7ffc2
-def norm_on_mesh(tensors:list, dtype) -> float:
+def norm_on_mesh(tensors:list, dtype=None) -> float:
     "The norm of tensors that are all plain, or all on one mesh of processes"
-    norms = torch._foreach_norm(tensors, 2, dtype=dtype)
+    norms = (torch._foreach_norm(tensors, 2) if dtype is None
+             else torch._foreach_norm(tensors, 2, dtype=dtype))
     try: n = torch.linalg.vector_norm(torch.stack(norms))
     except RuntimeError:  # on several devices
         n = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
@@ -58,6 +58,11 @@ TRUSTED = {torch.float32: (1e-12, 1e18), torch.float64: (1e-140, 1e150)}
 def norm(tensors:list) -> float:
     "The norm of all tensors together, in the widest of their dtypes"
     if not tensors: return 0.0
+    dtype = tensors[0].dtype
+    if dtype in TRUSTED and all(type(t) is Tensor and t.dtype is dtype for t in tensors):
+        n = norm_on_mesh(tensors)
+        low, high = TRUSTED[dtype]
+        return n if low < n < high else norm_in_other_units(tensors)
     dtypes = {t.dtype for t in tensors}
     if not dtypes <= TRUSTED.keys():
         tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
@@ -83,6 +88,7 @@ class Displacement:
         self.ready = False       # are the gradients at x + ρ u there, and the parameters back at x?
         self.params = []         # what has moved, or is about to
         self.copies = []         # what they were
+        self.plain = False       # are they all plain tensors, none of them sharded?
         self.versions = []       # of the parameters, after they moved
         self.random = []         # generators' states, before and after each part of the first phase
         self.replayed = 0        # parts of the second phase that have begun from those states
@@ -97,7 +103,9 @@ class Displacement:
             kept = [held.get(id(p)) for p in params]
             copies = [torch.empty_like(p.detach()) if copy is None or not alike(copy, p) else copy
                       for copy, p in zip(kept, params)]
-        if copies: torch._foreach_copy_(shards(copies), shards(params))
+            self.plain = PLAIN.issuperset(map(type, params))
+        if copies and self.plain: torch._foreach_copy_(copies, params)
+        elif copies: torch._foreach_copy_(shards(copies), shards(params))
         self.versions = []
         self.ready = False
         self.params = params
@@ -107,7 +115,10 @@ class Displacement:
     def fits(self, params:list) -> bool:
         "Are the copies of the last step those that this one needs?"
         if not len(params) == len(self.params) == len(self.copies): return False
-        return all(map(is_, params, self.params)) and all(map(alike, self.copies, params))
+        for p, before, copy in zip(params, self.params, self.copies):
+            if p is not before or copy.dtype is not p.dtype: return False
+            if not copy.is_same_size(p) or copy.device != p.device: return False
+        return True
 
     def undo(self, unless_written:bool=False):
         "Bring the parameters back; with `unless_written`, those alone that nobody wrote to since"
@@ -117,7 +128,9 @@ class Displacement:
             still = [p._version == v for p, v in zip(params, self.versions)]
             params, copies = ([t for t, s in zip(ts, still) if s] for ts in (params, copies))
         if params:
-            with torch.no_grad(): torch._foreach_copy_(shards(params), shards(copies))
+            with torch.no_grad():
+                if self.plain: torch._foreach_copy_(params, copies)
+                else: torch._foreach_copy_(shards(params), shards(copies))
             torch.clear_autocast_cache()
         self.active = False
         self.random = []
@@ -169,7 +182,7 @@ LOW_PRECISION = {torch.float16, torch.bfloat16}
 def add_scaled(params:list, directions:list, alpha:float):
     "Add alpha times the directions to the parameters"
     params, directions = shards(params), shards(directions)
-    if 1e-30 < abs(alpha) < 1e30 and not LOW_PRECISION & {p.dtype for p in params}:
+    if 1e-30 < abs(alpha) < 1e30 and all(p.dtype not in LOW_PRECISION for p in params):
         return torch._foreach_add_(params, directions, alpha=alpha)
     for p, d in zip(params, directions):
         p.add_(d.to(torch.promote_types(d.dtype, torch.float64)) * alpha)
@@ -416,8 +429,9 @@ class TwoPhases(SharedGroups):
     def _with_gradient(self) -> list:
         return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
     def _first_gradient(self):
-        params = (p for group in self.param_groups for p in group["params"])
-        return next((p.grad for p in params if p.grad is not None), None)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if (g := p.grad) is not None: return g
     def _clear(self):
         for group in self.param_groups:
             for p in group["params"]: p.grad = None
@@ -431,12 +445,11 @@ class TwoPhases(SharedGroups):
         rho, adaptive, perturb = self.keys.values()
         for group in self.param_groups:
             if not group[perturb]: continue
-            pairs = [(p, g) for p in group["params"] if (g := p.grad) is not None]
-            if not pairs: continue
-            params = [p for p, _ in pairs]
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params: continue
             radius = checked_radius(group[rho])
             if group.get("maximize"): radius = -radius  # SAM on minus the loss
-            grads = [dense(g, p) for p, g in pairs]
+            grads = [dense(p.grad, p) for p in params]
             if group[adaptive]: grads = scaled_by(params, grads)
             moves.append((radius, group[adaptive], params, grads))
             moved += params
@@ -624,10 +637,11 @@ class Perturbed(TwoPhases):
             raise
 
     def _both_passes(self, at_x, at_u, first, second):
-        random = self.preserve_rng_state and self.perturbs
+        perturbs = self.perturbs
+        random = self.preserve_rng_state and perturbs
         if random: start = states(devices := self._devices())
         with torch.enable_grad(), first: loss = at_x()
-        if not self.perturbs: return loss
+        if not perturbs: return loss
         if random: end = states(devices)
         self._perturb()
         self._clear()
