@@ -256,8 +256,19 @@ def an_objective(objective) -> Objective:
     check_objective(objective)
     return objective
 
+def refuse_optimizer(algorithm):
+    "A TypeError that names both classes, if one of samsde.optim stands for an algorithm"
+    if not isinstance(algorithm, torch.optim.Optimizer): return
+    kind = type(algorithm).__name__
+    other = kind if kind in ("SGD", "USAM", "DNSAM") else "SAM"
+    written = "SGD()" if other == "SGD" else f"{other}(rho)"
+    raise TypeError(
+        f"algorithm must be an Algorithm, got the optimizer {type(algorithm).__module__}.{kind}: "
+        f"write samsde.algorithm.{written}; an optimizer is for diagnose_training")
+
 def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
     "Both, if they are what their names say; else a TypeError"
+    refuse_optimizer(algorithm)
     if not isinstance(algorithm, Algorithm):
         raise TypeError(f"algorithm must be an Algorithm, such as SAM(0.05), got {algorithm!r}")
     methods = {"potential", "perturbation", "direction", "step", "scale"}

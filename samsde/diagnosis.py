@@ -6,8 +6,10 @@
 __all__ = ['top_eigenvectors', 'largest_eigenvalue', 'Diagnosis', 'diagnose', 'diagnose_training']
 
 # %% ../nbs/08b_diagnosis.ipynb #632055e8
-import time
+import inspect, time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Callable
 
 import numpy as np
@@ -15,24 +17,37 @@ import pandas as pd
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
 
 from . import optim
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, an_objective, overrides, pair
 from .machinery.style import colours
-from .implicit_regularizer import drift
+from .implicit_regularizer import drift, mean_moments
 from .moments import chunks, hessian_perturbation
 from .machinery.checks import (
-    check_finite, check_floating, check_int, check_positive, check_scalar)
+    check_finite, check_floating, check_int, check_positive, check_scalar, check_share)
 from .machinery.network import trainable
-from .objective import MinibatchLoss, Objective
+from .machinery.paths import gradient
+from .objective import FiniteSum, MinibatchLoss, Objective
 
 # %% ../nbs/08b_diagnosis.ipynb #f41251e1
 def one_point(objective, x) -> Tensor: # (d,)
     "`x` if it is one finite point of an objective; else a ValueError or TypeError"
     if an_objective(objective).check(x).ndim == 1: return check_finite("x", x)
     raise ValueError(f"x must be one point of shape ({objective.dim},), got {tuple(x.shape)}")
+
+# %% ../nbs/08b_diagnosis.ipynb #0f18e696
+def products_of(objective:Objective, x:Tensor) -> Callable: # (d,) -> (d,)
+    "v ↦ ∇²f(x) v, from one graph of ∇f where a pass over the samples makes one"
+    kind = type(objective)
+    plain = all(getattr(kind, name, None) is getattr(FiniteSum, name)
+                for name in ("grad", "weighted_grad", "hvp", "weighted_hvp"))
+    if not (plain and objective.one_pass(x)): return lambda v: objective.hvp(x, v)
+    z = x.detach().clone().requires_grad_()
+    with torch.enable_grad(): slope = objective.grad(z)
+    if not slope.requires_grad: return lambda v: objective.hvp(x, v)
+    return lambda v: torch.autograd.grad(slope, z, v, retain_graph=True)[0]
 
 # %% ../nbs/08b_diagnosis.ipynb #990e4ab5
 def top_eigenvectors(objective:Objective,
@@ -48,9 +63,10 @@ def top_eigenvectors(objective:Objective,
     if k > d / 2:
         values, vectors = torch.linalg.eigh(objective.hessian(x))
         return values[-k:].flip(0), vectors.T[-k:].flip(0)
+    times = products_of(objective, x)
     def product(v):
         v = torch.from_numpy(np.ascontiguousarray(v.ravel())).to(x)
-        return objective.hvp(x, v).double().cpu().numpy()
+        return times(v).double().cpu().numpy()
     start = np.random.default_rng(0).standard_normal(d)
     if not product(start).any():
         return x.new_zeros(k), torch.eye(k, d).to(x) # the zero matrix, at which Lanczos fails
@@ -89,17 +105,53 @@ def largest_eigenvalue(hvp:Callable, # x, v, (..., d) each -> (..., d), such as 
 # %% ../nbs/08b_diagnosis.ipynb #68513415
 class KnownGradient(Objective):
     "An objective of which ∇f_γ and ∇f are known at a point, for an algorithm to perturb by"
-    def __init__(self, objective:Objective, g:Tensor, grad:Tensor): # (d,) each
+    def __init__(self, objective:Objective, x:Tensor, gamma:Tensor, g:Tensor, # (k, d) each
+                 grad:Tensor): # (d,)
         self.dim, self.dtype, self.law = objective.dim, objective.dtype, objective.law
-        self.known = g, grad
-    def sample_grad(self, x, gamma): return self.known[0].expand_as(x)
-    def grad(self, x): return self.known[1].expand_as(x)
+        self.objective, self.x, self.gamma = objective, x, gamma
+        self.g, self.mean = g, grad
+    def sample_grad(self, x, gamma):
+        if x is self.x and gamma is self.gamma: return self.g
+        return self.objective.sample_grad(x, gamma)
+    def grad(self, x):
+        return self.mean.expand_as(x) if x is self.x else self.objective.grad(x)
+    def loss(self, x): return self.objective.loss(x)
+    def hvp(self, x, v): return self.objective.hvp(x, v)
+    def sample_loss(self, x, gamma): return self.objective.sample_loss(x, gamma)
+    def sample_hvp(self, x, gamma, v): return self.objective.sample_hvp(x, gamma, v)
+
+# %% ../nbs/08b_diagnosis.ipynb #b463a7ed
+def is_plain(algorithm:Algorithm) -> bool:
+    "Is G = ∇f_γ(x + ρu), with u from the same batch?"
+    own = (algorithm.source, algorithm.micro_batch) == ("own", None)
+    return own and not overrides(algorithm, "direction")
 
 def is_fused(algorithm:Algorithm, objective:Objective) -> bool:
-    "Can one graph give ∇f_γ and H_γ u?"
-    plain = (algorithm.source, algorithm.micro_batch) == ("own", None)
-    return isinstance(objective, MinibatchLoss) and plain and not overrides(algorithm, "direction")
+    "Can one graph give ∇f_γ and H_γ u, one γ after another?"
+    return isinstance(objective, MinibatchLoss) and is_plain(algorithm)
 
+def with_product(objective:Objective, x:Tensor, gammas:Tensor, # (k, d) and (k, b)
+                 direction:Callable # g -> u, (k, d)
+                ) -> tuple[Tensor, Tensor, Tensor]:
+    "g, u and H u of each γ, from one graph where there is one"
+    if isinstance(objective, MinibatchLoss) and len(gammas) == 1:
+        found = objective.along(x[0], gammas[0], lambda g: direction(g[None])[0])
+        return tuple(t[None] for t in found)
+    kind = type(objective)
+    by_torch = (FiniteSum.sample_grad, FiniteSum.sample_hvp)
+    if (getattr(kind, "sample_grad", None), getattr(kind, "sample_hvp", None)) != by_torch:
+        g = objective.sample_grad(x, gammas)
+        u = direction(g)
+        return g, u, objective.sample_hvp(x, gammas, u)
+    seen = []
+    def along(z):
+        g = objective.sample_grad(z, gammas)
+        seen[:] = g.detach(), direction(g.detach()).detach()
+        return (g * seen[1]).sum(-1)
+    Hu = gradient(along, x)
+    return *seen, Hu
+
+# %% ../nbs/08b_diagnosis.ipynb #ee41a14a
 def perturbations(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor) -> Tensor:
     "u of each γ, (k, d); the mean over its micro-batches"
     if algorithm.source == "previous": return algorithm.perturbation(objective, x, gammas)
@@ -114,32 +166,35 @@ def step_parts(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor
     if algorithm.unperturbed and not overrides(algorithm, "direction"):
         g = objective.sample_grad(x, algorithm.of_gradient(gammas))
         return g, torch.zeros_like(g), g, g
-    if is_fused(algorithm, objective) and len(gammas) == 1:
+    if is_plain(algorithm):
+        points = x.expand(len(gammas), -1)
         def direction(g):
-            known = KnownGradient(objective, g, grad)
-            return algorithm.perturbation(known, x, gammas[0])
-        g, u, Hu = objective.along(x, gammas[0], direction)
-        G = objective.sample_grad(x + rho * u, gammas[0])
-        return g[None], u[None], (g + rho * Hu)[None], G[None]
+            known = KnownGradient(objective, points, gammas, g, grad)
+            return algorithm.perturbation(known, points, gammas)
+        g, u, Hu = with_product(objective, points, gammas, direction)
+        G = objective.sample_grad(points + rho * u, gammas)
+        return g, u, Hu.mul_(rho).add_(g), G
     g = objective.sample_grad(x, algorithm.of_gradient(gammas))
     c = g + rho * hessian_perturbation(algorithm, objective, x, gammas)
     u = perturbations(algorithm, objective, x, gammas).expand_as(g)
     return g, u, c, algorithm.direction(objective, x, gammas)
 
 # %% ../nbs/08b_diagnosis.ipynb #619d4c2e
+LARGE = 10**6 # numbers in a vector, from which on sums are in its own dtype
+
 class Sums:
     "Mean and total variance of vectors that come one by one, as differences to the first"
     def __init__(self): self.n, self.first, self.total, self.square = 0, None, 0, 0.
-    def add(self, values:Tensor): # (k, d)
-        dtype = torch.float64 if values.shape[-1] < 10**6 else values.dtype
-        values = values.to(dtype)
+    def add(self, values:Tensor, room:Tensor|None=None): # (k, d) each
         if self.first is None:
-            self.first = values[0].clone()
+            dtype = values.dtype if values.shape[-1] >= LARGE else torch.float64
+            self.first = values[0].to(dtype, copy=True)
             self.total = torch.zeros_like(self.first)
         self.n = self.n + len(values)
-        for value in values - self.first:
-            self.total += value
-            self.square += torch.linalg.vector_norm(value).item()**2
+        fits = room is not None and (room.shape, room.dtype) == (values.shape, self.first.dtype)
+        gaps = torch.sub(values, self.first, out=room if fits else None)
+        self.total += gaps.sum(0) if len(gaps) > 1 else gaps[0]
+        self.square += torch.linalg.vector_norm(gaps).item()**2
     @property
     def mean(self) -> Tensor: return self.first + self.total / self.n
     @property
@@ -158,31 +213,36 @@ class Drawn:
     push_error: float
     kept: list # G of each γ, (1, d), where there is room for them
 
-    @property
+    @cached_property
     def mean_push(self) -> Tensor:
         "ρ E[Hu], (d,)"
-        return self.sums["c"].mean - self.sums["g"].mean
+        return self.sums["c"].mean.sub_(self.sums["g"].mean)
 
+# %% ../nbs/08b_diagnosis.ipynb #2cf1ae63
 def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,)
           V:Tensor, # (m, d)
-          draws:int, seed:int, bar=iter) -> Drawn:
+          draws:int, seed:int, bar=iter,
+          done:Callable=lambda n: False # is it time to end, after n draws?
+         ) -> Drawn:
     generator = torch.Generator(x.device).manual_seed(seed)
     gammas = algorithm.draw(objective, (draws,), generator, dtype=x.dtype, device=x.device)
     projections = {n: [] for n in ("g", "c", "G")}
     sums = {n: Sums() for n in ("g", "c", "gap")}
-    pushes = []
-    kept = []
+    pushes, kept, room = [], [], None
     keep = is_fused(algorithm, objective) and draws * len(x) <= 2**26
     for s in bar(chunks(gammas, x, chunk=getattr(objective, "chunk", None))):
         g, u, c, G = step_parts(algorithm, objective, x, gammas[s], grad)
+        if len(x) >= LARGE and room is None: room = torch.empty_like(g)
         for name, value in {"g": g, "c": c, "G": G}.items(): projections[name].append(value @ V.T)
-        for name, value in {"g": g, "c": c, "gap": G - c}.items(): sums[name].add(value)
+        for name, value in {"g": g, "c": c, "gap": G - c}.items(): sums[name].add(value, room)
         pushes.append(u @ grad)
         if keep: kept.append(G)
+        if done(sums["g"].n): break
     projections = {name: torch.cat(parts).double() for name, parts in projections.items()}
-    pushes = torch.cat(pushes).double() / grad.double().square().sum()
-    return Drawn(gammas, projections, sums, pushes.mean().item(),
-                 (pushes.var() / draws).sqrt().item(), kept)
+    pushes = torch.cat(pushes).double() / norm(grad)**2
+    n = sums["g"].n
+    return Drawn(gammas[:n], projections, sums, pushes.mean().item(),
+                 (pushes.var() / n).sqrt().item(), kept)
 
 # %% ../nbs/08b_diagnosis.ipynb #cbcd5d9c
 def moments(eta:float, b:Tensor, # (m,), the drift along the directions
@@ -265,21 +325,23 @@ class Diagnosis:
 # %% ../nbs/08b_diagnosis.ipynb #5dfc7e26
 def norm(t:Tensor) -> float: return torch.linalg.vector_norm(t).item()
 
-def ratio_free_of_noise(mean:Tensor, power:float, draws:int, size:float) -> tuple[float, float]:
+def ratio_free_of_noise(sums:Sums, size:float) -> tuple[float, float]:
     "‖mean‖/size less what noise alone would give, and that"
-    return max(0., norm(mean)**2 - power / draws)**.5 / size, (power / draws)**.5 / size
+    noise = sums.power / sums.n
+    return max(0., norm(sums.mean)**2 - noise)**.5 / size, noise**.5 / size
 
 def change_in_a_step(algorithm, objective, x:Tensor, eta:float, here:Tensor, step:Drawn,
-                     grad:Tensor, decay, bar=iter) -> tuple[Tensor, float]: # mean, and its variance
+                     decay, bar=iter, done:Callable=lambda n: False) -> Sums:
     """b(x + ηb) − b(x) by the difference of G for the same γ, one after another"""
     moved = x + eta * here
     changes = Sums()
-    rest = decay * (moved - x)
+    rest = decay * (moved - x) if torch.any(torch.as_tensor(decay)) else None
     for k, gamma in enumerate(bar(step.gammas)):
-        def G(z): return algorithm.direction(objective, z, gamma[None])
-        before = step.kept[k] if step.kept else G(x)
-        changes.add(before - G(moved) - rest)
-    return changes.mean.to(x), changes.power
+        before = step.kept[k] if step.kept else algorithm.direction(objective, x, gamma[None])
+        change = before - algorithm.direction(objective, moved, gamma[None])
+        changes.add(change if rest is None else change - rest)
+        if done(changes.n): break
+    return changes
 
 def stability(eta:float, lam:float, push:float, rho:float, momentum:float=0., dampening:float=0.,
               nesterov:bool=False, decay:float=0.) -> float:
@@ -292,12 +354,40 @@ def along_directions(V:Tensor, curvature:Tensor, names:list, eta:float, here:Ten
                      step:Drawn) -> pd.DataFrame:
     "Curvature, noise and the moments of a step along each direction"
     power = step.sums["c"].power
-    found = moments(eta, V.double() @ here.double(), step.projections)
+    along = V @ here if len(here) >= LARGE else V.double() @ here.double()
+    found = moments(eta, along.double(), step.projections)
     table = {"curvature": curvature} | found
     none = torch.zeros(len(V))
     table["share of noise"] = table["variance, SDE"] / (eta**2 * power) if power else none
     columns = {name: value.cpu().numpy() for name, value in table.items()}
     return pd.DataFrame(columns, index=names)
+
+# %% ../nbs/08b_diagnosis.ipynb #2dd5b38e
+def bar_of(progress:bool) -> Callable:
+    "What shows how much of a loop is done, and how long the rest will take"
+    def bar(things): return tqdm(things, desc="diagnosis", leave=False, disable=not progress)
+    return bar
+
+def drift_of(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, step:Drawn,
+             seed:int) -> Tensor: # (d,)
+    "b(x); from the drawn γ where it would be the mean over the same ones"
+    draws = len(step.gammas)
+    if is_fused(algorithm, objective): return -(grad + step.mean_push.to(x))
+    if not is_plain(algorithm): return drift(algorithm, objective, x, draws=draws, seed=seed)
+    found = mean_moments(algorithm, objective, x, "first", draws=draws, seed=seed).drawn
+    same = found is not None and found.gammas.numel() == step.gammas.numel()
+    if same and found.gammas.reshape(step.gammas.shape).equal(step.gammas):
+        return -(grad + step.mean_push.to(x))
+    return drift(algorithm, objective, x, draws=draws, seed=seed)
+
+def neglected_in_eta(algorithm:Algorithm, objective:Objective, x:Tensor, eta:float, here:Tensor,
+                     step:Drawn, seed:int, bar) -> float:
+    "½‖b(x + ηb) − b(x)‖/‖b‖"
+    if is_fused(algorithm, objective):
+        changes = change_in_a_step(algorithm, objective, x, eta, here, step, 0., bar)
+        return ratio_free_of_noise(changes, 2 * norm(here))[0]
+    there = drift(algorithm, objective, x + eta * here, draws=len(step.gammas), seed=seed)
+    return norm(there - here) / (2 * norm(here))
 
 # %% ../nbs/08b_diagnosis.ipynb #7e662a83
 def diagnose(algorithm:Algorithm, # with one radius
@@ -308,7 +398,8 @@ def diagnose(algorithm:Algorithm, # with one radius
              directions:int=3, # random directions
              draws:int=512, # of γ, for one step's moments and what has no closed form; at least 4
              seed:int=0, # of γ and directions
-             tolerance:float=.1 # part of the drift that may be neglected
+             tolerance:float=.1, # part of the drift that may be neglected
+             progress:bool=False # show a bar?
             ) -> Diagnosis:
     """Is the SDE of an algorithm a fair model at a point? The terms, of which the first seven but one are ratios:
     "gradient", ‖ḡ‖; "regulariser", ρ‖E[Hu]‖/‖ḡ‖;
@@ -330,22 +421,18 @@ def diagnose(algorithm:Algorithm, # with one radius
     random = torch.randn(check_int("directions", directions, least=0), objective.dim,
                          generator=generator, dtype=torch.float64).to(x)
     V = torch.cat([vectors, random / torch.linalg.vector_norm(random, dim=1, keepdim=True)])
-    def b(z): return drift(algorithm, objective, z, draws=draws, seed=seed)
     grad = objective.grad(x)
     size_of_grad = norm(grad)
-    step = drawn(algorithm, objective, x, grad, V, draws, seed)
-    fused = is_fused(algorithm, objective)
-    here = -(grad + step.mean_push.to(x)) if fused else b(x)
+    step = drawn(algorithm, objective, x, grad, V, draws, seed, bar_of(progress))
+    here = drift_of(algorithm, objective, x, grad, step, seed)
     size = norm(here)
     if size == 0 or size_of_grad == 0:
         raise ValueError("the drift is exactly zero at x, and nothing is small against it")
-    if fused: change, power = change_in_a_step(algorithm, objective, x, eta, here, step, grad, 0.)
-    else: change, power = b(x + eta * here) - here, 0.
+    in_eta = neglected_in_eta(algorithm, objective, x, eta, here, step, seed, bar_of(progress))
     push, push_error = push_of(algorithm, step, size_of_grad)
     largest = lam[0].item()
     sums = step.sums
-    in_rho, rho_error = ratio_free_of_noise(sums["gap"].mean, sums["gap"].power, draws, size)
-    in_eta, _ = ratio_free_of_noise(change, power, draws, 2 * size)
+    in_rho, rho_error = ratio_free_of_noise(sums["gap"], size)
     terms = {"gradient": size_of_grad, "regulariser": norm(here + grad) / size_of_grad,
              "neglected in ρ": in_rho, "error of that": rho_error, "neglected in η": in_eta,
              "noise": sums["c"].power**.5 / size, "noise, SGD": sums["g"].power**.5 / size,
@@ -371,107 +458,198 @@ def same_in_all(groups:list, name:str, default):
     if len(values) == 1: return values.pop()
     raise ValueError(f"all groups must have one {name}, got {sorted(values)}")
 
+def is_overridden(optimizer, kind:type, names:tuple) -> bool:
+    "Has a subclass of `kind` methods of its own of these names?"
+    def plain(cls, name): return inspect.unwrap(getattr(cls, name)) # without torch's profiler
+    return any(plain(type(optimizer), name) is not plain(kind, name) for name in names)
+
+def is_kind(optimizer, kind:type, names:tuple) -> bool:
+    return isinstance(optimizer, kind) and not is_overridden(optimizer, kind, names)
+
+def refuse_algorithm(optimizer):
+    "A TypeError that says what to write, if one of samsde.algorithm stands for an optimizer"
+    name = type(optimizer).__name__
+    if isinstance(optimizer, Algorithm):
+        raise TypeError(
+            f"optimizer must be samsde.optim.{name} or torch.optim.SGD, got samsde.algorithm.{name}"
+            f": write samsde.optim.{name}(model.parameters(), torch.optim.SGD, rho=..., lr=...)")
+    if isinstance(optimizer, type):
+        raise TypeError(f"optimizer must be an object, got the class {optimizer.__name__}")
+
+# %% ../nbs/08b_diagnosis.ipynb #5103ffa4
+KINDS = {optim.SAM: SAM, optim.USAM: USAM, optim.DNSAM: DNSAM}
+
+def kind_of(optimizer, base, rho) -> type:
+    """The algorithm that an optimizer runs. Raises TypeError where its perturbation is not known.
+    One of another package is taken for SAM by its name, or where a radius is given."""
+    if optimizer is base: return SGD
+    methods = ("scale", "step", "first_step", "_perturb", "_gradient")
+    for cls, kind in KINDS.items():
+        if is_kind(optimizer, cls, methods): return kind
+    name = type(optimizer).__name__
+    foreign = not isinstance(optimizer, optim.Perturbed)
+    named = name == "SAM" and "rho" in optimizer.param_groups[0]
+    if foreign and (named or rho is not None): return SAM
+    raise TypeError(
+        f"the optimizer must be a SAM, USAM or DNSAM as samsde.optim has them, got {name}: "
+        "how it perturbs is not known. If as SAM does, give rho; else use diagnose")
+
 def radius_of(optimizer, base, rho) -> tuple[type, float, bool]:
     "The algorithm that perturbs, its radius, and whether that is scaled by the parameters"
-    kinds = {optim.SAM: SAM, optim.USAM: USAM, optim.DNSAM: DNSAM}
-    groups = optimizer.param_groups
+    kind, groups = kind_of(optimizer, base, rho), optimizer.param_groups
     keys = getattr(optimizer, "keys", dict(rho="rho", adaptive="adaptive", perturb="perturb"))
-    kind = next((kinds[c] for c in type(optimizer).__mro__ if c in kinds), None)
-    has_radius = kind is not None or (base is not optimizer and keys["rho"] in groups[0])
-    if kind is not None and getattr(optimizer, "interval", 1) > 1:
-        raise ValueError(f"the optimizer must perturb in every step, got interval={optimizer.interval}")
+    if getattr(optimizer, "interval", 1) > 1:
+        raise ValueError(
+            f"the optimizer must perturb in every step, got interval={optimizer.interval}")
     if getattr(optimizer, "is_perturbed", False):
         raise ValueError("the optimizer is between its two steps: diagnose before or after them")
     if not same_in_all(groups, keys["perturb"], True):
         raise ValueError("all groups must be perturbed, got perturb=False")
     adaptive = bool(same_in_all(groups, keys["adaptive"], False))
-    if rho is None: rho = same_in_all(groups, keys["rho"], 0.) if has_radius else 0.
+    if rho is None: rho = 0. if kind is SGD else same_in_all(groups, keys["rho"], 0.)
     rho = check_scalar("rho", rho, zero=True)
-    return (kind or SAM) if rho else SGD, rho, adaptive
+    if kind is SGD and rho: kind = SAM
+    return kind if rho else SGD, rho, adaptive
+
+# %% ../nbs/08b_diagnosis.ipynb #b4aafba3
+def step_of(groups:list) -> dict:
+    "The settings of torch's SGD. Raises ValueError if they differ, or are none of a step."
+    if any(group.get("maximize") for group in groups):
+        raise ValueError("maximize=True is not supported")
+    found = {"η": same_in_all(groups, "lr", 0.)}
+    for name in ("momentum", "dampening"): found[name] = same_in_all(groups, name, 0.)
+    check_scalar("the optimizer's lr", found["η"])
+    for name in ("momentum", "dampening"): check_share(f"the optimizer's {name}", found[name])
+    return found | {"nesterov": bool(same_in_all(groups, "nesterov", False))}
+
+def decay_of(model:nn.Module, groups:list) -> Tensor: # (d,), or (1,) where there is none
+    "The weight decay of each coordinate. Raises ValueError on parameters of another model."
+    decays = {id(p): float(g.get("weight_decay", 0.))
+              for g in groups for p in g["params"] if p.requires_grad}
+    params = trainable(model)
+    here = {id(p) for p in params}
+    if set(decays) != here:
+        raise ValueError(
+            f"the optimizer must have the model's {len(params)} trainable parameters, "
+            f"got {len(decays)}, of which {len(set(decays) & here)} are the model's")
+    decay = torch.cat([p.new_full((p.numel(),), decays[id(p)]) for p in params]).detach()
+    return decay if decay.any() else decay[:1]
 
 def read_optimizer(model:nn.Module, optimizer, rho=None) -> tuple[Algorithm, dict, Tensor]:
     """The algorithm, its settings, and the weight decay of each coordinate, (d,).
     Raises ValueError or TypeError where the step is none of SGD's, or settings differ."""
+    refuse_algorithm(optimizer)
     optimizer = unwrapped(optimizer)
     base = getattr(optimizer, "base_optimizer", optimizer)
-    if not isinstance(base, torch.optim.SGD):
-        raise TypeError("the step must be that of torch.optim.SGD, alone or inside of a SAM, USAM or DNSAM, "
-                        f"got {type(base).__name__}: no SDE here describes another")
+    if not is_kind(base, torch.optim.SGD, ("step",)):
+        raise TypeError(
+            "the step must be that of torch.optim.SGD, alone or inside of a SAM, USAM or DNSAM, "
+            f"got {type(base).__name__}: no SDE here describes another")
     kind, rho, adaptive = radius_of(optimizer, base, rho)
-    groups = base.param_groups
-    if any(group.get("maximize") for group in groups): raise ValueError("maximize=True is not supported")
-    settings = {"η": same_in_all(groups, "lr", 0.), "momentum": same_in_all(groups, "momentum", 0.),
-                "dampening": same_in_all(groups, "dampening", 0.),
-                "nesterov": bool(same_in_all(groups, "nesterov", False))}
-    decays = {id(p): float(g.get("weight_decay", 0.)) for g in groups for p in g["params"]}
-    params = trainable(model)
-    if set(decays) != {id(p) for p in params}:
-        raise ValueError(f"the optimizer must have the model's {len(params)} trainable parameters, "
-                         f"got {len(decays)}, of which {len(set(decays) & {id(p) for p in params})} are the model's")
-    check_scalar("the optimizer's lr", settings["η"])
-    decay = torch.cat([torch.full((p.numel(),), decays[id(p)], dtype=p.dtype, device=p.device) for p in params])
-    if not decay.any(): decay = decay[:1]
+    settings = step_of(base.param_groups)
+    decay = decay_of(model, base.param_groups)
     algorithm = SGD() if kind is SGD else kind(rho, adaptive=adaptive)
     found = {"algorithm": type(algorithm).__name__, "ρ": rho, **settings}
-    return algorithm, found | {"weight decay": max(decays.values())}, decay
+    return algorithm, found | {"weight decay": decay.max().item()}, decay
 
 # %% ../nbs/08b_diagnosis.ipynb #ce44f8df
-def lanczos(product, start:Tensor, # (d,) -> (d,), and (d,)
-            steps:int, top:int) -> tuple[Tensor, Tensor, float]: # (k,), (k, d), error of the first
-    "The largest eigenvalues and vectors, with the bound on the first's distance to an eigenvalue"
-    Q = [start / torch.linalg.vector_norm(start)]
-    diagonal, beside = [], []
-    for _ in range(min(steps, len(start))):
-        w = product(Q[-1])
-        diagonal.append(w @ Q[-1])
-        for q in [*Q, *Q]: w -= (w @ q) * q
-        beside.append(torch.linalg.vector_norm(w))
-        if beside[-1] <= 1e-6 * abs(diagonal[0]): break
-        Q.append(w / beside[-1])
-    k = len(diagonal)
+def ritz(diagonal:list, beside:list, top:int) -> tuple: # (k,), (steps, k) and (k,)
+    "The largest eigenvalues of Lanczos' matrix, its eigenvectors, and what they may be off by"
     T = torch.diag(torch.stack(diagonal).double())
-    off = torch.stack(beside)[:k - 1].double()
-    T = T + torch.diag(off, 1) + torch.diag(off, -1)
+    off = torch.stack(beside).double()
+    T = T + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
     values, S = torch.linalg.eigh(T)
-    best = range(k - 1, max(k - 1 - top, -1), -1)
-    vectors = torch.stack([sum(S[i, j].to(q) * q for i, q in enumerate(Q[:k])) for j in best])
-    error = (beside[-1].double() * S[-1, -1].abs()).item()
-    return values[[*best]].to(start), vectors, error
+    best = [*range(len(T) - 1, max(len(T) - 1 - top, -1), -1)]
+    return values[best], S[:, best], (off[-1] * S[-1, best]).abs()
+
+def lanczos(product, start:Tensor, # (d,) -> (d,), and (d,)
+            steps:int, top:int,
+            share:float=0., # of the largest value that the errors may be; then it ends
+            done:Callable=lambda n: False # is it time to end, after n steps?
+           ) -> tuple[Tensor, Tensor, Tensor]: # (k,), (k, d), and errors (k,)
+    """The largest eigenvalues and vectors, each with a bound on its distance to an eigenvalue, by
+    Lanczos' method with full orthogonalisation"""
+    Q = start.new_empty(min(steps, len(start)), len(start))
+    Q[0] = start / torch.linalg.vector_norm(start)
+    diagonal, beside = [], []
+    for k in range(len(Q)):
+        w = product(Q[k])
+        size = torch.linalg.vector_norm(w)
+        diagonal.append(w @ Q[k])
+        w.sub_(Q[k], alpha=diagonal[-1].item())
+        if k: w.sub_(Q[k - 1], alpha=beside[-1].item())
+        left = torch.linalg.vector_norm(w)
+        for _ in range(3): # where much of w is taken off, what is left is not orthogonal yet
+            before = left
+            w.addmv_(Q[:k + 1].T, Q[:k + 1] @ w, alpha=-1)
+            left = torch.linalg.vector_norm(w)
+            if left > .7 * before: break
+        beside.append(left)
+        values, S, errors = ritz(diagonal, beside, top)
+        found = k + 1 >= top and errors.max() <= share * values.abs().max()
+        if found or done(k + 1) or beside[-1] <= 1e-6 * size or k + 1 == len(Q): break
+        Q[k + 1] = w / beside[-1]
+    return values.to(start), S.T.to(start) @ Q[:k + 1], errors
+
+# %% ../nbs/08b_diagnosis.ipynb #947b20a7
+LEAST = 4 # Lanczos steps, and drawn minibatches
+PRODUCT = 4 # gradients that a Hessian-vector product takes; where it takes more, time ends a loop
 
 class Timed:
     "Where time went, and how much is left"
-    def __init__(self, budget:float): self.start, self.budget = time.monotonic(), budget
+    def __init__(self, budget:float):
+        self.start, self.budget = time.monotonic(), budget
+        self.limit = budget # of it, what is to be used
     @property
-    def left(self) -> float: return self.budget - (time.monotonic() - self.start)
+    def spent(self) -> float: return time.monotonic() - self.start
+    @property
+    def left(self) -> float: return self.limit - self.spent
 
-def timed(fn) -> float:
-    start = time.monotonic()
-    fn()
-    return time.monotonic() - start
+def time_of_gradient(objective:MinibatchLoss) -> float: # seconds
+    "That of one minibatch; of the second one where that costs little"
+    for gamma in objective.law.draw((2,), torch.Generator().manual_seed(0)):
+        start = time.monotonic()
+        objective.sample_grad(objective.x0, gamma)
+        found = time.monotonic() - start
+        if found > .05: break
+    return found
 
-def plan(objective:MinibatchLoss, algorithm:Algorithm, budget_s:float, effort:float) -> dict:
-    "How many batches, products and draws fit into the time, by the cost of one of each"
-    clock = Timed(budget_s)
-    law, x = objective.law, objective.x0
-    gamma = law.draw((2,), torch.Generator().manual_seed(0))
-    objective.sample_grad(x, gamma[0])
-    single = timed(lambda: objective.sample_grad(x, gamma[1]))
-    product = timed(lambda: objective.sample_hvp(x, gamma[1], x + 1)) # x may be 0
+def plan(objective:MinibatchLoss, algorithm:Algorithm, clock:Timed, effort:float) -> dict:
+    "How many batches, products and draws fit into the time, by the cost of a gradient"
+    law = objective.law
+    single = time_of_gradient(objective)
+    product, further = PRODUCT * single, (PRODUCT - 1) * single # from a new graph, from the same
     draw = 2 * single if algorithm.unperturbed else product + 4 * single
     every = -(-law.n // law.batch_size)
-    limit = min(clock.left, max(3., effort * single + every * single))
-    batches = max(2, min(every, int(.4 * limit / single)))
-    rest = max(0., min(limit - batches * single, max(3., effort * single)))
-    steps = max(4, min(20, int(.3 * rest / product)))
+    extra = max(3., effort * single)
+    clock.limit = min(clock.budget, extra + every * single)
+    wanted = max(every, min(16, int(.1 * extra / single)))
+    batches = max(2, min(wanted, int(.4 * clock.left / single)))
+    rest = max(0., min(clock.left - batches * single, extra - clock.spent))
+    steps = max(LEAST, min(20, int(.35 * rest / further)))
     curved = max(1, min(batches, int(.3 * rest / (product * steps))))
-    draws = max(4, min(256, int((rest - steps * curved * product) / draw)))
-    return dict(every=every, batches=batches, steps=steps, curved=curved, draws=draws)
+    curvature = steps * further if curved == 1 else steps * curved * product
+    draws = max(LEAST, min(256, int((rest - curvature) / draw)))
+    return dict(every=every, batches=batches, steps=steps, curved=curved, draws=draws,
+                single=single, seconds=batches * single + curvature + draws * draw)
 
 # %% ../nbs/08b_diagnosis.ipynb #4803be80
 def set_batches(objective:MinibatchLoss, n:int): # changes the objective
     "Let f be the mean over n drawn minibatches"
     gammas = objective.some_batches(n, torch.Generator().manual_seed(0))
     objective.found = "drawn", [(gamma, 1 / n) for gamma in gammas]
+
+@contextmanager
+def products_at(objective:MinibatchLoss, x:Tensor, n:int): # changes the objective
+    "Gives v ↦ ∇²f v for the mean f over n drawn minibatches; of one, by one graph"
+    before = objective.found
+    set_batches(objective, n)
+    try:
+        if n > 1: yield lambda v: objective.hvp(x, v)
+        else:
+            *rows, seed = objective.batches()[0][0].tolist()
+            with objective.network.products(x, rows, seed) as product: yield product
+    finally: objective.found = before
 
 def momentum_terms(settings:dict, A:float, in_eta:float, tolerance:float) -> dict:
     "Which of the SDEs of order 1, order 2 and with a velocity is fair"
@@ -483,8 +661,30 @@ def momentum_terms(settings:dict, A:float, in_eta:float, tolerance:float) -> dic
     else: model = "none"
     return {"momentum number": number, "model": model}
 
+def check_setting(model):
+    "Raises ValueError or TypeError where sums of gradients would be inexact"
+    kinds = {p.dtype for p in trainable(model)} if isinstance(model, nn.Module) else set()
+    if low := kinds & {torch.float16, torch.bfloat16}:
+        raise TypeError("parameters must be of float32 or float64, "
+                        f"got {low.pop()}: diagnose a copy in float32, with data of that kind")
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        raise ValueError("a diagnosis must not run inside of torch.autocast: give batch_loss, "
+                         "a function (model, batch) -> scalar with an autocast of its own")
+
+def unlike_drawn(data) -> list:
+    "In what a DataLoader differs from minibatches that are drawn at random, in words"
+    if not isinstance(data, DataLoader): return []
+    said, n = [], len(data.dataset)
+    if isinstance(data.sampler, SequentialSampler) and n > data.batch_size:
+        said.append("the DataLoader does not shuffle: minibatches are drawn at random here")
+    if not data.drop_last and (short := len(data.sampler) % data.batch_size):
+        said.append(f"the last batch of an epoch has {short} samples, here {data.batch_size} as all")
+    return said
+
 def run_objective(model, loss, data, batch_size, collate_fn, batch_loss) -> MinibatchLoss:
     "The minibatches of a run: those of a DataLoader, or of data and a batch size"
+    check_setting(model)
+    model = getattr(model, "_orig_mod", model) # as it was before torch.compile
     if isinstance(data, DataLoader): return MinibatchLoss.from_module(model, loss, data, batch_loss=batch_loss)
     return MinibatchLoss.from_module(model, loss, data, batch_size, replace=False, collate_fn=collate_fn, batch_loss=batch_loss)
 
@@ -498,7 +698,7 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
                       collate_fn=None, # of data that are a Dataset
                       batch_loss=None, # (model, batch) -> scalar, in place of `loss`
                       budget_s:float=60, # seconds
-                      effort:float=40, # of gradients beyond ∇f, where these take more than 3 s
+                      effort:float=50, # of gradients beyond ∇f, where these take more than 3 s
                       top:int=3, # Hessian eigenvectors
                       seed:int=0, # of γ
                       tolerance:float=.1, # part of the drift that may be neglected
@@ -514,12 +714,18 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
     algorithm, settings, decay = read_optimizer(model, optimizer, rho)
     objective = run_objective(model, loss, data, batch_size, collate_fn, batch_loss)
     x = objective.x0
-    how = plan(objective, algorithm, clock.left, effort)
+    how = plan(objective, algorithm, clock, effort)
     steps = how["batches"] + how["curved"] * how["steps"] + 2 * how["draws"]
-    with tqdm(total=steps, desc="diagnosis", leave=False, disable=not progress) as bar:
-        return diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance, bar)
+    told = f"diagnosis, about {how['seconds']:.0f} s"
+    with tqdm(total=steps, desc=told, leave=False, disable=not progress) as bar:
+        found = diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance,
+                             clock, bar)
+    found.coarse += unlike_drawn(data)
+    return found
 
 # %% ../nbs/08b_diagnosis.ipynb #81ad2a75
+SHARE = .01 # of the largest eigenvalue, by which the top ones may be off before time ends Lanczos
+
 def counted(bar):
     def each(things):
         for thing in things:
@@ -527,61 +733,100 @@ def counted(bar):
             bar.update()
     return each
 
-def top_of_run(objective:MinibatchLoss, x:Tensor, grad:Tensor, how:dict, top:int, bar) -> tuple:
-    "Eigenvalues and vectors of the Hessian of some batches, and the error of the first"
-    set_batches(objective, how["curved"])
-    def product(v):
-        bar.update(how["curved"])
-        return objective.hvp(x, v)
+def top_of_run(objective:MinibatchLoss, x:Tensor, grad:Tensor, how:dict, top:int, clock:Timed,
+               bar) -> tuple:
+    "Eigenvalues and vectors of the Hessian of some batches, and their errors"
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(len(x), generator=generator, dtype=x.dtype).to(x)
     start = grad / norm(grad) + .3 * start / norm(start)
-    return lanczos(product, start, how["steps"], min(top, max(1, how["steps"] // 2), len(x)))
+    top = min(top, max(1, how["steps"] // 2), len(x))
+    ends = clock.spent + .45 * max(0., clock.left)
+    def done(n):
+        bar.update(how["curved"])
+        return n >= LEAST and clock.spent > ends
+    with products_at(objective, x, how["curved"]) as product:
+        values, V, errors = lanczos(product, start, how["steps"], top, SHARE, done)
+    return values, V, errors
 
-def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance, bar) -> Diagnosis:
+def sampled(algorithm, objective, x, grad, V, how:dict, seed:int, clock:Timed, bar) -> Drawn:
+    "As many draws as there is time for, with as much left as the change within a step takes"
+    begin = clock.spent
+    def done(n): return n >= LEAST and clock.left < (.5 + 1.5 / n) * (clock.spent - begin)
+    return drawn(algorithm, objective, x, grad, V, how["draws"], seed, counted(bar), done)
+
+# %% ../nbs/08b_diagnosis.ipynb #d0c78170
+def full_gradient(objective:MinibatchLoss, x:Tensor, how:dict, bar) -> tuple[Tensor, float]:
+    "∇f and its error. Raises ValueError if it is zero."
+    drawn = how["batches"] < how["every"] or objective.full == "drawn"
+    if drawn: set_batches(objective, how["batches"])
+    grad, error = objective.grad(x), objective.full_error(x)[1]
+    if norm(grad) == 0:
+        raise ValueError("the gradient is exactly zero here, and nothing is small against it")
+    bar.update(how["batches"])
+    return grad, error
+
+def parts_of_drift(grad:Tensor, step:Drawn, decay:Tensor, x:Tensor) -> tuple[Tensor, dict]:
+    "b, and how large its parts are in it, by name"
+    pulled = decay * x
+    here = -(grad + step.mean_push.to(x) + pulled)
+    parts = {"gradient": grad, "regulariser": step.mean_push, "weight decay": pulled}
+    size = norm(here)
+    if size == 0: raise ValueError("the drift is exactly zero here, and nothing is small against it")
+    return here, {f"of the drift, {name}": norm(part) / size for name, part in parts.items()}
+
+# %% ../nbs/08b_diagnosis.ipynb #fb3effaf
+def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance, clock,
+                 bar) -> Diagnosis:
     mu, damped = settings["momentum"], settings["dampening"]
     eta = settings["η"] * (1 - damped) / (1 - mu)
     settings = settings | {"effective η": eta}
-    if how["batches"] < how["every"]: set_batches(objective, how["batches"])
-    grad, full_error = objective.grad(x), objective.full_error(x)[1]
-    size_of_grad = norm(grad)
-    if size_of_grad == 0: raise ValueError("the gradient is exactly zero here, and nothing is small against it")
-    used = objective.full
-    bar.update(how["batches"])
-    lam, V, error = top_of_run(objective, x, grad, how, top, bar)
-    set_batches(objective, how["batches"])
-    draws = how["draws"]
-    step = drawn(algorithm, objective, x, grad, V, draws, seed, counted(bar))
-    here = -(grad + step.mean_push.to(x) + decay * x)
+    grad, full_error = full_gradient(objective, x, how, bar)
+    used, size_of_grad = objective.full, norm(grad)
+    lam, V, errors = top_of_run(objective, x, grad, how, top, clock, bar)
+    step = sampled(algorithm, objective, x, grad, V, how, seed, clock, bar)
+    here, parts = parts_of_drift(grad, step, decay, x)
     size = norm(here)
-    change, power = change_in_a_step(algorithm, objective, x, eta, here, step, grad, decay, counted(bar))
+    begin = clock.spent
+    def done(n): return n >= LEAST and clock.left < 1.5 * (clock.spent - begin) / n
+    changes = change_in_a_step(algorithm, objective, x, eta, here, step, decay, counted(bar), done)
     push, push_error = push_of(algorithm, step, size_of_grad)
     lag = (1 - mu + 2 * mu**2 if settings["nesterov"] else 1 + mu) / (1 - mu)
-    in_rho, rho_error = ratio_free_of_noise(step.sums["gap"].mean, step.sums["gap"].power, draws, size)
-    in_eta, eta_error = ratio_free_of_noise(change, power, draws, 2 * size)
+    in_rho, rho_error = ratio_free_of_noise(step.sums["gap"], size)
+    in_eta, eta_error = ratio_free_of_noise(changes, 2 * size)
     largest, rho = lam[0].item(), float(algorithm.rho)
-    number = stability(settings["η"], largest, push, rho, mu, damped, settings["nesterov"], decay.max().item())
-    regulariser = norm(step.mean_push)
+    number = stability(settings["η"], largest, push, rho, mu, damped, settings["nesterov"],
+                       decay.max().item())
     A = largest * (1 + rho * push * largest)
     terms = {"gradient": size_of_grad, "error of the gradient": full_error,
-             "regulariser": regulariser / size_of_grad,
-             "of the drift, gradient": size_of_grad / size, "of the drift, regulariser": regulariser / size,
-             "of the drift, weight decay": norm(decay * x) / size,
+             "regulariser": norm(step.mean_push) / size_of_grad, **parts,
              "neglected in ρ": in_rho, "error of that": rho_error,
              "neglected in η": lag * in_eta, "error of that, η": lag * eta_error,
-             "noise": step.sums["c"].power**.5 / size, "noise, SGD": step.sums["g"].power**.5 / size,
-             "largest eigenvalue": largest, "error of the eigenvalue": error, "c": push, "error of c": push_error,
-             "stability number": number}
+             "noise": step.sums["c"].power**.5 / size,
+             "noise, SGD": step.sums["g"].power**.5 / size,
+             "largest eigenvalue": largest, "error of the eigenvalue": errors[0].item(), "c": push,
+             "error of c": push_error, "stability number": number}
     terms |= momentum_terms(settings, A, lag * in_eta, tolerance)
     names = [f"eigenvector {i + 1}" for i in range(len(V))]
     table = along_directions(V, lam, names, settings["η"], here, step)
-    return Diagnosis(terms, table, tolerance, settings, coarseness(how, used, full_error / size_of_grad))
+    table.insert(1, "error of curvature", errors.cpu().numpy())
+    said = coarseness(how, used, full_error / size_of_grad, errors, lam, step, changes.n, clock)
+    return Diagnosis(terms, table, tolerance, settings, said)
 
-def coarseness(how:dict, used:str, error:float) -> list:
+# %% ../nbs/08b_diagnosis.ipynb #1888a515
+def coarseness(how:dict, used:str, error:float, errors:Tensor, lam:Tensor, step:Drawn,
+               changes:int, clock:Timed) -> list:
     "What was measured on less than all, in words"
-    every, said = how["every"], []
+    every, said, n = how["every"], [], len(step.gammas)
     if how["batches"] < every:
         said.append(f"gradient from {how['batches']} of {every} batches, error {error:.1%}")
-    elif used == "drawn": said.append(f"gradient from a pass over the data, error at most {error:.1%}")
-    said.append(f"curvature from {how['curved']} of {every} batches, {how['steps']} Lanczos steps")
-    return said + [f"{how['draws']} drawn minibatches"]
+    elif used == "drawn":
+        said.append(f"gradient from a pass over the data, error at most {error:.1%}")
+    off = (errors[0].double() / lam[0].double().abs()).item()
+    said.append(f"curvature from {how['curved']} of {every} batches, "
+                f"largest eigenvalue within {off:.1%} of theirs")
+    said.append(f"{n} drawn minibatches")
+    if changes < n: said.append(f"the change in η from {changes} of them")
+    if clock.spent > 1.1 * clock.budget:
+        said.append(f"took {clock.spent:.2g} s, and not budget_s={clock.budget:.2g}: "
+                    f"less than {LEAST} minibatches and Lanczos steps is no measurement")
+    return said

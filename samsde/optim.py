@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial, reduce, wraps
 from numbers import Real
-from operator import is_
 from typing import Callable, NamedTuple
 
 import torch
@@ -36,9 +35,10 @@ def shards(tensors:list) -> list:
     return [t.to_local() if is_sharded(t) else t for t in tensors]
 
 # %% ../nbs/08_optim.ipynb #52f7ffc2
-def norm_on_mesh(tensors:list, dtype) -> float:
+def norm_on_mesh(tensors:list, dtype=None) -> float:
     "The norm of tensors that are all plain, or all on one mesh of processes"
-    norms = torch._foreach_norm(tensors, 2, dtype=dtype)
+    norms = (torch._foreach_norm(tensors, 2) if dtype is None
+             else torch._foreach_norm(tensors, 2, dtype=dtype))
     try: n = torch.linalg.vector_norm(torch.stack(norms))
     except RuntimeError:  # on several devices
         n = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
@@ -58,6 +58,11 @@ TRUSTED = {torch.float32: (1e-12, 1e18), torch.float64: (1e-140, 1e150)}
 def norm(tensors:list) -> float:
     "The norm of all tensors together, in the widest of their dtypes"
     if not tensors: return 0.0
+    dtype = tensors[0].dtype
+    if dtype in TRUSTED and all(type(t) is Tensor and t.dtype is dtype for t in tensors):
+        n = norm_on_mesh(tensors)
+        low, high = TRUSTED[dtype]
+        return n if low < n < high else norm_in_other_units(tensors)
     dtypes = {t.dtype for t in tensors}
     if not dtypes <= TRUSTED.keys():
         tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
@@ -82,6 +87,7 @@ class Copies:
         self.active = False      # between the two phases?
         self.params = []         # what has moved, or is about to
         self.copies = []         # what they were
+        self.plain = False       # are they all plain tensors, none of them sharded?
         self.versions = []       # of the parameters, after they moved
 
     def record(self, params:list):
@@ -93,7 +99,9 @@ class Copies:
             kept = [held.get(id(p)) for p in params]
             copies = [torch.empty_like(p.detach()) if copy is None or not alike(copy, p) else copy
                       for copy, p in zip(kept, params)]
-        if copies: torch._foreach_copy_(shards(copies), shards(params))
+            self.plain = PLAIN.issuperset(map(type, params))
+        if copies and self.plain: torch._foreach_copy_(copies, params)
+        elif copies: torch._foreach_copy_(shards(copies), shards(params))
         self.versions = []
         self.params = params
         self.copies = copies
@@ -102,7 +110,10 @@ class Copies:
     def fits(self, params:list) -> bool:
         "Are the copies of the last step those that this one needs?"
         if not len(params) == len(self.params) == len(self.copies): return False
-        return all(map(is_, params, self.params)) and all(map(alike, self.copies, params))
+        for p, before, copy in zip(params, self.params, self.copies):
+            if p is not before or copy.dtype is not p.dtype: return False
+            if not copy.is_same_size(p) or copy.device != p.device: return False
+        return True
 
 # %% ../nbs/08_optim.ipynb #fac0f741
 class Displacement(Copies):
@@ -122,7 +133,9 @@ class Displacement(Copies):
             unwritten = [p._version == v for p, v in zip(params, self.versions)]
             params, copies = ([t for t, u in zip(ts, unwritten) if u] for ts in (params, copies))
         if params:
-            with torch.no_grad(): torch._foreach_copy_(shards(params), shards(copies))
+            with torch.no_grad():
+                if self.plain: torch._foreach_copy_(params, copies)
+                else: torch._foreach_copy_(shards(params), shards(copies))
             torch.clear_autocast_cache()
         self.active = False
         self.random = []
@@ -175,7 +188,7 @@ LOW_PRECISION = {torch.float16, torch.bfloat16}
 def add_scaled(params:list, directions:list, alpha:float):
     "Add alpha times the directions to the parameters"
     params, directions = shards(params), shards(directions)
-    if 1e-30 < abs(alpha) < 1e30 and not LOW_PRECISION & {p.dtype for p in params}:
+    if 1e-30 < abs(alpha) < 1e30 and all(p.dtype not in LOW_PRECISION for p in params):
         return torch._foreach_add_(params, directions, alpha=alpha)
     for p, d in zip(params, directions):
         p.add_(d.to(torch.promote_types(d.dtype, torch.float64)) * alpha)
@@ -304,8 +317,9 @@ def with_gradient(groups:list) -> list: return [p for p in params_of(groups) if 
 def devices_of(groups:list) -> set: return {p.device for p in params_of(groups) if not p.is_cpu}
 
 def first_gradient(groups:list) -> Tensor|None:
-    params = (p for group in groups for p in group["params"])
-    return next((p.grad for p in params if p.grad is not None), None)
+    for group in groups:
+        for p in group["params"]:
+            if (g := p.grad) is not None: return g
 
 def clear_gradients(groups:list):
     for p in params_of(groups): p.grad = None
@@ -583,10 +597,11 @@ def then_restore(optimizer, run:Callable, *args):
 
 def both_passes(optimizer, at_x:Callable, at_u:Callable, first, second): # the loss at x
     groups = optimizer.param_groups
-    random = optimizer.preserve_rng_state and optimizer.perturbs
+    perturbs = optimizer.perturbs
+    random = optimizer.preserve_rng_state and perturbs
     if random: start = states(devices := devices_of(groups))
     with torch.enable_grad(), first: loss = at_x()
-    if not optimizer.perturbs: return loss
+    if not perturbs: return loss
     if random: end = states(devices)
     move(optimizer, optimizer.displacement)
     clear_gradients(groups)

@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from samsde import optim
-from samsde.algorithm import SAM, SGD, USAM
-from samsde.diagnosis import diagnose, diagnose_training, lanczos, read_optimizer, top_eigenvectors
-from samsde.objective import FiniteSum
+from samsde.algorithm import DNSAM, SAM, SGD, USAM
+from samsde.diagnosis import (
+    diagnose, diagnose_training, drift_of, drawn, lanczos, products_at, products_of, read_optimizer, step_parts, top_eigenvectors)
+from samsde.implicit_regularizer import drift
+from samsde.moments import hessian_perturbation
+from samsde.objective import FiniteSum, MinibatchLoss, NoisyLoss
 from samsde.stability import stability_number
 
 F64 = torch.float64
@@ -85,8 +88,32 @@ def test_reads_the_optimizer():
     assert read_optimizer(net, wrapper)[1]["η"] == .1
 
 
+class OwnStep(torch.optim.SGD):
+    def step(self, closure=None): pass
+
+
+class OwnScale(optim.SAM):
+    def scale(self, terms): return 2.
+
+
+class Another(torch.optim.Optimizer):
+    "Of another package, by its looks"
+    def __init__(self, params, base_optimizer, rho):
+        super().__init__(params, dict(rho=rho))
+        self.base_optimizer = base_optimizer(self.param_groups, lr=.1)
+
+    def step(self, closure=None): self.base_optimizer.step()
+
+
 BAD = {
-    "Adam": (lambda n: of(n, base_optimizer=None) if False else optim.SAM(n.parameters(), torch.optim.AdamW, lr=.1), TypeError, "got AdamW"),
+    "a step of its own": (lambda n: OwnStep(n.parameters(), lr=.1), TypeError, "got OwnStep"),
+    "a scale of its own": (lambda n: OwnScale(n.parameters(), torch.optim.SGD, lr=.1), TypeError, "got OwnScale: how it perturbs is not known"),
+    "another package's": (lambda n: Another(n.parameters(), torch.optim.SGD, .1), TypeError, "got Another: how it perturbs is not known"),
+    "momentum 1": (lambda n: torch.optim.SGD(n.parameters(), lr=.1, momentum=1.), ValueError, "momentum must be below 1, got 1"),
+    "dampening 1": (lambda n: torch.optim.SGD(n.parameters(), lr=.1, momentum=.5, dampening=1.), ValueError, "dampening must be below 1, got 1"),
+    "an algorithm": (lambda n: SAM(.1), TypeError, r"got samsde.algorithm.SAM: write samsde.optim.SAM\("),
+    "a class": (lambda n: optim.SAM, TypeError, "got the class SAM"),
+    "Adam": (lambda n: optim.SAM(n.parameters(), torch.optim.AdamW, lr=.1), TypeError, "got AdamW"),
     "two rates": (lambda n: torch.optim.SGD([dict(params=n[0].parameters(), lr=.2), dict(params=[*n[1].parameters(), *n[4].parameters()])], lr=.1), ValueError, "one lr, got"),
     "another model's": (lambda n: torch.optim.SGD(make().parameters(), lr=.1), ValueError, "of which 0 are the model's"),
     "every second step": (lambda n: of(n, interval=2), ValueError, "interval=2"),
@@ -100,6 +127,78 @@ def test_refuses(name):
     net = make()
     optimizer, error, message = BAD[name]
     with pytest.raises(error, match=message): look(net, optimizer(net))
+
+
+def test_an_optimizer_is_no_algorithm():
+    net = make(norm=False).eval()
+    finite = FiniteSum.from_module(net, nn.CrossEntropyLoss(), X, y, 10)
+    with pytest.raises(TypeError, match=r"got the optimizer samsde.optim.SAM: write samsde.algorithm.SAM\(rho\)"):
+        diagnose(of(net), finite, finite.x0, .1)
+    assert diagnose(SAM(.1), finite, finite.x0, .1, draws=8).terms["gradient"] > 0
+
+
+def test_one_of_another_package():
+    "Taken for SAM where its radius is given"
+    net = make()
+    algorithm, settings, _ = read_optimizer(net, Another(net.parameters(), torch.optim.SGD, .3), rho=.2)
+    assert isinstance(algorithm, SAM) and settings["ρ"] == .2
+
+
+def test_frozen_parameters():
+    "The optimizer may have them; the gradient is that of the others"
+    net = make(0., norm=False)
+    net[0].requires_grad_(False)
+    found = look(net, of(net))
+    known = torch.autograd.grad(F.cross_entropy(net(X), y), [*net[4].parameters()])
+    assert found.terms["gradient"] == pytest.approx(torch.cat([g.flatten() for g in known]).norm().item(), rel=1e-9)
+
+
+SETTINGS = {
+    "half precision": (lambda: look(n := make().half(), of(n)), TypeError, "of float32 or float64, got torch.float16"),
+    "a state outside": (lambda: look(n := Counting(), of(n)), ValueError, "change from one call to the next"),
+}
+
+
+class Counting(nn.Module):
+    "Another function at each call, which no copy of its tensors tells"
+    def __init__(self):
+        super().__init__()
+        self.net, self.calls = make(0., norm=False), 0
+
+    def forward(self, z):
+        self.calls += 1
+        return self.net(z) * self.calls
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_refuses_a_model(name):
+    call, error, message = SETTINGS[name]
+    with pytest.raises(error, match=message): call()
+
+
+def test_autocast():
+    "Inside of it sums of gradients would be inexact; in the loss of a batch it may be"
+    net = make(0., norm=False).float()
+    data = X.float(), y
+
+    def loss(module, batch):
+        with torch.autocast("cpu", torch.bfloat16): return F.cross_entropy(module(batch[0]), batch[1])
+
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="inside of torch.autocast: give batch_loss"):
+        look(net, of(net), data=data)
+    low, full = look(net, of(net), loss=None, batch_loss=loss, data=data), look(net, of(net), data=data)
+    assert low.terms["gradient"] == pytest.approx(full.terms["gradient"], rel=.02) and low.terms["gradient"] != full.terms["gradient"]
+
+
+def test_says_how_a_loader_differs():
+    data = torch.utils.data.TensorDataset(X, y)
+    net = make()
+
+    def said(**how): return " ".join(look(net, of(net), data=torch.utils.data.DataLoader(data, **how), batch_size=None, budget_s=1).coarse)
+
+    assert "does not shuffle" in said(batch_size=10) and "does not shuffle" not in said(batch_size=10, shuffle=True)
+    assert "last batch of an epoch has 12 samples" in said(batch_size=16, shuffle=True)
+    assert "last batch" not in said(batch_size=16, shuffle=True, drop_last=True)
 
 
 def test_refuses_in_the_middle_of_a_step():
@@ -188,7 +287,41 @@ def test_lanczos():
     torch.testing.assert_close(lam, values, rtol=1e-4, atol=0)
     assert (V @ vectors.T).diag().abs().min() > .99
     few, _, bound = lanczos(lambda v: small.hvp(small.x0, v), start, 4, 1)
-    assert few[0] < values[0] and bound > error
+    assert few[0] < values[0] and bound[0] > error[0]
+
+
+@pytest.mark.parametrize("kind", [SAM, USAM, DNSAM])
+@pytest.mark.parametrize("name", ["finite sum", "noisy", "minibatches"])
+def test_parts_of_a_step_by_definition(kind, name):
+    "g, u, g + ρHu and G from one graph are those of the algorithm, and b from them is the drift"
+    net = make(0., norm=False)
+    o = {"finite sum": lambda: FiniteSum.from_module(net, nn.CrossEntropyLoss(), X, y, 10),
+         "noisy": lambda: NoisyLoss(lambda x: (x**4).sum() + x[0] * x[1], 3, sigma=.3),
+         "minibatches": lambda: MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), (X, y), 10)}[name]()
+    x = torch.tensor([1., -.5, .2], dtype=F64) if name == "noisy" else o.x0
+    a, k = kind(.2), 1 if name == "minibatches" else 3
+    gammas = a.draw(o, (k,), torch.Generator().manual_seed(1), dtype=F64)
+    g, u, c, G = step_parts(a, o, x, gammas, o.grad(x))
+    points = x.expand(k, -1)
+    for found, known in ((g, o.sample_grad(points, gammas)), (u, a.perturbation(o, points, gammas)),
+                         (c, g + .2 * hessian_perturbation(a, o, points, gammas)), (G, a.direction(o, points, gammas))):
+        torch.testing.assert_close(found, known, rtol=1e-9, atol=1e-11)
+    others = a.draw(o, (k,), torch.Generator().manual_seed(2), dtype=F64)
+    assert not torch.allclose(step_parts(a, o, x, others, o.grad(x))[2], c, rtol=1e-2)
+    step = drawn(a, o, x, o.grad(x), x[None], 8, 0)
+    if name != "minibatches": torch.testing.assert_close(drift_of(a, o, x, o.grad(x), step, 0), drift(a, o, x, draws=8, seed=0), rtol=1e-9, atol=1e-11)
+    v = torch.randn(o.dim, generator=torch.Generator().manual_seed(3), dtype=F64)
+    torch.testing.assert_close(products_of(o, x)(v), o.hvp(x, v), rtol=1e-9, atol=1e-11)
+
+
+def test_curvature_leaves_the_loss_as_it_was():
+    "f is that of all batches again, after the Hessian of one"
+    o = MinibatchLoss.from_module(make(), nn.CrossEntropyLoss(), (X, y), 10)
+    before, v = o.grad(o.x0).clone(), torch.ones(o.dim, dtype=F64)
+    with products_at(o, o.x0, 1) as product: found = product(v)
+    o.known = []
+    assert o.grad(o.x0).equal(before)
+    with products_at(o, o.x0, 2) as product: assert not torch.allclose(product(v), found)
 
 
 def test_stays_within_its_time():
