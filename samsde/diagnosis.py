@@ -652,14 +652,16 @@ def products_at(objective:MinibatchLoss, x:Tensor, n:int): # changes the objecti
     finally: objective.found = before
 
 def momentum_terms(settings:dict, A:float, in_eta:float, tolerance:float) -> dict:
-    "Which of the SDEs of order 1, order 2 and with a velocity is fair"
+    """Which of the SDEs of order 1, order 2 and with a velocity is fair. The last one neglects half
+    a step of √η at the rate √A, that of its swing."""
     mu = settings["momentum"]
     number = settings["effective η"] * A / (1 - mu)
+    in_swing = max(0., settings["effective η"] * (1 - mu) * A)**.5 / 2
     if in_eta <= tolerance: model = "order 1"
     elif in_eta**2 <= tolerance and number < .25: model = "order 2"
-    elif mu > 0: model = "kinetic"
+    elif mu > 0 and in_swing <= tolerance: model = "kinetic"
     else: model = "none"
-    return {"momentum number": number, "model": model}
+    return {"momentum number": number, "neglected, kinetic": in_swing, "model": model}
 
 def check_setting(model):
     "Raises ValueError or TypeError where sums of gradients would be inexact"
