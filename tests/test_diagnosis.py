@@ -11,7 +11,7 @@ from torch import nn
 from samsde import optim
 from samsde.algorithm import DNSAM, SAM, SGD, USAM
 from samsde.diagnosis import (
-    diagnose, diagnose_training, drift_of, drawn, lanczos, products_at, products_of, read_optimizer, step_parts, top_eigenvectors)
+    diagnose, diagnose_training, drift_of, drawn, lanczos, momentum_terms, products_at, products_of, read_optimizer, step_parts, top_eigenvectors)
 from samsde.implicit_regularizer import drift
 from samsde.moments import hessian_perturbation
 from samsde.objective import FiniteSum, MinibatchLoss, NoisyLoss
@@ -255,6 +255,55 @@ def test_on_a_quadratic_by_hand(momentum, dampening, nesterov):
     assert found.terms["stability number"] == pytest.approx(number, rel=1e-6)
     if not (decay + dampening) and not nesterov: assert number == pytest.approx(stability_number(USAM(rho), eta, 2., momentum=momentum))
     assert found.terms["of the drift, weight decay"] == pytest.approx((decay * x.norm() / (A @ x).norm()).item(), rel=.1)
+
+
+def errors_of_models(A, eta, mu):
+    "The largest error of each model's mean on ½Ax², over steps of torch's SGD from 1 at rest: by formula"
+    effective = eta / (1 - mu)
+    steps = np.arange(1, int(8 / (effective * A)) + 20)
+    x, v, path = 1., 0., []
+    for _ in steps:
+        v = mu * v + A * x
+        x = x - eta * v
+        path.append(x)
+    path, tau = np.array(path), effective * steps
+    rate = A * (1 + effective * (1 + mu) / (1 - mu) * A / 2)
+    seen = 1 + effective * mu / (1 - mu) * (1 - mu**steps) * A
+    kinetic = np.array([[0., 1.], [-A, -(1 - mu) / eta**.5]])
+    values, S = np.linalg.eig(kinetic)
+    swing = (S[0] * np.linalg.solve(S, [1., 0.]) * np.exp(np.outer(eta**.5 * steps, values))).sum(1).real
+    models = {"order 1": np.exp(-A * tau), "order 2": seen * np.exp(-rate * tau), "kinetic": swing}
+    return {name: abs(path - values).max() for name, values in models.items()}
+
+
+def verdict(A, eta, mu, tolerance=.1):
+    effective = eta / (1 - mu)
+    in_eta = (1 + mu) / (1 - mu) * effective * A / 2
+    return momentum_terms({"momentum": mu, "effective η": effective}, A, in_eta, tolerance)["model"]
+
+
+@pytest.mark.parametrize("mu", [.5, .9, .97])
+def test_the_model_changes_where_its_error_does(mu):
+    "The one that is named is right to the tolerance; one that is no longer named is off by a third of it or more"
+    A, order = 1.807, ["order 1", "order 2", "kinetic"]
+    rates = np.geomspace(.01, 200, 80) * 2 * (1 - mu)**2 / (1 + mu) / A
+    rates = [eta for eta in rates if eta * A < 2 * (1 + mu)]
+    named = [verdict(A, eta, mu) for eta in rates]
+    assert named[0] == "order 1" and named[-1] == "none" and {"order 1", "order 2", "none"} <= set(named)
+    for eta, name in zip(rates, named):
+        errors = errors_of_models(A, eta, mu)
+        if name != "none": assert errors[name] <= .1, (eta, name, errors)
+        passed_over = order if name == "none" else order[:order.index(name)]
+        assert all(errors[n] > .033 for n in passed_over), (eta, name, errors)
+
+
+def test_the_model_of_the_kinetic_limit():
+    "Where the momentum notebook measures 0.004 for the kinetic model and 0.48 for the first order"
+    eta = 2.**-12
+    mu = 1 - .5 * eta**.5
+    A = 1.3 * (1 + .3 * 1.3)
+    errors = errors_of_models(A, eta, mu)
+    assert verdict(A, eta, mu) == "kinetic" and errors["kinetic"] < .02 < .3 < errors["order 1"]
 
 
 def test_the_edge_of_a_real_iteration():
