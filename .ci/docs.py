@@ -164,7 +164,8 @@ def write_pictures(site, name, html):
         (site/picture).parent.mkdir(exist_ok=True)
         (site/picture).write_text(shrink(m[1]), encoding="utf-8")
         place = "../" * name.count("/") + picture
-        return f'<a href="{place}"><img src="{place}" alt="{alt}" width="{round(float(m[2]) / .72)}" class="img-fluid"></a>'
+        later = ' loading="lazy"' if html[:m.start()].endswith("<figure hidden>") else ""  # a frame that a slider may ask for
+        return f'<a href="{place}"><img src="{place}" alt="{alt}" width="{round(float(m[2]) / .72)}" class="img-fluid"{later}></a>'
 
     return PICTURE.sub(show, html)
 
@@ -183,7 +184,7 @@ def plain_maths(text):
     return re.sub(r"\\.|[{}&]", "", text)
 
 
-WEIGHTS = {"Use": 1.3, "Learn": 1.2, "Reference": .8, "Experiments": .7, "Machinery": .5}
+WEIGHTS = {"Use": 1.3, "Learn": 1.2, "Reference": .5, "Experiments": .7, "Machinery": .4}
 
 
 def search_offline(site, cfg):
@@ -198,13 +199,14 @@ def search_offline(site, cfg):
         if old not in text: sys.exit("smalldocs has another search than the one that is known here: see search_offline")
         text = text.replace(old, new)
     js.write_text(text, encoding="utf-8")
-    group = {_nbpath2html(Path(name)).as_posix(): top for top, entries in navigation(cfg).items() for name, _ in leaves(entries)}
-    group |= {name: "Machinery" for name in group if name.startswith("machinery/")}
+    pages = {_nbpath2html(Path(path)).as_posix(): (top, name) for top, entries in navigation(cfg).items() for path, name in leaves(entries)}
     entries = []
     for e in json.loads(index.read_text(encoding="utf-8")):
-        is_function = re.search(r"\bsource\s*$|parameter\s+type\s+meaning", e["text"]) is not None
-        weight = WEIGHTS.get(group.get(e["href"].partition("#")[0]), 1) * (.6 if is_function else 1)
-        entries.append(dict(href=e["href"], title=e["title"], section=plain_maths(e["section"]), text=" ".join(plain_maths(e["text"]).split()), weight=round(weight, 2)))
+        page = e["href"].partition("#")[0]
+        group, name = pages.get(page, ("", ""))
+        weight = WEIGHTS.get("Machinery" if page.startswith("machinery/") else group, 1)
+        if e["text"].startswith(e["section"] + "("): weight *= .6  # a function and the table of its parameters
+        entries.append(dict(href=e["href"], title=e["title"], name=name, section=plain_maths(e["section"]), text=" ".join(plain_maths(e["text"]).split()), weight=round(weight, 2)))
     ranking = (HERE/"site"/"search.js").read_text(encoding="utf-8")
     (site/"search.js").write_text(f"{ranking}window.searchIndex = {json.dumps(entries, ensure_ascii=False)};\n", encoding="utf-8")
     index.unlink()

@@ -165,7 +165,7 @@ LOOK = r"""(() => {
       .concat(all("button").filter((e) => !named(e)).map((e) => e.outerHTML.slice(0, 120)), all("th").filter((e) => !e.scope && e.textContent.trim()).map((e) => "no scope: " + e.textContent)),
     maths: all(".math").length, shown: all(".katex").length,
     bad: [...all(".katex-error"), ...all(".katex [style]").filter(red)].map((e) => e.title || e.textContent),
-    broken: all("img").filter((e) => !e.naturalWidth).map((e) => e.getAttribute("src").slice(0, 80)),
+    broken: all("img").filter((e) => !e.naturalWidth && !e.closest("[hidden]")).map((e) => e.getAttribute("src").slice(0, 80)),
     small: all("main img").filter((e) => e.getBoundingClientRect().width < .57 * e.naturalWidth).map((e) => e.getAttribute("src").slice(0, 80)), // 10 points in the figure are then under 8 pixels
     page: document.scrollingElement.scrollWidth,
     wide: all("main *, body > *").filter((e) => e.getBoundingClientRect().right > width + 1 && e.getBoundingClientRect().width > 1)
@@ -476,3 +476,15 @@ def test_paper(browser, smalldocs):
 def test_asks_for_no_font_that_is_not_there():
     for css in SITE.rglob("*.css"):
         assert not re.search(r"Source Sans|\bLato\b|fonts\.googleapis", css.read_text(encoding="utf-8")), css
+
+
+def test_sliders_choose_a_figure(browser, smalldocs):
+    "Without a kernel and from a file: one figure is seen, another one when the slider is moved, and it is there."
+    browser.open(SITE/"saddle_attraction.html")
+    seen = "[...document.querySelectorAll('.frames figure')].filter((e) => e.offsetHeight > 100).map((e) => e.innerText.trim())"
+    first = browser.js(seen)
+    browser.js("(() => { const s = document.querySelectorAll('.frames input')[1]; s.scrollIntoView(); s.value = s.max; s.dispatchEvent(new Event('input')); })()")
+    browser.js("new Promise((done) => setTimeout(done, 500))")
+    second = browser.js(seen)
+    assert len(first) == len(second) == 1 and first != second, (first, second)
+    assert browser.js("[...document.querySelectorAll('.frames figure:not([hidden]) img')].every((e) => e.naturalWidth > 0 && e.alt)")
