@@ -6,7 +6,7 @@
 __all__ = ['top_eigenvectors', 'largest_eigenvalue', 'Diagnosis', 'diagnose', 'diagnose_training']
 
 # %% ../nbs/08b_diagnosis.ipynb #632055e8
-import inspect, time
+import copy, inspect, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -208,7 +208,7 @@ class Drawn:
     "What one step is made of, for drawn γ"
     gammas: Tensor
     projections: dict # name -> (draws, m): g, c and G along the directions
-    sums: dict # name -> Sums: of g, c, and G − c
+    sums: dict # name -> Sums: of g, c, G − c, and c − g
     push: float # c, in E u = c ḡ along ḡ
     push_error: float
     kept: list # G of each γ, (1, d), where there is room for them
@@ -216,7 +216,7 @@ class Drawn:
     @cached_property
     def mean_push(self) -> Tensor:
         "ρ E[Hu], (d,)"
-        return self.sums["c"].mean.sub_(self.sums["g"].mean)
+        return self.sums["push"].mean
 
 # %% ../nbs/08b_diagnosis.ipynb #2cf1ae63
 def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,)
@@ -227,14 +227,16 @@ def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,
     generator = torch.Generator(x.device).manual_seed(seed)
     gammas = algorithm.draw(objective, (draws,), generator, dtype=x.dtype, device=x.device)
     projections = {n: [] for n in ("g", "c", "G")}
-    sums = {n: Sums() for n in ("g", "c", "gap")}
+    sums = {n: Sums() for n in ("g", "c", "gap", "push")}
     pushes, kept, room = [], [], None
     keep = is_fused(algorithm, objective) and draws * len(x) <= 2**26
     for s in bar(chunks(gammas, x, chunk=getattr(objective, "chunk", None))):
         g, u, c, G = step_parts(algorithm, objective, x, gammas[s], grad)
         if len(x) >= LARGE and room is None: room = torch.empty_like(g)
         for name, value in {"g": g, "c": c, "G": G}.items(): projections[name].append(value @ V.T)
-        for name, value in {"g": g, "c": c, "gap": G - c}.items(): sums[name].add(value, room)
+        for name, value in {"g": g, "c": c}.items(): sums[name].add(value, room)
+        sums["gap"].add(G - c, room)
+        sums["push"].add(c - g, room)
         pushes.append(u @ grad)
         if keep: kept.append(G)
         if done(sums["g"].n): break
@@ -380,6 +382,15 @@ def drift_of(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, st
         return -(grad + step.mean_push.to(x))
     return drift(algorithm, objective, x, draws=draws, seed=seed)
 
+def noise_in_push(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor,
+                  push:Tensor) -> Tensor: # (d,)
+    "What the noise adds to ρE[Hu]: that less ρ times the Hessian times the full gradient's u"
+    if algorithm.unperturbed: return torch.zeros_like(push)
+    quiet = copy.copy(algorithm)
+    quiet.source, quiet.micro_batch = "full", None
+    u = quiet.ascent(objective, x, torch.zeros_like(x))
+    return push - algorithm.rho * objective.hvp(x, u)
+
 def neglected_in_eta(algorithm:Algorithm, objective:Objective, x:Tensor, eta:float, here:Tensor,
                      step:Drawn, seed:int, bar) -> float:
     "½‖b(x + ηb) − b(x)‖/‖b‖"
@@ -403,6 +414,9 @@ def diagnose(algorithm:Algorithm, # with one radius
             ) -> Diagnosis:
     """Is the SDE of an algorithm a fair model at a point? The terms, of which the first seven but one are ratios:
     "gradient", ‖ḡ‖; "regulariser", ρ‖E[Hu]‖/‖ḡ‖;
+    "of the drift, gradient" and "…, regulariser": the norms of ḡ and ρE[Hu] over ‖b‖;
+    "of the drift, noise in it", that of ρE[Hu] less ρHu of the full gradient, the part due to noise;
+    "error of the regulariser", what draws alone would give, over ‖b‖, where it is from draws;
     "neglected in ρ", ‖E[G] − E[g + ρHu]‖/‖b‖, and "error of that", what draws alone would give;
     "neglected in η", ½‖b(x + ηb) − b(x)‖/‖b‖;
     "noise", the root of the noise's total variance in one step over ‖ηb‖; "noise, SGD", SGD's;
@@ -433,7 +447,12 @@ def diagnose(algorithm:Algorithm, # with one radius
     largest = lam[0].item()
     sums = step.sums
     in_rho, rho_error = ratio_free_of_noise(sums["gap"], size)
+    noise = noise_in_push(algorithm, objective, x, grad, -(here + grad))
     terms = {"gradient": size_of_grad, "regulariser": norm(here + grad) / size_of_grad,
+             "of the drift, gradient": size_of_grad / size,
+             "of the drift, regulariser": norm(here + grad) / size,
+             "of the drift, noise in it": norm(noise) / size,
+             "error of the regulariser": (sums["push"].power / draws)**.5 / size,
              "neglected in ρ": in_rho, "error of that": rho_error, "neglected in η": in_eta,
              "noise": sums["c"].power**.5 / size, "noise, SGD": sums["g"].power**.5 / size,
              "largest eigenvalue": largest, "c": push,
@@ -652,14 +671,16 @@ def products_at(objective:MinibatchLoss, x:Tensor, n:int): # changes the objecti
     finally: objective.found = before
 
 def momentum_terms(settings:dict, A:float, in_eta:float, tolerance:float) -> dict:
-    "Which of the SDEs of order 1, order 2 and with a velocity is fair"
+    """Which of the SDEs of order 1, order 2 and with a velocity is fair. The last one neglects half
+    a step of √η at the rate √A, that of its swing."""
     mu = settings["momentum"]
     number = settings["effective η"] * A / (1 - mu)
+    in_swing = max(0., settings["effective η"] * (1 - mu) * A)**.5 / 2
     if in_eta <= tolerance: model = "order 1"
     elif in_eta**2 <= tolerance and number < .25: model = "order 2"
-    elif mu > 0: model = "kinetic"
+    elif mu > 0 and in_swing <= tolerance: model = "kinetic"
     else: model = "none"
-    return {"momentum number": number, "model": model}
+    return {"momentum number": number, "neglected, kinetic": in_swing, "model": model}
 
 def check_setting(model):
     "Raises ValueError or TypeError where sums of gradients would be inexact"
@@ -799,6 +820,7 @@ def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, toler
     A = largest * (1 + rho * push * largest)
     terms = {"gradient": size_of_grad, "error of the gradient": full_error,
              "regulariser": norm(step.mean_push) / size_of_grad, **parts,
+             "error of the regulariser": (step.sums["push"].power / len(step.gammas))**.5 / size,
              "neglected in ρ": in_rho, "error of that": rho_error,
              "neglected in η": lag * in_eta, "error of that, η": lag * eta_error,
              "noise": step.sums["c"].power**.5 / size,
