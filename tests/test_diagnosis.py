@@ -387,6 +387,15 @@ def test_stays_within_its_time():
     for found in (short, again): assert abs(found.terms["gradient"] - exact.norm()) < 4 * found.terms["error of the gradient"]
 
 
+def test_says_that_the_time_was_too_short():
+    "With next to no time two minibatches are drawn, and the report says that, and what it took; with enough it does not"
+    net = make()
+    short, enough = look(net, of(net), budget_s=1e-3), look(net, of(net), budget_s=20)
+    assert short.coarse[-2] == "2 drawn minibatches" and "and not budget_s=0.001" in short.coarse[-1]
+    assert not any("budget_s" in words for words in enough.coarse)
+    assert np.isfinite(short.directions.to_numpy(float)).all() and short.terms["error of that"] > enough.terms["error of that"]
+
+
 def test_table_and_plot():
     import matplotlib.pyplot as plt
     net = make()
