@@ -68,3 +68,15 @@ def test_same_seed_same_numbers(case):
     found = {"quadratic": quadratic, "network": network}[where]({"Chain": Chain, "SDE": SDE}[process], {k.__name__: k for k in (SGD, USAM, DNSAM, SAM)}[kind], getattr(torch, dtype))
     values = found.mean["f"][-1].item(), found.final.double().square().sum().item()
     assert values == pytest.approx(BEFORE[case], rel=1e-9 if dtype == "float64" else 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_moments_as_they_come(dtype):
+    """Means and deviations, taken record by record and block by block, are those of all paths at once, up to rounding; the control leaves a path out."""
+    chain = Chain(SAM(.1), Quadratic(torch.diag(torch.linspace(.5, 1.5, 20, dtype=dtype)), .3), .1)
+    run = simulate(chain, torch.ones(20, dtype=dtype), 1., 9_000, observe={"x": lambda x: x, "right": lambda x: x[..., 0] > .5}, keep=True)
+    for name, paths in run.paths.items():
+        x = paths.double()
+        torch.testing.assert_close(run.mean[name], x.mean(1), rtol=1e-13, atol=1e-14)
+        torch.testing.assert_close(run.std[name], x.std(1), rtol=1e-8, atol=1e-10)
+        assert name == "right" or not torch.allclose(run.mean[name], x[:, 1:].mean(1), rtol=1e-13, atol=1e-14)

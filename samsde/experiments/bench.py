@@ -165,7 +165,8 @@ def growth(size:dict) -> dict: # contestant -> a function that builds the job
     def of_paths(steps, **other):
         return timed(ensemble(USAM, torch.float32, size | dict(steps=steps) | other), steps)
     def of_samples(n):
-        return repeated(noise_step(USAM, tumours(20, n=n)), size["times"], Recorder.patience)
+        step = noise_step(USAM, tumours(20, n=n))
+        return repeated(step, math.ceil(size["times"] / 5), Recorder.patience)
     def of_records(n):
         steps = size["steps"]
         return timed(ensemble(USAM, torch.float32, size, steps // n, observe=None), steps)
@@ -239,7 +240,7 @@ def beside(job:Callable) -> Callable: # -> seconds
 
 # %% ../../nbs/experiments/bench.ipynb #e4acbbd0
 def plain_loop(size:dict, threads:int) -> Callable:
-    "The same ensemble as a loop in torch, a tenth of the steps, on torch's own threads"
+    "The same ensemble as a loop in torch, every fiftieth step, on torch's own threads"
     d = size["d"]
     H = torch.diag(torch.tensor([.5 + i / d for i in range(d)]))
     A = torch.eye(d) - ETA * (H + RHO * H @ H)
@@ -248,7 +249,7 @@ def plain_loop(size:dict, threads:int) -> Callable:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         x = torch.ones(size["paths"], d)
-        for _ in range(size["steps"] // 10): x = x @ A + torch.randn(x.shape) @ B
+        for _ in range(max(1, size["steps"] // 50)): x = x @ A + torch.randn(x.shape) @ B
         torch.set_num_threads(before)
     return run
 
@@ -516,6 +517,13 @@ class Folded:
                 f"{line(self.columns, 'th')}</tr></thead><tbody>{body}</tbody></table></details>")
 
 # %% ../../nbs/experiments/bench.ipynb #1e0a9b45
+def plain_numbers(axis):
+    "1, 2, 5, 10, ... on a logarithmic axis"
+    from matplotlib.ticker import LogLocator, NullLocator
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
 def draw_targets(figure, table:pd.DataFrame, question:str, label:str, relative:bool=False):
     "Medians and ranges, with a mark at each target; `relative` to it, where units differ"
     found = [(t, r / (t.bound if relative else 1)) for t in TARGETS
@@ -529,9 +537,10 @@ def draw_targets(figure, table:pd.DataFrame, question:str, label:str, relative:b
         ax.plot(1 if relative else t.bound, k, "|", color="k", ms=10)
         ax.plot(r.median(), k, "o", color=colours["SAM" if t.met(t.measured(table)) else "DNSAM"])
     ax.set(xscale="log", yticks=[], ylim=(-.5, len(found)), xlabel=label)
-    ax.xaxis.set_major_formatter("{x:g}")
+    plain_numbers(ax.xaxis)
     ax.spines.left.set_visible(False)
 
+# %% ../../nbs/experiments/bench.ipynb #f089b3de
 def draw_growth(figure, table:pd.DataFrame):
     "The time of a step while one number grows; dashed: in proportion to it"
     names = {"d": "dimension d", "N": "samples N", "paths": "paths", "records": "records"}
@@ -541,6 +550,9 @@ def draw_growth(figure, table:pd.DataFrame):
         if not len(rows): continue
         size = rows.contestant.str.rpartition(" ")[2].astype(int)
         ms = (1e3 * rows.value).groupby(size).agg(["median", "min", "max"]).sort_index()
+        ax.set_xticks(ms.index, [f"{n:,}" for n in ms.index], size="small")
+        ax.minorticks_off()
+        plain_numbers(ax.yaxis)
         ax.vlines(ms.index, ms["min"], ms["max"], color="0.4", lw=1)
         ax.plot(ms.index, ms["median"], "o-", color=colours["USAM"])
         if what == "records": ax.set_ylim(ms["min"].min() / 3, ms["max"].max() * 3)
@@ -557,7 +569,8 @@ def plot(table:pd.DataFrame, # from measure
              "growth": (draw_growth, 2),
              "around": (draw(draw_targets, question="around", label="share of the target",
                              relative=True), 1)}
-    return picture(parts, table, part)
+    named = {QUESTIONS[name]: panel for name, panel in parts.items()}
+    return picture(named, table, part and QUESTIONS.get(part, part))
 
 experiment = Experiment("bench", "how fast is samsde, and against what?", measure, plot, verdicts,
                         "under ten minutes")
