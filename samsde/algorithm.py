@@ -245,6 +245,10 @@ def an_objective(objective) -> Objective:
 
 def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
     "Both, if they are what their names say; else a TypeError"
+    if isinstance(algorithm, torch.optim.Optimizer): # samsde.optim has names in common with this module
+        raise TypeError("algorithm must be an Algorithm, such as SAM(0.05) of samsde.algorithm, got the "
+                        f"optimizer {type(algorithm).__name__} of {type(algorithm).__module__}: "
+                        "diagnose_training takes one")
     if not isinstance(algorithm, Algorithm):
         raise TypeError(f"algorithm must be an Algorithm, such as SAM(0.05), got {algorithm!r}")
     methods = {"potential", "perturbation", "direction", "step", "scale"}

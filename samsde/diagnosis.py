@@ -392,6 +392,9 @@ def radius_of(optimizer, base, rho) -> tuple[type, float, bool]:
 def read_optimizer(model:nn.Module, optimizer, rho=None) -> tuple[Algorithm, dict, Tensor]:
     """The algorithm, its settings, and the weight decay of each coordinate, (d,).
     Raises ValueError or TypeError where the step is none of SGD's, or settings differ."""
+    if isinstance(optimizer, Algorithm):
+        raise TypeError(f"optimizer must be one that trains, such as samsde.optim.SAM, got the algorithm "
+                        f"{optimizer!r} of samsde.algorithm: diagnose takes one")
     optimizer = unwrapped(optimizer)
     base = getattr(optimizer, "base_optimizer", optimizer)
     if not isinstance(base, torch.optim.SGD):
