@@ -16,7 +16,7 @@ window.findSections = (index, query, limit) => {
       total += 10 * Math.min(inTitle, 1.5) + 6 * Math.min(inSection, 1.5) + Math.min(4, Math.log2(1 + inText));
     }
     if (joined) total += 12 * joined.test(entry.title) + 8 * joined.test(entry.section) + 6 * joined.test(entry.text);
-    if (total && entry.section.toLowerCase() === query.trim().toLowerCase()) total += 30; // the name of a function
+    if (total && entry.section.toLowerCase() === query.trim().toLowerCase()) total += 12; // the name of a function
     return total * entry.weight;
   };
   return index.map((entry) => [score(entry), entry]).filter(([points]) => points > 0).sort((a, b) => b[0] - a[0]).slice(0, limit).map(([, entry]) => entry);
