@@ -206,10 +206,13 @@ def reproduce(experiment, # an Experiment
     begin = time.perf_counter()
     own = own_options(experiment, options)
     check_place(options.out, [experiment])
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    if sys.stderr and not terminal and "told" in inspect.signature(experiment.measure).parameters:
+        own["told"] = lambda line: print(line, file=sys.stderr, flush=True)
     table = experiment.measure(quick=options.quick, seed=options.seed,
                                dtype=getattr(torch, options.dtype),
                                device=options.device or torch.device("cpu"),
-                               progress=sys.stderr is not None and sys.stderr.isatty(), **own)
+                               progress=terminal, **own)
     try:
         csv, png = experiment.save(table, options.out)
         text = report(experiment, table)

@@ -611,7 +611,7 @@ def lanczos(product, start:Tensor, # (d,) -> (d,), and (d,)
     return values.to(start), S.T.to(start) @ Q[:k + 1], errors
 
 # %% ../nbs/08b_diagnosis.ipynb #947b20a7
-LEAST = 4 # Lanczos steps, and drawn minibatches
+LEAST = 4 # Lanczos steps, and drawn minibatches; 2 where the budget leaves no time for them
 PRODUCT = 4 # gradients that a Hessian-vector product takes; where it takes more, time ends a loop
 
 class Timed:
@@ -623,6 +623,8 @@ class Timed:
     def spent(self) -> float: return time.monotonic() - self.start
     @property
     def left(self) -> float: return self.limit - self.spent
+    @property
+    def least(self) -> int: return 2 if self.limit == self.budget else LEAST
 
 def time_of_gradient(objective:MinibatchLoss) -> float: # seconds
     "That of one minibatch; of the second one where that costs little"
@@ -764,7 +766,7 @@ def top_of_run(objective:MinibatchLoss, x:Tensor, grad:Tensor, how:dict, top:int
     ends = clock.spent + .45 * max(0., clock.left)
     def done(n):
         bar.update(how["curved"])
-        return n >= LEAST and clock.spent > ends
+        return n >= clock.least and clock.spent > ends
     with products_at(objective, x, how["curved"]) as product:
         values, V, errors = lanczos(product, start, how["steps"], top, SHARE, done)
     return values, V, errors
@@ -772,7 +774,7 @@ def top_of_run(objective:MinibatchLoss, x:Tensor, grad:Tensor, how:dict, top:int
 def sampled(algorithm, objective, x, grad, V, how:dict, seed:int, clock:Timed, bar) -> Drawn:
     "As many draws as there is time for, with as much left as the change within a step takes"
     begin = clock.spent
-    def done(n): return n >= LEAST and clock.left < (.5 + 1.5 / n) * (clock.spent - begin)
+    def done(n): return n >= clock.least and clock.left < (.5 + 1.5 / n) * (clock.spent - begin)
     return drawn(algorithm, objective, x, grad, V, how["draws"], seed, counted(bar), done)
 
 # %% ../nbs/08b_diagnosis.ipynb #d0c78170
@@ -808,7 +810,7 @@ def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, toler
     here, parts = parts_of_drift(grad, step, decay, x)
     size = norm(here)
     begin = clock.spent
-    def done(n): return n >= LEAST and clock.left < 1.5 * (clock.spent - begin) / n
+    def done(n): return n >= clock.least and clock.left < 1.5 * (clock.spent - begin) / n
     changes = change_in_a_step(algorithm, objective, x, eta, here, step, decay, counted(bar), done)
     push, push_error = push_of(algorithm, step, size_of_grad)
     lag = (1 - mu + 2 * mu**2 if settings["nesterov"] else 1 + mu) / (1 - mu)
@@ -850,5 +852,5 @@ def coarseness(how:dict, used:str, error:float, errors:Tensor, lam:Tensor, step:
     if changes < n: said.append(f"the change in η from {changes} of them")
     if clock.spent > 1.1 * clock.budget:
         said.append(f"took {clock.spent:.2g} s, and not budget_s={clock.budget:.2g}: "
-                    f"less than {LEAST} minibatches and Lanczos steps is no measurement")
+                    "less than 2 minibatches and Lanczos steps is no measurement")
     return said

@@ -126,8 +126,8 @@ class Job:
     def time_step(self) -> float:
         "Of its process; η, where that has none of its own"
         step = getattr(self.process, "time_step", None)
-        one = step is not None and getattr(step, "ndim", 0) == 0
-        return float(step) if one else self.setting["eta"]
+        known = step is not None and getattr(step, "ndim", 0) == 0
+        return float(step) if known else self.setting["eta"]
     @property
     def dt(self) -> float|None: # of an SDE
         return None if isinstance(self.process, Chain) else self.time_step / self.substeps

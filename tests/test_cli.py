@@ -143,3 +143,10 @@ def test_a_nonsensical_backend(tmp_path):
     error = done.stderr.decode()
     assert done.returncode == 1 and "'nonsense' is not a valid value for backend" in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_line_for_each_problem_where_there_is_no_terminal(tmp_path):
+    done = samsde_("--quick", "--problem", "quadratic", "iris-linear", "--algorithm", "SAM", "--rho", "0", "0.2", cwd=tmp_path)
+    lines = [line for line in done.stderr.decode().splitlines() if " is done, " in line]
+    assert done.returncode == 0 and [line.partition(",")[0] for line in lines] == ["quadratic is done", "iris-linear is done"], done.stderr
+    assert "1 of 2, about" in lines[0] and "2 of 2, about 0 s left" in lines[1]

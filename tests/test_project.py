@@ -1,7 +1,9 @@
 "What holds for the package as a whole."
 import json
+import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -145,3 +147,27 @@ def test_equations_and_theorems_are_numbered_once():
             cited += [(path.name, f"Theorem {n}") for n in re.findall(r"Theorem (\d\w*(?:\.\d+)?)", source)]
     missing = [f"{where} cites {name}" for where, name in cited if name not in stated]
     assert not missing, missing
+
+
+ALONE = """
+import json, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"pytest", "nbdev", "fastcore", "execnb", "torchsde"}: raise ImportError(f"{name} is a tool for developers")
+
+sys.meta_path.insert(0, Blocked())
+names = {"__name__": "__main__"}
+for cell in json.load(open(sys.argv[1], encoding="utf-8"))["cells"]:
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "code" and "%pip" not in source: exec(compile(source, cell["id"], "exec"), names)
+"""
+
+
+def test_recipes_need_the_library_alone(tmp_path):
+    "In an empty folder, with a copy of the package and no tool for developers."
+    shutil.copytree(ROOT/"samsde", tmp_path/"library"/"samsde", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path/"empty").mkdir()
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | dict(PYTHONPATH=str(tmp_path/"library"), MPLBACKEND="agg", TQDM_DISABLE="1")
+    done = subprocess.run([sys.executable, "-c", ALONE, ROOT/"nbs"/"how_to.ipynb"], cwd=tmp_path/"empty", env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path/"empty").iterdir())

@@ -6,6 +6,7 @@
 __all__ = ['experiment', 'radii', 'error_vs_rho', 'plot', 'verdicts', 'measure', 'show']
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #1657637e
+import time
 import warnings
 from itertools import product
 
@@ -288,7 +289,8 @@ def measure(quick:bool=False, # fewer runs, for a first look
             problems=tuple(PROBLEMS), algorithms=tuple(ALGORITHMS), # names
             eta:float=.05, # learning rate
             rhos=None, # radii, those of radii(eta) if None
-            runs:int|None=None # of each algorithm and model; 16, or 4 if quick
+            runs:int|None=None, # of each algorithm and model; 16, or 4 if quick
+            told=None # function that is given a line after each problem
            ) -> pd.DataFrame: # as error_vs_rho
     "Errors of all models of all algorithms on all problems. Raises ValueError on bad input."
     tables = []
@@ -298,11 +300,14 @@ def measure(quick:bool=False, # fewer runs, for a first look
         raise ValueError(
             f"problems and algorithms must not be empty, got {problems} and {algorithms}")
     rhos = [radii(eta)[k] for k in (0, 4, 6)] if quick and rhos is None else rhos
-    for name in problems:
+    begin = time.monotonic()
+    for done, name in enumerate(problems, 1):
         problem = PROBLEMS[name](dtype, device)
         tables.append(error_vs_rho(problem, algorithms, eta, rhos, runs or (4 if quick else 16),
                                    seed,
                                    problem.t_end / 8 if quick else None, progress=progress))
+        left = (time.monotonic() - begin) / done * (len(problems) - done)
+        if told: told(f"{name} is done, {done} of {len(problems)}, about {left:.0f} s left")
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #840e2063

@@ -64,8 +64,8 @@ def write(path:Path, about:dict, # text and numbers
     half = [name for name, t in tensors.items() if t.dtype == torch.bfloat16]
     arrays = {name: as_array(t) for name, t in tensors.items()}
     text = json.dumps(dict(format=FORMAT, bfloat16=half) | about).encode()
-    own = dict(about=text, checksum=checksum(text, arrays))
-    with replacing(path) as f: np.savez(f, **own, **arrays)
+    sealed = arrays | dict(about=text, checksum=checksum(text, arrays))
+    with replacing(path) as f: np.savez(f, **sealed)
 
 # %% ../../nbs/machinery/store.ipynb #67558d96
 ELSEWHERE = "delete it, or give another place"
