@@ -502,7 +502,7 @@ def kind_of(optimizer, base, rho) -> type:
     """The algorithm that an optimizer runs. Raises TypeError where its perturbation is not known.
     One of another package is taken for SAM by its name, or where a radius is given."""
     if optimizer is base: return SGD
-    methods = ("scale", "step", "first_step", "_perturb", "_gradient")
+    methods = ("scale", "step", "first_step", "second_step")
     for cls, kind in KINDS.items():
         if is_kind(optimizer, cls, methods): return kind
     name = type(optimizer).__name__
