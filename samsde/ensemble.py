@@ -75,7 +75,7 @@ class Ensemble:
         return (f"Ensemble({self.n_paths} paths, {self.n_diverged} diverged, "
                 f"{len(self.times)} times to t={self.times[-1]:g}, {list(self.mean)})")
 
-    def frame(self) -> "pandas.DataFrame":
+    def frame(self): # -> pandas DataFrame
         """One row for each observable, time and component:
         columns observable, time, component, mean, std, sem. Rows without a path are left out."""
         return frame_of(self)
@@ -84,7 +84,7 @@ class Ensemble:
         return plot_means(self, name or next(iter(self.mean)), ax, **style)
 
 # %% ../nbs/02_ensemble.ipynb #f8d4f0b2
-def frame_of(ensemble:Ensemble): # -> pandas.DataFrame
+def frame_of(ensemble:Ensemble): # -> pandas DataFrame
     import pandas as pd
     tables = []
     times = ensemble.times.cpu().numpy()

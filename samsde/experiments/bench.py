@@ -510,6 +510,7 @@ class Folded:
         self.rows = answers(table, question)
         met = sum(verdict == "holds" for *_, verdict, _ in self.rows)
         self.title = f"The table: {met} of {len(self.rows)} targets are met"
+    def __repr__(self) -> str: return self.title
     def _repr_html_(self) -> str:
         def line(cells, tag): return "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells)
         body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in self.rows)
