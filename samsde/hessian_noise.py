@@ -40,6 +40,7 @@ class TruncatedMoments(Wrapped):
     def combine(self, h, xi, rho):
         return self.inner.combine(h, None, rho) + (self.root(rho) @ xi[..., None])[..., 0]
 
+# %% ../nbs/04_hessian_noise.ipynb #b39ac396
 def noise_moments(algorithm:Algorithm, objective:Objective, x:Tensor, form:str,
                   **draws) -> StepMoments:
     """The moments that have a form of the noise.

@@ -632,13 +632,7 @@ class MicroBatchMoments(Wrapped):
     def combine(self, h, xi, rho):
         return self.inner.combine(h, None if xi is None else self.theta**.5 * xi, rho)
 
-# %% ../nbs/02d_moments.ipynb #9b5903f4
-def noise_share(law:Minibatches, m:int) -> float:
-    "θ of Eq. (6)"
-    N, B = law.n, law.batch_size
-    if law.replace: return m / B
-    return m * (N - B) / (B * (N - m)) if m < N else 1.0
-
+# %% ../nbs/02d_moments.ipynb #97c67945
 class OrderedMinibatches(Minibatches):
     "Minibatches without replacement, in every order"
     @property
@@ -656,6 +650,13 @@ def in_order(objective:FiniteSum, m:int|None) -> FiniteSum:
     other = copy.copy(objective)
     other.law = OrderedMinibatches(law.n, law.batch_size, False)
     return other
+
+# %% ../nbs/02d_moments.ipynb #9b5903f4
+def noise_share(law:Minibatches, m:int) -> float:
+    "θ of Eq. (6)"
+    N, B = law.n, law.batch_size
+    if law.replace: return m / B
+    return m * (N - B) / (B * (N - m)) if m < N else 1.0
 
 def micro_moments(algorithm:Algorithm, objective:FiniteSum, x:Tensor,
                   exact:bool, draws:int, seed) -> StepMoments:
