@@ -198,7 +198,7 @@ def report(experiment, table) -> str:
 # %% ../nbs/09_cli.ipynb #16a9d9b7
 def reproduce(experiment, # an Experiment
               options:argparse.Namespace # of parser
-             ) -> "pandas.DataFrame":
+             ): # -> pandas DataFrame
     """Measure, write NAME.csv, .png and .txt, and print the verdicts. Returns the table.
     Raises OSError if that fails."""
     import torch

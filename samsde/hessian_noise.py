@@ -40,6 +40,7 @@ class TruncatedMoments(Wrapped):
     def combine(self, h, xi, rho):
         return self.inner.combine(h, None, rho) + (self.root(rho) @ xi[..., None])[..., 0]
 
+# %% ../nbs/04_hessian_noise.ipynb #b39ac396
 def noise_moments(algorithm:Algorithm, objective:Objective, x:Tensor, form:str,
                   **draws) -> StepMoments:
     """The moments that have a form of the noise.
@@ -47,8 +48,8 @@ def noise_moments(algorithm:Algorithm, objective:Objective, x:Tensor, form:str,
     if form not in FORMS: raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     if form not in ("sgd", "none"):
         check_model(algorithm, f"{form} form", "form='exact'", direction=form == "exact")
-    silent = objective.law.silent and not (form == "exact" and algorithm.is_cut(objective.law))
-    if form == "none" or silent: return NoNoise(objective, x)
+    cut = form in ("second", "exact") and algorithm.is_cut(objective.law)
+    if form == "none" or objective.law.silent and not cut: return NoNoise(objective, x)
     if form == "sgd": return SGD().moments(objective, x, **draws)
     if form == "second": return taylor_moments(simplest(algorithm), objective, x, **draws)
     m = simplest(algorithm).moments(objective, x, exact=form == "exact", **draws)

@@ -706,6 +706,25 @@ class MicroBatchMoments(Wrapped):
     def combine(self, h, xi, rho):
         return self.inner.combine(h, None if xi is None else self.theta**.5 * xi, rho)
 
+# %% ../nbs/02d_moments.ipynb #97c67945
+class OrderedMinibatches(Minibatches):
+    "Minibatches without replacement, in every order"
+    @property
+    def count(self) -> int: return math.perm(self.n, self.batch_size)
+    def support(self, draws, generator=None, *, dtype=None, device=None) -> Support:
+        if self.size(draws) != self.count:
+            return super().support(draws, generator, dtype=dtype, device=device)
+        orders = itertools.permutations(range(self.n), self.batch_size)
+        return Support(torch.tensor([*orders], device=device), True)
+
+def in_order(objective:FiniteSum, m:int|None) -> FiniteSum:
+    "The same minibatches; in every order, where that decides how they are cut"
+    law = objective.law
+    if m is None or law.replace or m in (1, law.batch_size): return objective
+    other = copy.copy(objective)
+    other.law = OrderedMinibatches(law.n, law.batch_size, False)
+    return other
+
 # %% ../nbs/02d_moments.ipynb #9b5903f4
 def noise_share(law:Minibatches, m:int) -> float:
     "θ of Eq. (2d.6)"
