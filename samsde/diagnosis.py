@@ -253,14 +253,16 @@ def moments(eta:float, b:Tensor, # (m,), the drift along the directions
     of the SDE, and of the algorithm with the standard errors of the difference"""
     c = projections["c"]
     G = projections["G"]
-    root = len(projections["c"])**.5
-    def spread(p): return (p - p.mean(0)).square()
+    n = len(c)
+    root = n**.5
+    def spread(p): return (p - p.mean(0)).square() * n / (n - 1)
     gap, wider = c - G, spread(G) - spread(c)
     mean = {"mean, SDE": eta * b, "mean, sampled": eta * (b + gap.mean(0)),
             "se of mean": eta * gap.std(0) / root}
     variance = {"variance, SGD": spread(projections["g"]).mean(0),
                 "variance, SDE": spread(c).mean(0), "variance, sampled": spread(G).mean(0),
-                "se of variance": wider.std(0) / root}
+                # of fewer than 4 draws the spreads are alike by construction
+                "se of variance": wider.std(0) / root if n > 3 else wider[0] + torch.inf}
     return mean | {name: eta**2 * value for name, value in variance.items()}
 
 def push_of(algorithm:Algorithm, step:Drawn, size:float) -> tuple[float, float]:
@@ -846,7 +848,7 @@ def coarseness(how:dict, used:str, error:float, errors:Tensor, lam:Tensor, step:
     elif used == "drawn":
         said.append(f"gradient from a pass over the data, error at most {error:.1%}")
     off = (errors[0].double() / lam[0].double().abs()).item()
-    said.append(f"curvature from {how['curved']} of {every} batches, "
+    said.append(f"curvature from {min(how['curved'], every)} of {every} batches, "
                 f"largest eigenvalue within {off:.1%} of theirs")
     said.append(f"{n} drawn minibatches")
     if changes < n: said.append(f"the change in η from {changes} of them")
