@@ -314,7 +314,7 @@ class Diagnosis:
         ax = ax or plt.gca()
         t = self.directions
         ratio = t["variance, sampled"] / t["variance, SDE"]
-        error = 2 * t["se of variance"] / t["variance, SDE"]
+        error = (2 * t["se of variance"] / t["variance, SDE"]).replace(np.inf, np.nan)
         ax.errorbar(t.index, ratio, error, fmt="o", capsize=2, color=colours["SAM"],
                     label="algorithm")
         if self.coarse: ax.set_title("; ".join(self.coarse), fontsize=6, wrap=True)
