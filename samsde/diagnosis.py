@@ -203,6 +203,7 @@ class Sums:
         spread = self.square - torch.linalg.vector_norm(self.total).item()**2 / self.n
         return max(0., spread) / (self.n - 1)
 
+# %% ../nbs/08b_diagnosis.ipynb #1acc455c
 @dataclass
 class Drawn:
     "What one step is made of, for drawn γ"
@@ -479,6 +480,7 @@ def same_in_all(groups:list, name:str, default):
     if len(values) == 1: return values.pop()
     raise ValueError(f"all groups must have one {name}, got {sorted(values)}")
 
+# %% ../nbs/08b_diagnosis.ipynb #357ef419
 def is_overridden(optimizer, kind:type, names:tuple) -> bool:
     "Has a subclass of `kind` methods of its own of these names?"
     def plain(cls, name): return inspect.unwrap(getattr(cls, name)) # without torch's profiler
@@ -515,6 +517,7 @@ def kind_of(optimizer, base, rho) -> type:
         f"the optimizer must be a SAM, USAM or DNSAM as samsde.optim has them, got {name}: "
         "how it perturbs is not known. If as SAM does, give rho; else use diagnose")
 
+# %% ../nbs/08b_diagnosis.ipynb #399dc7ba
 def radius_of(optimizer, base, rho) -> tuple[type, float, bool]:
     "The algorithm that perturbs, its radius, and whether that is scaled by the parameters"
     kind, groups = kind_of(optimizer, base, rho), optimizer.param_groups
@@ -543,6 +546,7 @@ def step_of(groups:list) -> dict:
     for name in ("momentum", "dampening"): check_share(f"the optimizer's {name}", found[name])
     return found | {"nesterov": bool(same_in_all(groups, "nesterov", False))}
 
+# %% ../nbs/08b_diagnosis.ipynb #bfd4cc15
 def decay_of(model:nn.Module, groups:list) -> Tensor: # (d,), or (1,) where there is none
     "The weight decay of each coordinate. Raises ValueError on parameters of another model."
     decays = {id(p): float(g.get("weight_decay", 0.))
@@ -583,6 +587,7 @@ def ritz(diagonal:list, beside:list, top:int) -> tuple: # (k,), (steps, k) and (
     best = [*range(len(T) - 1, max(len(T) - 1 - top, -1), -1)]
     return values[best], S[:, best], (off[-1] * S[-1, best]).abs()
 
+# %% ../nbs/08b_diagnosis.ipynb #2235ed94
 def lanczos(product, start:Tensor, # (d,) -> (d,), and (d,)
             steps:int, top:int,
             share:float=0., # of the largest value that the errors may be; then it ends
@@ -628,6 +633,7 @@ class Timed:
     @property
     def least(self) -> int: return 2 if self.limit == self.budget else LEAST
 
+# %% ../nbs/08b_diagnosis.ipynb #af973c2b
 def time_of_gradient(objective:MinibatchLoss) -> float: # seconds
     "That of one minibatch; of the second one where that costs little"
     for gamma in objective.law.draw((2,), torch.Generator().manual_seed(0)):
@@ -674,6 +680,7 @@ def products_at(objective:MinibatchLoss, x:Tensor, n:int): # changes the objecti
             with objective.network.products(x, rows, seed) as product: yield product
     finally: objective.found = before
 
+# %% ../nbs/08b_diagnosis.ipynb #840e81e3
 def momentum_terms(settings:dict, A:float, in_eta:float, tolerance:float) -> dict:
     """Which of the SDEs of order 1, order 2 and with a velocity is fair. The last one neglects half
     a step of √η at the rate √A, that of its swing."""
@@ -686,6 +693,7 @@ def momentum_terms(settings:dict, A:float, in_eta:float, tolerance:float) -> dic
     else: model = "none"
     return {"momentum number": number, "neglected, kinetic": in_swing, "model": model}
 
+# %% ../nbs/08b_diagnosis.ipynb #f50833ef
 def check_setting(model):
     "Raises ValueError or TypeError where sums of gradients would be inexact"
     kinds = {p.dtype for p in trainable(model)} if isinstance(model, nn.Module) else set()
@@ -773,6 +781,7 @@ def top_of_run(objective:MinibatchLoss, x:Tensor, grad:Tensor, how:dict, top:int
         values, V, errors = lanczos(product, start, how["steps"], top, SHARE, done)
     return values, V, errors
 
+# %% ../nbs/08b_diagnosis.ipynb #0f4817f0
 def sampled(algorithm, objective, x, grad, V, how:dict, seed:int, clock:Timed, bar) -> Drawn:
     "As many draws as there is time for, with as much left as the change within a step takes"
     begin = clock.spent
