@@ -203,6 +203,7 @@ class Sums:
         spread = self.square - torch.linalg.vector_norm(self.total).item()**2 / self.n
         return max(0., spread) / (self.n - 1)
 
+# %% ../nbs/08b_diagnosis.ipynb #1acc455c
 @dataclass
 class Drawn:
     "What one step is made of, for drawn γ"
@@ -253,14 +254,16 @@ def moments(eta:float, b:Tensor, # (m,), the drift along the directions
     of the SDE, and of the algorithm with the standard errors of the difference"""
     c = projections["c"]
     G = projections["G"]
-    root = len(projections["c"])**.5
-    def spread(p): return (p - p.mean(0)).square()
+    n = len(c)
+    root = n**.5
+    def spread(p): return (p - p.mean(0)).square() * n / (n - 1)
     gap, wider = c - G, spread(G) - spread(c)
     mean = {"mean, SDE": eta * b, "mean, sampled": eta * (b + gap.mean(0)),
             "se of mean": eta * gap.std(0) / root}
     variance = {"variance, SGD": spread(projections["g"]).mean(0),
                 "variance, SDE": spread(c).mean(0), "variance, sampled": spread(G).mean(0),
-                "se of variance": wider.std(0) / root}
+                # of fewer than 4 draws the spreads are alike by construction
+                "se of variance": wider.std(0) / root if n > 3 else wider[0] + torch.inf}
     return mean | {name: eta**2 * value for name, value in variance.items()}
 
 def push_of(algorithm:Algorithm, step:Drawn, size:float) -> tuple[float, float]:
@@ -312,7 +315,7 @@ class Diagnosis:
         ax = ax or plt.gca()
         t = self.directions
         ratio = t["variance, sampled"] / t["variance, SDE"]
-        error = 2 * t["se of variance"] / t["variance, SDE"]
+        error = (2 * t["se of variance"] / t["variance, SDE"]).replace(np.inf, np.nan)
         ax.errorbar(t.index, ratio, error, fmt="o", capsize=2, color=colours["SAM"],
                     label="algorithm")
         if self.coarse: ax.set_title("; ".join(self.coarse), fontsize=6, wrap=True)
@@ -477,6 +480,7 @@ def same_in_all(groups:list, name:str, default):
     if len(values) == 1: return values.pop()
     raise ValueError(f"all groups must have one {name}, got {sorted(values)}")
 
+# %% ../nbs/08b_diagnosis.ipynb #357ef419
 def is_overridden(optimizer, kind:type, names:tuple) -> bool:
     "Has a subclass of `kind` methods of its own of these names?"
     def plain(cls, name): return inspect.unwrap(getattr(cls, name)) # without torch's profiler
@@ -513,6 +517,7 @@ def kind_of(optimizer, base, rho) -> type:
         f"the optimizer must be a SAM, USAM or DNSAM as samsde.optim has them, got {name}: "
         "how it perturbs is not known. If as SAM does, give rho; else use diagnose")
 
+# %% ../nbs/08b_diagnosis.ipynb #399dc7ba
 def radius_of(optimizer, base, rho) -> tuple[type, float, bool]:
     "The algorithm that perturbs, its radius, and whether that is scaled by the parameters"
     kind, groups = kind_of(optimizer, base, rho), optimizer.param_groups
@@ -541,6 +546,7 @@ def step_of(groups:list) -> dict:
     for name in ("momentum", "dampening"): check_share(f"the optimizer's {name}", found[name])
     return found | {"nesterov": bool(same_in_all(groups, "nesterov", False))}
 
+# %% ../nbs/08b_diagnosis.ipynb #bfd4cc15
 def decay_of(model:nn.Module, groups:list) -> Tensor: # (d,), or (1,) where there is none
     "The weight decay of each coordinate. Raises ValueError on parameters of another model."
     decays = {id(p): float(g.get("weight_decay", 0.))
@@ -581,6 +587,7 @@ def ritz(diagonal:list, beside:list, top:int) -> tuple: # (k,), (steps, k) and (
     best = [*range(len(T) - 1, max(len(T) - 1 - top, -1), -1)]
     return values[best], S[:, best], (off[-1] * S[-1, best]).abs()
 
+# %% ../nbs/08b_diagnosis.ipynb #2235ed94
 def lanczos(product, start:Tensor, # (d,) -> (d,), and (d,)
             steps:int, top:int,
             share:float=0., # of the largest value that the errors may be; then it ends
@@ -626,6 +633,7 @@ class Timed:
     @property
     def least(self) -> int: return 2 if self.limit == self.budget else LEAST
 
+# %% ../nbs/08b_diagnosis.ipynb #af973c2b
 def time_of_gradient(objective:MinibatchLoss) -> float: # seconds
     "That of one minibatch; of the second one where that costs little"
     for gamma in objective.law.draw((2,), torch.Generator().manual_seed(0)):
@@ -672,6 +680,7 @@ def products_at(objective:MinibatchLoss, x:Tensor, n:int): # changes the objecti
             with objective.network.products(x, rows, seed) as product: yield product
     finally: objective.found = before
 
+# %% ../nbs/08b_diagnosis.ipynb #840e81e3
 def momentum_terms(settings:dict, A:float, in_eta:float, tolerance:float) -> dict:
     """Which of the SDEs of order 1, order 2 and with a velocity is fair. The last one neglects half
     a step of √η at the rate √A, that of its swing."""
@@ -684,6 +693,7 @@ def momentum_terms(settings:dict, A:float, in_eta:float, tolerance:float) -> dic
     else: model = "none"
     return {"momentum number": number, "neglected, kinetic": in_swing, "model": model}
 
+# %% ../nbs/08b_diagnosis.ipynb #f50833ef
 def check_setting(model):
     "Raises ValueError or TypeError where sums of gradients would be inexact"
     kinds = {p.dtype for p in trainable(model)} if isinstance(model, nn.Module) else set()
@@ -771,6 +781,7 @@ def top_of_run(objective:MinibatchLoss, x:Tensor, grad:Tensor, how:dict, top:int
         values, V, errors = lanczos(product, start, how["steps"], top, SHARE, done)
     return values, V, errors
 
+# %% ../nbs/08b_diagnosis.ipynb #0f4817f0
 def sampled(algorithm, objective, x, grad, V, how:dict, seed:int, clock:Timed, bar) -> Drawn:
     "As many draws as there is time for, with as much left as the change within a step takes"
     begin = clock.spent
@@ -846,7 +857,7 @@ def coarseness(how:dict, used:str, error:float, errors:Tensor, lam:Tensor, step:
     elif used == "drawn":
         said.append(f"gradient from a pass over the data, error at most {error:.1%}")
     off = (errors[0].double() / lam[0].double().abs()).item()
-    said.append(f"curvature from {how['curved']} of {every} batches, "
+    said.append(f"curvature from {min(how['curved'], every)} of {every} batches, "
                 f"largest eigenvalue within {off:.1%} of theirs")
     said.append(f"{n} drawn minibatches")
     if changes < n: said.append(f"the change in η from {changes} of them")
