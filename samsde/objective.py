@@ -529,14 +529,15 @@ class SeededMinibatches(Minibatches):
         numbers = torch.tensor(every, device=device)
         return Support(torch.cat([numbers, numbers.new_zeros(K, 1)], -1), True)
 
-# %% ../nbs/00b_minibatch_loss.ipynb #851b3487
+# %% ../nbs/00b_minibatch_loss.ipynb #9171a097
 class Once(torch.autograd.Function):
     "x, which cannot be differentiated by"
     @staticmethod
     def forward(ctx, x): return x.view_as(x)
     @staticmethod
     def backward(ctx, w):
-        raise ValueError("a MinibatchLoss has no third derivatives: torch has them wrong for some layers")
+        raise ValueError(
+            "a MinibatchLoss has no third derivatives: torch has them wrong for some layers")
 
 class Value(torch.autograd.Function):
     "f_γ or f at every path, whose derivative is `Slope`"
@@ -665,7 +666,7 @@ class Differentiated(PathByPath):
         gamma = self.draw((4,), generator, device=x.device)
         return [self.loss(x[0]), *(self.sample_grad(z.expand(4, -1), gamma) for z in x)]
 
-# %% ../nbs/00b_minibatch_loss.ipynb #c7dcf1e0
+# %% ../nbs/00b_minibatch_loss.ipynb #f0b48f3f
 def adds_up(network:BatchNetwork, rows:list, x:Tensor) -> bool: # (d,)
     "Is the loss of a batch that of its samples?"
     cut = len(rows) // 2
@@ -677,7 +678,16 @@ def adds_up(network:BatchNetwork, rows:list, x:Tensor) -> bool: # (d,)
     gap = (both - (cut * a + (len(rows) - cut) * b) / len(rows)).abs()
     return not torch.isfinite(gap) or bool(gap <= 16 * torch.finfo(network.dtype).eps**.75 * size)
 
-# %% ../nbs/00b_minibatch_loss.ipynb #7f97f52b
+def all_add_up(network:BatchNetwork, batches:list, bar) -> bool: # of rows
+    "Do all batches add up at `x0`, and a few of them at two points further off?"
+    x0, generator = network.x0, torch.Generator().manual_seed(1)
+    if not all(adds_up(network, rows, x0) for rows in bar(batches, "is it a sum?")): return False
+    size = x0.abs().mean().item() + .1
+    moves = torch.randn(2, len(x0), generator=generator, dtype=torch.float64).to(x0)
+    far = [x0 + scale * size * move for scale, move in zip((1, 10), moves)]
+    return all(adds_up(network, rows, x) for x in far for rows in batches[:4])
+
+# %% ../nbs/00b_minibatch_loss.ipynb #a52484c0
 class ByBatches(Differentiated):
     "f as a mean over minibatches: which, and with what weights"
     @property
@@ -695,7 +705,8 @@ class ByBatches(Differentiated):
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(n, generator=generator)
         parts = [torch.cat([rows, rows.new_zeros(1)]) for rows in order.split(law.batch_size)]
-        if not law.random and self.adds_up_at(parts):
+        rows = [gamma[:-1].tolist() for gamma in parts]
+        if not law.random and all_add_up(self.network, rows, self.bar):
             return "samples", [(gamma, (len(gamma) - 1) / n) for gamma in parts]
         drawn = self.some_batches(self.full_batches, generator)
         return "drawn", [(gamma, 1 / self.full_batches) for gamma in drawn]
@@ -707,20 +718,10 @@ class ByBatches(Differentiated):
         def of_pass(): return torch.randperm(n, generator=generator)[:n // B * B].reshape(-1, B)
         passes = [of_pass() for _ in range(-(-K // (n // B)))]
         return torch.cat([torch.cat(passes)[:K], drawn[:, -1:]], -1)
-    def adds_up_at(self, parts:list) -> bool:
-        "Do all batches add up at `x0`, and a few of them at two points further off?"
-        x0, generator = self.x0, torch.Generator().manual_seed(1)
-        rows = [gamma[:-1].tolist() for gamma in parts]
-        if not all(adds_up(self.network, r, x0) for r in self.bar(rows, "is it a sum?")):
-            return False
-        size = x0.abs().mean().item() + .1
-        moves = torch.randn(2, self.dim, generator=generator, dtype=torch.float64).to(x0)
-        far = [x0 + scale * size * move for scale, move in zip((1, 10), moves)]
-        return all(adds_up(self.network, r, x) for x in far for r in rows[:4])
     def bar(self, batches, name:str):
         return tqdm(batches, name, leave=False, disable=not self.progress)
 
-# %% ../nbs/00b_minibatch_loss.ipynb #e641b867
+# %% ../nbs/00b_minibatch_loss.ipynb #41d48329
 class Errors(NamedTuple):
     "f and ∇f at a point, with the standard error of f and the root mean square error of ∇f"
     value: Tensor
@@ -728,6 +729,7 @@ class Errors(NamedTuple):
     of_value: float=0.0
     of_slope: float=0.0
 
+# %% ../nbs/00b_minibatch_loss.ipynb #95faa2f3
 class MeanOverBatches(ByBatches):
     "f, ∇f and ∇²f v from passes over the minibatches of f"
     def mean(self, what:str, x:Tensor, gamma=None, v=None) -> Tensor:
@@ -797,7 +799,15 @@ class MinibatchLoss(MeanOverBatches):
             raise ValueError(f"x must be one point of shape ({self.dim},), got {tuple(x.shape)}")
         return self.all_of(x)[2:]
 
-# %% ../nbs/00b_minibatch_loss.ipynb #66f5ef30
+# %% ../nbs/00b_minibatch_loss.ipynb #43952e36
+def from_loader(loader:DataLoader, replace:bool|str) -> list:
+    "Data, collate_fn, batch_size and replace"
+    found = of_loader(loader)
+    if replace == "epochs": check_reshuffles(loader)
+    if replace == "epochs": found["replace"] = replace
+    return [*found.values()]
+
+# %% ../nbs/00b_minibatch_loss.ipynb #c2a39b3b
 def minibatches_of_module(cls, module:torch.nn.Module, # any that trains, in the mode to run it in
                           loss:Callable|None, # (output, target) -> scalar; the module's if None
                           # tensors such as (X, y), a dictionary, a map-style Dataset, a DataLoader
@@ -831,12 +841,5 @@ def minibatches_of_module(cls, module:torch.nn.Module, # any that trains, in the
     if batch_loss is None: batch_loss = LossOfOutput(loss)
     network = BatchNetwork(module, batch_loss, data, collate_fn)
     return cls(network, batch_size, replace, full_batches=full_batches, progress=progress)
-
-def from_loader(loader:DataLoader, replace:bool|str) -> list:
-    "Data, collate_fn, batch_size and replace"
-    found = of_loader(loader)
-    if replace == "epochs": check_reshuffles(loader)
-    if replace == "epochs": found["replace"] = replace
-    return [*found.values()]
 
 MinibatchLoss.from_module = classmethod(minibatches_of_module)
