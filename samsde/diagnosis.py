@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from . import optim
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, an_objective, overrides, pair
+from .epochs import epoch_terms
 from .machinery.style import colours
 from .implicit_regularizer import drift, mean_moments
 from .moments import chunks, hessian_perturbation
@@ -424,6 +425,8 @@ def diagnose(algorithm:Algorithm, # with one radius
     "neglected in η", ½‖b(x + ηb) − b(x)‖/‖b‖;
     "noise", the root of the noise's total variance in one step over ‖ηb‖; "noise, SGD", SGD's;
     "largest eigenvalue", λ of ∇²f; "c", E[u]·ḡ/‖ḡ‖²; "stability number", ηλ(1 + ρcλ)/2.
+    An SDE has the noise of independent minibatches; where they are reshuffled, `epoch_terms` along
+    the steepest direction tell what part of that noise's variance there is.
     False where a neglected part is more than `tolerance`, or that number is 1 or more.
     Raises ValueError or TypeError on bad input."""
     eta = check_scalar("eta", eta)
@@ -460,6 +463,7 @@ def diagnose(algorithm:Algorithm, # with one radius
              "noise": sums["c"].power**.5 / size, "noise, SGD": sums["g"].power**.5 / size,
              "largest eigenvalue": largest, "c": push,
              "stability number": stability(eta, largest, push, float(rho))}
+    terms |= epoch_terms(objective, eta, largest * (1 + float(rho) * push * largest))
     names = ([f"eigenvector {i + 1}" for i in range(top)]
              + [f"random {i + 1}" for i in range(directions)])
     curvature = (V * objective.hvp(x, V)).sum(1)

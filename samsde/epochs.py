@@ -64,7 +64,20 @@ def fixed_moments(maps:list, d:int) -> StationaryMoments:
     return StationaryMoments(torch.from_numpy(mean.copy()),
                              torch.from_numpy(M[:, :d, :d] - mean[:, :, None] * mean[:, None]))
 
-# %% ../nbs/06f_epochs.ipynb #74cf4dad
+# %% ../nbs/06f_epochs.ipynb #77ca6516
+def check_samples(hessians, minima) -> tuple[int, int]: # n and d
+    "Raises ValueError or TypeError unless shapes fit and Hessians are symmetric"
+    if getattr(hessians, "ndim", 0) != 3:
+        raise ValueError(
+            f"hessians must have shape (n, d, d), got {tuple(getattr(hessians, 'shape', ()))}")
+    for H in hessians: check_symmetric("a Hessian", H)
+    n, d, _ = hessians.shape
+    if tuple(getattr(minima, "shape", ())) != (n, d):
+        raise ValueError(
+            f"minima must have shape {(n, d)}, got {tuple(getattr(minima, 'shape', ()))}")
+    return n, d
+
+# %% ../nbs/06f_epochs.ipynb #0bde8345
 def quadratic_moments(hessians:Tensor, # H_i, (n, d, d), symmetric
                       minima:Tensor, # c_i, (n, d)
                       eta:float, # learning rate η
@@ -75,14 +88,7 @@ def quadratic_moments(hessians:Tensor, # H_i, (n, d, d), symmetric
                      ) -> StationaryMoments:
     """Exact stationary moments of USAM on the mean of ½(x − c_i)ᵀH_i(x − c_i).
     Raises ValueError or TypeError on bad input, too many minibatches, or steps that diverge."""
-    if getattr(hessians, "ndim", 0) != 3:
-        raise ValueError(
-            f"hessians must have shape (n, d, d), got {tuple(getattr(hessians, 'shape', ()))}")
-    for H in hessians: check_symmetric("a Hessian", H)
-    n, d, _ = hessians.shape
-    if tuple(getattr(minima, "shape", ())) != (n, d):
-        raise ValueError(
-            f"minima must have shape {(n, d)}, got {tuple(getattr(minima, 'shape', ()))}")
+    n, d = check_samples(hessians, minima)
     law = Minibatches(n, batch_size, replace)
     eta, rho = check_scalar("eta", eta), check_scalar("rho", rho, zero=True)
     count = enumerated(law)
@@ -105,13 +111,14 @@ def enumerated(law:Minibatches) -> int|float:
     if law.steps * n > 10_000: return math.inf
     return sum(math.comb(n, k * B) * math.comb(k * B, B) for k in range(1, law.steps + 1))
 
-# %% ../nbs/06f_epochs.ipynb #70177be0
+# %% ../nbs/06f_epochs.ipynb #03fafa7d
 def epoch_noise(eta_lambda:float, # ηλ, the learning rate times a curvature, between 0 and 2
                 n:int, # number of samples, N
                 batch_size:int=1 # B, below N
                ) -> np.ndarray: # (K,)
     """The stationary variance after each step of an epoch, as a part of that with independent
-    minibatches, Eq. (6f.7). The last is the epoch's end. Raises ValueError or TypeError on bad input."""
+    minibatches, Eq. (7). The last is the epoch's end.
+    Raises ValueError or TypeError on bad input."""
     law = Minibatches(n, batch_size, "epochs")
     if law.batch_size == n: raise ValueError(f"batch_size must be below n, got {n} and {n}")
     s = check_scalar("eta_lambda", eta_lambda)
@@ -123,17 +130,17 @@ def epoch_noise(eta_lambda:float, # ηλ, the learning rate times a curvature, b
     fresh = (1 + share) * (1 - powers**2) - share * (1 - powers)**2 * (1 + a) / s
     return powers**2 * end + fresh
 
-# %% ../nbs/06f_epochs.ipynb #36e35f75
+# %% ../nbs/06f_epochs.ipynb #64a39e7f
 def epoch_terms(objective:Objective, # any
                 eta:float, # learning rate η
-                curvature:float # λ, positive
-               ) -> dict: # empty unless minibatches are reshuffled
+                curvature:float # λ
+               ) -> dict:
     """What reshuffling makes of the variance along a direction, as a part of what an SDE or
-    independent minibatches have. Raises ValueError or TypeError on bad input."""
-    law = objective.law
-    if getattr(law, "steps", 1) == 1: return {}
-    eta, curvature = check_scalar("eta", eta), check_scalar("curvature", curvature)
-    relative = epoch_noise(eta * curvature, law.n, law.batch_size)
-    return {"relaxation times in an epoch": eta * curvature * law.steps,
+    independent minibatches have. Empty unless minibatches are reshuffled and the variance stays
+    finite, 0 < ηλ < 2. Raises ValueError or TypeError on bad input."""
+    law, s = objective.law, check_scalar("eta", eta) * float(curvature)
+    if getattr(law, "steps", 1) == 1 or not 0 < s < 2: return {}
+    relative = epoch_noise(s, law.n, law.batch_size)
+    return {"relaxation times in an epoch": s * law.steps,
             "variance at epoch ends": float(relative[-1]),
             "variance, mean over an epoch": float(relative.mean())}

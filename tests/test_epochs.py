@@ -5,7 +5,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from samsde.algorithm import SAM, SGD, USAM, Chain
+from samsde.diagnosis import diagnose
 from samsde.ensemble import simulate
+from samsde.epochs import epoch_noise
 from samsde.hessian_noise import noise_covariance
 from samsde.implicit_regularizer import drift
 from samsde.machinery.sampling import LAST
@@ -158,3 +160,15 @@ def test_draws_few():
     law = Minibatches(10**9, 64, False)
     draws = [law.draw((50,), torch.Generator().manual_seed(0)) for _ in range(2)]
     assert draws[0].equal(draws[1]) and (draws[0].sort(-1).values.diff(dim=-1) > 0).all()
+
+
+def test_diagnosis_says_it():
+    """A diagnosis has the variance of reshuffled minibatches as a part of its SDE's, and is silent for others."""
+    found = diagnose(USAM(.1), data(), X0, .1, top=1, directions=1, draws=16)
+    lam = found.terms["largest eigenvalue"]
+    relative = epoch_noise(.1 * lam * (1 + .1 * lam), 12, 4)
+    assert found.terms["variance at epoch ends"] == pytest.approx(relative[-1]) and relative[-1] < .5
+    assert found.terms["variance, mean over an epoch"] == pytest.approx(relative.mean())
+    other = diagnose(USAM(.1), data(False), X0, .1, top=1, directions=1, draws=16)
+    assert other.terms == {name: value for name, value in found.terms.items() if name in other.terms}
+    assert not any("epoch" in name for name in other.terms)
