@@ -117,7 +117,7 @@ def epoch_noise(eta_lambda:float, # ηλ, the learning rate times a curvature, b
                 batch_size:int=1 # B, below N
                ) -> np.ndarray: # (K,)
     """The stationary variance after each step of an epoch, as a part of that with independent
-    minibatches, Eq. (7). The last is the epoch's end.
+    minibatches, Eq. (6f.7). The last is the epoch's end.
     Raises ValueError or TypeError on bad input."""
     law = Minibatches(n, batch_size, "epochs")
     if law.batch_size == n: raise ValueError(f"batch_size must be below n, got {n} and {n}")
