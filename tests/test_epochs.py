@@ -88,7 +88,7 @@ def test_in_sweep(tmp_path):
     ask = dict(etas=[.1], t_end=.6, n_paths=10, x0=X0, folder=tmp_path)
     first = sweep({"sgd": SGD()}, {"sum": data()}, **ask)
     assert first.equals(sweep({"sgd": SGD()}, {"sum": data()}, **ask))
-    with pytest.raises(ValueError, match="belongs to another sweep"): sweep({"sgd": SGD()}, {"sum": data(False)}, **ask)
+    with pytest.raises(ValueError, match="belongs to a run with other settings"): sweep({"sgd": SGD()}, {"sum": data(False)}, **ask)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
