@@ -6,14 +6,15 @@
 __all__ = ['EXPERIMENTS', 'parser', 'chosen', 'own_options', 'reproduce', 'main']
 
 # %% ../nbs/09_cli.ipynb #880b4a08
-import argparse, codecs, inspect, math, os, re, sys, time, unicodedata
+import argparse, codecs, inspect, math, os, re, shutil, sys, time, unicodedata
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from .machinery.store import replacing
-from .experiments import error_vs_rho, flat_minima, networks, saddles, scaling, suboptimality
+from .experiments import (
+    error_vs_rho, flat_minima, micro_batches, networks, saddles, scaling, suboptimality, training)
 from .experiments.experiment import Experiment
 from .experiments.problems import PROBLEMS
 
@@ -21,7 +22,7 @@ from .experiments.problems import PROBLEMS
 EXPERIMENTS = {e.name: e
                for e in (m.experiment
                          for m in (error_vs_rho, scaling, suboptimality, saddles, flat_minima,
-                                   networks))}
+                                   networks, training, micro_batches))}
 
 # %% ../nbs/09_cli.ipynb #11925593
 class Parser(argparse.ArgumentParser):
@@ -171,12 +172,20 @@ def report(experiment:Experiment, table:pd.DataFrame) -> str:
     numbers = f"{experiment.show(table)}\n\n" if experiment.show else ""
     return f"{experiment.name}: {experiment.question}\n\n{numbers}{experiment.verdicts(table)}"
 
+# %% ../nbs/09_cli.ipynb #36ce4ebe
+def checkpoints_of(experiment:Experiment, options:argparse.Namespace) -> dict:
+    "The folder for an experiment's checkpoints, if it keeps any"
+    if "checkpoints" not in inspect.signature(experiment.measure).parameters: return {}
+    device = str(options.device).replace(":", "")
+    setting = f"{options.seed}-{options.dtype}-{device}" + "-quick" * options.quick
+    return dict(checkpoints=options.out / f"{experiment.name}-checkpoints-{setting}")
+
 # %% ../nbs/09_cli.ipynb #16a9d9b7
 def reproduce(experiment:Experiment, options:argparse.Namespace) -> pd.DataFrame:
     """Measure, write NAME.csv, .png and .txt, and print the verdicts. Returns the table.
     Raises OSError if that fails."""
     begin = time.perf_counter()
-    own = own_options(experiment, options)
+    own = own_options(experiment, options) | checkpoints_of(experiment, options)
     check_place(options.out, [experiment])
     table = experiment.measure(quick=options.quick, seed=options.seed,
                                dtype=getattr(torch, options.dtype), device=options.device,
@@ -189,6 +198,7 @@ def reproduce(experiment:Experiment, options:argparse.Namespace) -> pd.DataFrame
     except OSError: # on a full disk, say: what can be saved of the work is what can be printed
         say(f"{report(experiment, table)}\n\n{table.to_csv(index=False)}")
         raise
+    if "checkpoints" in own: shutil.rmtree(own["checkpoints"], ignore_errors=True)
     seconds = time.perf_counter() - begin
     say(f"{text}\n\n{csv}, {png} and {txt} written in {seconds:.0f} s.",
         f": the verdicts are in {txt}")
