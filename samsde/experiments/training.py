@@ -147,7 +147,7 @@ class Reshuffled:
 class EpochSDE(Reshuffled, SDE): "The SDE of shuffled epochs"
 class EpochKineticSDE(Reshuffled, KineticSDE): "The kinetic model of shuffled epochs"
 
-# %% ../../nbs/experiments/training.ipynb #773672a2
+# %% ../../nbs/experiments/training.ipynb #6e387689
 TRAINING, CHAIN, INDEPENDENT = "training", "chain of epochs", "chain of independent minibatches"
 ALL = "knows all"
 FORGETS = ("epochs", "the velocity", "momentum", "the schedule", "weight decay", "the perturbation")
@@ -156,7 +156,7 @@ def models(task:Task, rho) -> dict: # name -> Process
     "The models of a training, and the algorithm on epochs and on independent minibatches"
     def build(kind, algorithm=SAM(rho), noise="none", **forget):
         how = dict(momentum=task.momentum, weight_decay=task.decay, schedule=task.rates) | forget
-        return kind(algorithm, task.objective, task.eta, noise=noise, draws=4, seed=None, **how)
+        return kind(algorithm, task.independent, task.eta, noise=noise, draws=4, seed=None, **how)
     no_perturbation = build(EpochKineticSDE, SGD())
     forgetful = dict(zip(FORGETS, (build(KineticSDE, noise="factor"), build(EpochSDE),
                                    build(EpochSDE, momentum=0.),
@@ -238,7 +238,7 @@ def diagnosis_rows(task:Task, seed:int, every:int, tick:Callable) -> list:
             tick()
     return rows
 
-# %% ../../nbs/experiments/training.ipynb #1f158fd3
+# %% ../../nbs/experiments/training.ipynb #596b49ad
 def measure(quick:bool=False, # fewer runs and radii, a smaller convolutional network, less training
             seed:int=0, # of the shuffling, the minibatches and the noise
             dtype=torch.float32,
@@ -248,7 +248,7 @@ def measure(quick:bool=False, # fewer runs and radii, a smaller convolutional ne
            ) -> pd.DataFrame: # a row for each number, with what it belongs to
     "Training of two networks, its models, and diagnoses along it"
     seed = check_int("seed", seed, least=0)
-    short = [dict(radii=(.2,), epochs=4), dict(radii=(.1,), epochs=2, n=64, channels=2)]
+    short = [dict(radii=(.2,), epochs=2), dict(radii=(.1,), epochs=2, n=64, channels=2)]
     tasks = [build(dtype, device, **(how if quick else {}))
              for build, how in zip((cancer, convolutional), short)]
     runs, records, moments = (3, 2, 1) if quick else (RUNS, 4, 4)
