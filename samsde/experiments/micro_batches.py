@@ -165,7 +165,7 @@ def lower(table:pd.DataFrame, statistic:str, claim:str) -> Verdict:
                    f"It falls by more than four standard errors in {sum(falls)} of {len(falls)} "
                    f"steps from one m to the next smaller one. {'; '.join(told)}.")
 
-# %% ../../nbs/experiments/micro_batches.ipynb #282439a9
+# %% ../../nbs/experiments/micro_batches.ipynb #1ac36066
 def verdicts(table:pd.DataFrame # from measure
             ) -> Verdicts:
     "Does an SDE have to know the micro-batch?"
@@ -180,4 +180,4 @@ def verdicts(table:pd.DataFrame # from measure
 
 experiment = Experiment("micro_batches",
                         "does an SDE have to know how many samples share a perturbation?",
-                        measure, plot, verdicts, "about six minutes")
+                        measure, plot, verdicts, "about three minutes")

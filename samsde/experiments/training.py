@@ -494,7 +494,7 @@ def diagnosed(table:pd.DataFrame, rows:pd.DataFrame) -> Verdict: # of measure, a
                    f"loss than the kinetic model, and not elsewhere, at {in_eta} of {len(later)} "
                    "moments after the start.")
 
-# %% ../../nbs/experiments/training.ipynb #f9404664
+# %% ../../nbs/experiments/training.ipynb #b8faceab
 def verdicts(table:pd.DataFrame # from measure
             ) -> Verdicts:
     "Which things can an SDE of training forget?"
@@ -506,4 +506,4 @@ def verdicts(table:pd.DataFrame # from measure
 
 experiment = Experiment("training",
                         "does an SDE follow SAM as people train, and what may it forget?",
-                        measure, plot, verdicts, "about fifteen minutes")
+                        measure, plot, verdicts, "about ten minutes")
