@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENTS', 'parser', 'chosen', 'own_options', 'reproduce', 'main']
 
 # %% ../nbs/09_cli.ipynb #880b4a08
-import argparse, codecs, importlib, inspect, math, os, re, sys, time, unicodedata
+import argparse, codecs, importlib, inspect, math, os, re, shutil, sys, time, unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +23,10 @@ QUESTIONS = { # name -> what is asked, and how long it takes to say
                     "and do the SDEs predict it?", "about nine minutes"),
     "networks": ("what does an SDE step of a real network cost, "
                  "and does it follow training by minibatches?", "about twenty-five minutes"),
+    "training": ("does an SDE follow SAM as people train, and what may it forget?",
+                 "about ten minutes"),
+    "micro_batches": ("does an SDE have to know how many samples share a perturbation?",
+                      "about three minutes"),
 }
 
 class Experiments(Mapping):
@@ -195,6 +199,14 @@ def report(experiment, table) -> str:
     numbers = f"{experiment.show(table)}\n\n" if experiment.show else ""
     return f"{experiment.name}: {experiment.question}\n\n{numbers}{experiment.verdicts(table)}"
 
+# %% ../nbs/09_cli.ipynb #36ce4ebe
+def checkpoints_of(experiment, options:argparse.Namespace) -> dict:
+    "The folder for an experiment's checkpoints, if it keeps any"
+    if "checkpoints" not in inspect.signature(experiment.measure).parameters: return {}
+    device = str(options.device or "cpu").replace(":", "")
+    setting = f"{options.seed}-{options.dtype}-{device}" + "-quick" * options.quick
+    return dict(checkpoints=options.out / f"{experiment.name}-checkpoints-{setting}")
+
 # %% ../nbs/09_cli.ipynb #16a9d9b7
 def reproduce(experiment, # an Experiment
               options:argparse.Namespace # of parser
@@ -204,7 +216,7 @@ def reproduce(experiment, # an Experiment
     import torch
     from samsde.machinery.store import replacing
     begin = time.perf_counter()
-    own = own_options(experiment, options)
+    own = own_options(experiment, options) | checkpoints_of(experiment, options)
     check_place(options.out, [experiment])
     terminal = sys.stderr is not None and sys.stderr.isatty()
     if sys.stderr and not terminal and "told" in inspect.signature(experiment.measure).parameters:
@@ -221,6 +233,7 @@ def reproduce(experiment, # an Experiment
     except OSError: # on a full disk, say: what can be saved of the work is what can be printed
         say(f"{report(experiment, table)}\n\n{table.to_csv(index=False)}")
         raise
+    if "checkpoints" in own: shutil.rmtree(own["checkpoints"], ignore_errors=True)
     seconds = time.perf_counter() - begin
     say(f"{text}\n\n{csv}, {png} and {txt} written in {seconds:.0f} s.",
         f": the verdicts are in {txt}")

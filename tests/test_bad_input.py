@@ -15,7 +15,7 @@ from samsde.algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Linear
 from samsde.diagnosis import diagnose, diagnose_training, largest_eigenvalue, top_eigenvectors
 from samsde.ensemble import simulate
 from samsde.epochs import epoch_noise, epoch_terms, quadratic_moments
-from samsde.experiments import error_vs_rho, escape, experiment, flat_minima, networks, problems, saddles, scaling, suboptimality as levels
+from samsde.experiments import error_vs_rho, escape, experiment, flat_minima, micro_batches, networks, problems, saddles, scaling, suboptimality as levels, training
 from samsde.hessian_noise import cross_covariance, noise_covariance, noise_dim, noise_sample, sgd_covariance
 from samsde.implicit_regularizer import drift, gaussian_direction, regularized_loss
 from samsde.machinery.batches import BatchNetwork, LossOfOutput
@@ -632,6 +632,9 @@ TABLE |= { # experiments
     "levels with a negative seed": (lambda: levels.measure(quick=True, seed=-1), ValueError, "seed must be at least 0, got -1"),
     "flat minima with a negative seed": (lambda: flat_minima.measure(quick=True, seed=-1), ValueError, "seed must be at least 0, got -1"),
     "networks with a negative seed": (lambda: networks.measure(quick=True, seed=-1), ValueError, "seed must be at least 0, got -1"),
+    "training in epochs of half a batch": (lambda: training.Task("half", torch.nn.Linear(3, 2), (A, A, A, A), 0., (.1,), 1, batch_size=2), ValueError, "batch_size must divide 3 samples, got 2"),
+    "training with a negative seed": (lambda: training.measure(quick=True, seed=-1), ValueError, "seed must be at least 0, got -1"),
+    "micro-batches with a negative seed": (lambda: micro_batches.measure(quick=True, seed=-1), ValueError, "seed must be at least 0, got -1"),
     "unknown data": (lambda: problems.classification("mnist"), ValueError, "data must be .* 'mnist'"),
     "a quadratic in 0 dimensions": (lambda: problems.quadratic(d=0), ValueError, r"square matrix .* \(0, 0\)"),
     "a problem with negative noise": (lambda: problems.teacher_student(sigma=-1), ValueError, "sigma must be non-negative and finite, got -1"),

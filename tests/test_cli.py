@@ -88,6 +88,22 @@ def test_a_picture_that_fails_leaves_the_table(experiments, tmp_path):
     assert pd.read_csv(tmp_path / "error_vs_rho.csv")["value"].tolist() == [1, 2] and len(list(tmp_path.iterdir())) == 1
 
 
+def test_checkpoints_are_kept_until_all_is_written(experiments, tmp_path):
+    """An experiment that keeps some gets a folder of its own for each setting, which stays when it is interrupted."""
+    given = []
+    def measure(checkpoints=None, **how):
+        given.append(checkpoints)
+        checkpoints.mkdir(exist_ok=True)
+        if len(given) == 1: raise KeyboardInterrupt
+        return fake().measure()
+    experiments["error_vs_rho"] = fake("error_vs_rho", measure=measure)
+    assert cli.main(["reproduce", "--out", str(tmp_path)]) == 130 and given[0].is_dir()
+    assert cli.main(["reproduce", "--out", str(tmp_path), "--seed", "1"]) == 0
+    assert given[0].is_dir() and not given[1].exists() and given[0] != given[1]
+    assert cli.main(["reproduce", "--out", str(tmp_path)]) == 0 and given[2] == given[0]
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".csv", ".png", ".txt"]
+
+
 def test_results_behind_a_link(experiments, tmp_path):
     """What it leads to is written, also where that is not there yet; the link stays."""
     (tmp_path / "target.csv").write_text("old")

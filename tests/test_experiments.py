@@ -1,13 +1,15 @@
 "The experiments' committed results: there, readable, and judged the same as the site says."
 import ast
 import json
+import math
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
 from samsde.cli import EXPERIMENTS
-from samsde.experiments import flat_minima
+from samsde.experiments import flat_minima, micro_batches, training
 from samsde.experiments.experiment import VERDICTS
 
 MEASURED = Path(__file__).parent.parent/"nbs"/"experiments"/"measured"
@@ -48,3 +50,28 @@ def test_flat_minima_in_short():
     table = flat_minima.measure(quick=True)
     own = table[(table.part == "network") & (table.algorithm == "USAM") & (table.quantity == "trace") & (table.model == flat_minima.OWN)]
     assert own.rho.nunique() > 1 and own.value.nunique() == len(own)
+
+
+@pytest.mark.parametrize("module", [training, micro_batches], ids=["training", "micro_batches"])
+def test_networks_in_short(module):
+    """The quick setting: finite numbers, every model at every time, and verdicts and a picture from it."""
+    table = module.measure(quick=True)
+    assert table["value"].map(math.isfinite).all() and not table.diverged.any()
+    keys = [name for name in ("part", "network", "model", "statistic", "rho", "m", "epoch", "step") if name in table]
+    assert not table.duplicated(keys).any()
+    assert all(v.verdict in VERDICTS for v in module.verdicts(table))
+    assert len(module.plot(table, "cancer" if module is micro_batches else "cancer, forgetting").axes) > 4
+    plt.close("all")
+
+
+def test_training_goes_on_from_its_checkpoints(tmp_path):
+    """Stopped after the third ensemble, the next call reads what there is and ends with the same numbers. The control is another seed."""
+    task = training.cancer(hidden=2, n=64, radii=(.1,), epochs=2)
+    def rows(seed, folder, tick=lambda: None): return training.modelled_rows(task, 3, seed, 1, folder, tick)
+    def stop():
+        if len(list(tmp_path.iterdir())) == 3: raise KeyboardInterrupt
+    undisturbed = rows(0, None)
+    with pytest.raises(KeyboardInterrupt): rows(0, tmp_path, stop)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    assert len(before) == 3 and rows(0, tmp_path) == undisturbed != rows(1, None)
+    assert len(list(tmp_path.iterdir())) == 9
