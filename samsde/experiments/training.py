@@ -128,7 +128,7 @@ class Reshuffled:
     factor_now = 1. # of the schedule
     @property
     def radius(self) -> float:
-        "r of Eq. (2)"
+        "r of Eq. (training.2)"
         mu = self.momentum
         K = self.objective.n // self.objective.law.batch_size
         seen = ((K - l) * (1 - mu**l) / (1 - mu) for l in range(1, K))
