@@ -80,7 +80,7 @@ def convolutional(dtype=torch.float32, device="cpu", channels:int=4, n:int=256, 
     "A convolutional network on the digits"
     X, y = digits(dtype, device)
     net = conv_net(channels, 16, pool=2, dtype=dtype, device=device)
-    how = dict(decay=.001, radii=(.03, .1, .3), epochs=12) | how
+    how = dict(decay=.001, radii=(.03, .1, .3), epochs=12, eta=.1) | how
     return Task("digits", net, (X[:n], y[:n], X[n:], y[n:]), **how)
 
 # %% ../../nbs/experiments/training.ipynb #6c1579a6
