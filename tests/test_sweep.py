@@ -351,7 +351,7 @@ TABLE = {
     "no substep": (dict(substeps=0), ValueError, "substeps must be at least 1, got 0"),
     "unknown process": (dict(processes=["SDE"]), TypeError, "process=str: 'str' object is not callable"),
     "process is none": (dict(processes={"x": lambda *a: 3}), TypeError, "process=x: process must be a Chain, an SDE, or another Process, got int"),
-    "process that does not fit": (dict(processes={"x": lambda *a: SDE(*a, order=2)}), ValueError, "process=x: order=2 needs expansion='exact'"),
+    "process that does not fit": (dict(processes={"x": lambda *a: SDE(*a, order=2)}), ValueError, "process=x: order=2 needs expansion='second' or 'exact'"),
     "several radii at once": (dict(algorithms=[SAM(torch.tensor([.1, .2]))], rhos=[]), ValueError, r"algorithm=SAM: must have one radius, got shape \(2,\)"),
     "process with several radii": (dict(processes={"x": lambda a, *rest: Chain(SAM(torch.tensor([.1, .2])), *rest)}), ValueError, "one eta and one rho"),
     "no start": (dict(x0=None), ValueError, "objective=bowl.*x0 must hold a start for objective 'bowl'"),
