@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from tqdm.auto import tqdm
 
 from . import optim
@@ -30,7 +30,7 @@ from .machinery.checks import (
     check_finite, check_floating, check_int, check_positive, check_scalar, check_share)
 from .machinery.network import trainable
 from .machinery.paths import gradient
-from .objective import FiniteSum, MinibatchLoss, Objective
+from .objective import FiniteSum, Minibatches, MinibatchLoss, Objective
 
 # %% ../nbs/08b_diagnosis.ipynb #f41251e1
 def one_point(objective, x) -> Tensor: # (d,)
@@ -463,7 +463,7 @@ def diagnose(algorithm:Algorithm, # with one radius
              "noise": sums["c"].power**.5 / size, "noise, SGD": sums["g"].power**.5 / size,
              "largest eigenvalue": largest, "c": push,
              "stability number": stability(eta, largest, push, float(rho))}
-    terms |= epoch_terms(objective, eta, largest * (1 + float(rho) * push * largest))
+    terms |= epoch_terms(objective.law, eta, largest * (1 + float(rho) * push * largest))
     names = ([f"eigenvector {i + 1}" for i in range(top)]
              + [f"random {i + 1}" for i in range(directions)])
     curvature = (V * objective.hvp(x, V)).sum(1)
@@ -718,6 +718,16 @@ def unlike_drawn(data) -> list:
         said.append(f"the last batch of an epoch has {short} samples, here {data.batch_size} as all")
     return said
 
+def reshuffled(data, found:Diagnosis) -> dict:
+    "`epoch_terms` of a DataLoader that shuffles, for steps without momentum"
+    sampler = getattr(data, "sampler", None)
+    shuffles = isinstance(sampler, RandomSampler) and not sampler.replacement
+    if not shuffles or found.settings["momentum"]: return {}
+    terms = found.terms
+    largest, push = terms["largest eigenvalue"], terms["c"]
+    law = Minibatches(len(sampler), data.batch_size, "epochs")
+    return epoch_terms(law, found.settings["η"], largest * (1 + found.settings["ρ"] * push * largest))
+
 def run_objective(model, loss, data, batch_size, collate_fn, batch_loss) -> MinibatchLoss:
     "The minibatches of a run: those of a DataLoader, or of data and a batch size"
     check_setting(model)
@@ -742,7 +752,8 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
                       progress:bool=True # show a bar?
                      ) -> Diagnosis:
     """Is the SDE a fair model of a training run, where it is now? Terms are those of `diagnose`,
-    with momentum and weight decay as the optimizer has them, and what `coarse` says. Nothing in
+    with momentum and weight decay as the optimizer has them, and what `coarse` says. A DataLoader
+    that shuffles adds `epoch_terms`, where there is no momentum. Nothing in
     the model, the optimizer or the random state is changed.
     Raises ValueError or TypeError on bad input, and for an optimizer that is none of these."""
     check_scalar("budget_s", budget_s), check_scalar("effort", effort)
@@ -758,6 +769,7 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
         found = diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance,
                              clock, bar)
     found.coarse += unlike_drawn(data)
+    found.terms |= reshuffled(data, found)
     return found
 
 # %% ../nbs/08b_diagnosis.ipynb #81ad2a75

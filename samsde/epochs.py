@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .machinery.checks import check_int, check_scalar, check_symmetric
-from .objective import Minibatches, Objective
+from .objective import Minibatches
 
 # %% ../nbs/06f_epochs.ipynb #3426fdf9
 def step_map(H:np.ndarray, c:np.ndarray, eta:float, rho:float, batch:tuple) -> np.ndarray:
@@ -131,14 +131,14 @@ def epoch_noise(eta_lambda:float, # ηλ, the learning rate times a curvature, b
     return powers**2 * end + fresh
 
 # %% ../nbs/06f_epochs.ipynb #64a39e7f
-def epoch_terms(objective:Objective, # any
+def epoch_terms(law, # of the minibatches, `objective.law`
                 eta:float, # learning rate η
                 curvature:float # λ
                ) -> dict:
     """What reshuffling makes of the variance along a direction, as a part of what an SDE or
     independent minibatches have. Empty unless minibatches are reshuffled and the variance stays
     finite, 0 < ηλ < 2. Raises ValueError or TypeError on bad input."""
-    law, s = objective.law, check_scalar("eta", eta) * float(curvature)
+    s = check_scalar("eta", eta) * float(curvature)
     if getattr(law, "steps", 1) == 1 or not 0 < s < 2: return {}
     relative = epoch_noise(s, law.n, law.batch_size)
     return {"relaxation times in an epoch": s * law.steps,

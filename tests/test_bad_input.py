@@ -542,7 +542,7 @@ TABLE |= { # epochs
     "noise of steps that diverge": (lambda: epoch_noise(2., 10), ValueError, "eta_lambda must be below 2, or steps diverge, got 2"),
     "noise of a negative curvature": (lambda: epoch_noise(-.1, 10), ValueError, "eta_lambda must be positive and finite, got -0.1"),
     "noise of the full batch": (lambda: epoch_noise(.1, 10, 10), ValueError, "batch_size must be below n, got 10 and 10"),
-    "epochs without eta": (lambda: epoch_terms(data(1, "epochs"), 0, 1.), ValueError, "eta must be positive and finite, got 0"),
+    "epochs without eta": (lambda: epoch_terms(data(1, "epochs").law, 0, 1.), ValueError, "eta must be positive and finite, got 0"),
 }
 
 TABLE |= { # optimizers

@@ -13,6 +13,7 @@ from samsde.algorithm import DNSAM, SAM, SGD, USAM
 from samsde.diagnosis import (
     diagnose, diagnose_training, drift_of, drawn, lanczos, momentum_terms, products_at, products_of, read_optimizer, step_parts, top_eigenvectors)
 from samsde.implicit_regularizer import drift
+from samsde.epochs import epoch_noise
 from samsde.moments import hessian_perturbation
 from samsde.objective import FiniteSum, MinibatchLoss, NoisyLoss
 from samsde.stability import stability_number
@@ -199,6 +200,20 @@ def test_says_how_a_loader_differs():
     assert "does not shuffle" in said(batch_size=10) and "does not shuffle" not in said(batch_size=10, shuffle=True)
     assert "last batch of an epoch has 12 samples" in said(batch_size=16, shuffle=True)
     assert "last batch" not in said(batch_size=16, shuffle=True, drop_last=True)
+
+
+def test_says_what_reshuffling_leaves_of_the_noise():
+    """By the formula at the step's curvature; nothing without shuffling, nor with momentum."""
+    data, net = torch.utils.data.TensorDataset(X, y), make()
+
+    def look_at(momentum=0., **how):
+        optimizer = optim.SAM(net.parameters(), torch.optim.SGD, rho=.05, lr=.02, momentum=momentum)
+        return look(net, optimizer, data=torch.utils.data.DataLoader(data, batch_size=10, **how), batch_size=None, budget_s=1).terms
+
+    terms = look_at(shuffle=True)
+    A = terms["largest eigenvalue"] * (1 + .05 * terms["c"] * terms["largest eigenvalue"])
+    assert terms["variance at epoch ends"] == pytest.approx(epoch_noise(.02 * A, len(X), 10)[-1], rel=1e-9) and terms["variance at epoch ends"] < .9
+    assert not any("epoch" in name for how in (dict(), dict(shuffle=True, momentum=.9)) for name in look_at(**how))
 
 
 def test_refuses_in_the_middle_of_a_step():
