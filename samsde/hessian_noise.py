@@ -49,7 +49,7 @@ def noise_moments(algorithm:Algorithm, objective:Objective, x:Tensor, form:str,
     if form not in ("sgd", "none"):
         check_model(algorithm, f"{form} form", "form='exact'", direction=form == "exact")
     cut = form in ("second", "exact") and algorithm.is_cut(objective.law)
-    if form == "none" or objective.law.silent and not cut: return NoNoise(objective, x)
+    if form == "none" or objective.law.noiseless and not cut: return NoNoise(objective, x)
     if form == "sgd": return SGD().moments(objective, x, **draws)
     if form == "second": return taylor_moments(simplest(algorithm), objective, x, **draws)
     m = simplest(algorithm).moments(objective, x, exact=form == "exact", **draws)

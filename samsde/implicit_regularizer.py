@@ -86,7 +86,7 @@ def mean_potential_of_usam(self:USAM, objective, x, draws=1024, seed=0):
 
 def mean_potential_of_dnsam(self:DNSAM, objective, x, draws=1024, seed=0):
     if self.definer is not DNSAM: return mean_potential(self, objective, x, draws, seed)
-    if not (isinstance(objective, Additive) or objective.law.silent):
+    if not (isinstance(objective, Additive) or objective.law.noiseless):
         raise ValueError(
             "DNSAM with minibatch noise has no regularised loss: its drift is not a gradient")
     value = torch.linalg.vector_norm(objective.grad(x), dim=-1)

@@ -399,7 +399,7 @@ class AdditiveMoments(StepMoments):
     @cached_property
     def grad(self) -> Tensor: return self.objective.grad(self.x)
     @property
-    def is_exact(self): return self.objective.law.silent
+    def is_exact(self): return self.objective.law.noiseless
     @property
     def way(self): return "one product" if self.is_exact else f"{self.draws} draws"
     @cached_property
@@ -532,7 +532,7 @@ def full_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
 class Pairs:
     "The law of two independent γ, one behind the other"
     def __init__(self, first, second): # of the gradient, and of the perturbation
-        self.laws, self.silent = (first, second), first.silent
+        self.laws, self.noiseless = (first, second), first.noiseless
     def size(self, draws:int) -> int:
         single = self.laws[0].size(draws)
         if single != getattr(self.laws[0], "count", None): return single
@@ -562,7 +562,7 @@ def ways_to_cut(samples:tuple, m:int):
 
 class Cuts:
     "The law of minibatches without replacement that are cut into micro-batches"
-    silent = False
+    noiseless = False
     def __init__(self, law:Minibatches, m:int, # samples in a micro-batch
                  ordered:bool=False # does the order of the micro-batches matter?
                 ):
@@ -817,7 +817,7 @@ def of_sam(self:SAM, objective, x, exact):
     if isinstance(objective, FiniteSum) and objective.law.batch_size == 1:
         return SampleMoments(self, objective, x, NORM)
     isotropic = isinstance(objective, Additive) and objective.law.cov is None
-    if isotropic and not objective.law.silent: return UnitAdditiveMoments(objective, x)
+    if isotropic and not objective.law.noiseless: return UnitAdditiveMoments(objective, x)
 
 Linear.closed_form = of_linear
 USAM.closed_form = of_usam
@@ -854,7 +854,7 @@ def second_moment_of_linear(self:Linear, objective, grad):
 
 def second_moment_of_sam(self:SAM, objective, grad):
     law = objective.law
-    if self.definer is not SAM or self.has_metric or law.cov is not None or law.silent: return None
+    if self.definer is not SAM or self.has_metric or law.cov is not None or law.noiseless: return None
     square = torch.linalg.vecdot(grad, grad)[..., None]
     p = mean_square_across(square, law.sigma, objective.dim)
     return (1 - objective.dim * p) / torch.where(square == 0, 1, square), p / law.sigma**2
@@ -880,7 +880,7 @@ def mean_third(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int, se
 def by_columns(objective:Additive, x:Tensor, grad:Tensor, a, b) -> Tensor: # (..., d)
     "Eq. (2d.8)"
     first = a * objective.third(x, grad)
-    if objective.law.silent: return first
+    if objective.law.noiseless: return first
     roots = objective.law(torch.eye(objective.dim, dtype=x.dtype, device=x.device))
     every = Support(first_axis(roots, x), True)
     mean = expectation(lambda root: objective.third(x, root), every, x)[0]

@@ -73,7 +73,7 @@ class Support(NamedTuple):
 class Objective(MeanLoss):
     "A random loss f(x) = E f_γ(x) on R^dim. A subclass gives `loss`, `sample_loss` and `law`."
     # has draw(shape, generator, dtype=, device=), support(draws, generator, dtype=, device=),
-    # size(draws) and silent
+    # size(draws) and noiseless
     law = None
     def draw(self, shape:tuple, generator:torch.Generator|None=None,
              *, dtype=None, device=None) -> Tensor:
@@ -135,7 +135,7 @@ class Covariance:
     def trace(self) -> float:
         return self.dim * self.sigma**2 if self.cov is None else self.cov.trace().item()
     @property
-    def silent(self) -> bool: return self.trace == 0
+    def noiseless(self) -> bool: return self.trace == 0
 
 # %% ../nbs/00_objective.ipynb #e65ce407
 class Gaussian(Covariance):
@@ -147,10 +147,10 @@ class Gaussian(Covariance):
     def draw(self, shape, generator=None, *, dtype=None, device=None) -> Tensor:
         return self(torch.randn(*shape, self.dim, generator=generator, dtype=dtype, device=device))
     def support(self, draws, generator=None, *, dtype=None, device=None) -> Support:
-        if self.silent: return Support(torch.zeros(1, self.dim, dtype=dtype, device=device), True)
+        if self.noiseless: return Support(torch.zeros(1, self.dim, dtype=dtype, device=device), True)
         Z = self.draw((self.size(draws) // 2,), generator, dtype=dtype, device=device)
         return Support(torch.cat([Z, -Z]), False, True)
-    def size(self, draws:int) -> int: return 1 if self.silent else draws + draws % 2
+    def size(self, draws:int) -> int: return 1 if self.noiseless else draws + draws % 2
 
 # %% ../nbs/00_objective.ipynb #5a04e1f4
 class Additive(Objective):
@@ -256,7 +256,7 @@ class BatchMoments(Sampling):
         if N <= 2: return 0.0
         return 1 / B**2 if self.replace else (N - B) * (N - 2 * B) / (B**2 * (N - 1) * (N - 2))
     @property
-    def silent(self) -> bool: return self.tau == 0
+    def noiseless(self) -> bool: return self.tau == 0
     @property
     def count(self) -> int|float:
         "The number of minibatches; inf from 2⁶³ on"
@@ -521,7 +521,7 @@ class SeededMinibatches(Minibatches):
         self.random = random
 
     @property
-    def silent(self) -> bool: return self.count == 1
+    def noiseless(self) -> bool: return self.count == 1
     @property
     def count(self) -> int|float:
         "The number of minibatches; inf from 2⁶³ on, and where random numbers are drawn"

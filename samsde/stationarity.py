@@ -148,7 +148,7 @@ def matrices(process) -> tuple:
     if isinstance(algorithm, DNSAM) and objective.dim < 3:
         raise ValueError(
             f"DNSAM has a covariance in three dimensions or more only, got {objective.dim}")
-    if isinstance(algorithm, (SAM, DNSAM)) and algorithm.rho > 0 and objective.law.silent:
+    if isinstance(algorithm, (SAM, DNSAM)) and algorithm.rho > 0 and objective.law.noiseless:
         raise ValueError(
             "SAM and DNSAM without noise end in a cycle, not in a Gaussian law: "
             "give the Quadratic some noise")

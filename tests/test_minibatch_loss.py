@@ -164,7 +164,7 @@ def test_full_is_exact_where_it_can_be():
     assert single.full == "enumerated" and len(single.batches()) == 12
     assert_close(single.grad(single.x0), finite.grad(single.x0), rtol=1e-10, atol=1e-12)
     whole = objective("class weights", batch_size=12, replace=False)
-    assert whole.full == "enumerated" and whole.law.silent
+    assert whole.full == "enumerated" and whole.law.noiseless
     known = hand(*CASES["class weights"], whole.x0, torch.arange(13), whole.x0)
     assert_close(whole.grad(whole.x0), known[1], rtol=1e-10, atol=1e-12)
     assert not torch.allclose(whole.grad(whole.x0), finite.grad(whole.x0), rtol=.05)

@@ -72,7 +72,7 @@ def size_of(objective): return objective.H.abs().max().item() if isinstance(obje
 def moves(algorithm, objective, x):
     """Is DNSAM defined here, and are there digits enough? E[ζ u] from drawn noise loses a factor of ‖∇f‖/σ of them."""
     drawn = not isinstance(objective, FiniteSum) and not isinstance(algorithm, Linear) and not (isinstance(algorithm, SAM) and objective.law.cov is None)
-    if drawn and not objective.law.silent and x.dtype == torch.float32 and size_of(objective) > 1e3: return False
+    if drawn and not objective.law.noiseless and x.dtype == torch.float32 and size_of(objective) > 1e3: return False
     return not isinstance(algorithm, DNSAM) or algorithm.unperturbed or not x.numel() or (torch.linalg.vector_norm(objective.grad(x), dim=-1) > 0).all()
 
 def close(a, b, x, k=300.):
@@ -212,7 +212,7 @@ def test_drift_is_the_gradient_of_the_regularised_loss(pair, kind, rho, seed):
     """−b = ∇f̃ by autograd wherever f̃ exists; DNSAM's holds ‖∇f‖ alone under constant noise."""
     (objective, _), algorithm = pair, kind(rho)
     x = normal(seed, 2, objective.dim)
-    assume(kind is not DNSAM or not isinstance(objective, FiniteSum) or objective.law.silent)
+    assume(kind is not DNSAM or not isinstance(objective, FiniteSum) or objective.law.noiseless)
     assume((torch.linalg.vector_norm(objective.grad(x), dim=-1) > .05).all())
     z = x.clone().requires_grad_()
     slope = torch.autograd.grad(regularized_loss(algorithm, objective, z, draws=8).sum(), z)[0]

@@ -200,7 +200,7 @@ class Stopped(Chain):
         self.left = left
     def draw(self, shape:tuple, generator=None, *, dtype=None, device=None
             ) -> Tensor: # no time is spent on numbers that are not used
-        if self.objective.law.silent:
+        if self.objective.law.noiseless:
             return torch.zeros(*shape, self.objective.dim, dtype=dtype, device=device)
         return super().draw(shape, generator, dtype=dtype, device=device)
     def advance(self, x:Tensor, draw, steps:list) -> Tensor:
