@@ -84,9 +84,14 @@ class Renderer(ShowDocRenderer):
         return rows
 
     def methods(self):
-        "Rows of the table of a class's own methods and properties that have a docstring"
+        "Rows of the table of a class's methods and properties that have a docstring: its own, and those of bases that are no public name"
         if not inspect.isclass(self.sym): return []
-        for name, member in vars(self.sym).items():
+        _, path, _ = NbdevLookup()[self.nm]
+        public = import_module(path.removesuffix(".py").replace("/", ".")).__all__
+        bases = [base for base in self.sym.__mro__[1:] if base.__module__ == self.sym.__module__ and base.__name__ not in public]
+        found = {}
+        for kind in [*reversed(bases), self.sym]: found |= vars(kind)
+        for name, member in found.items():
             fn = getattr(member, "fget", None) or getattr(member, "__func__", member)
             if name[0] == "_" or not inspect.isfunction(fn) or not fn.__doc__: continue
             names = [] if isinstance(member, property) else [p for p in inspect.signature(fn).parameters if p not in OWN]
