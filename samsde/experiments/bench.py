@@ -177,14 +177,16 @@ def growth(size:dict) -> dict: # contestant -> a function that builds the job
     return jobs | {f"records = {n}": lambda n=n: of_records(n) for n in sizes["records"]}
 
 # %% ../../nbs/experiments/bench.ipynb #130cba7c
-PEAK = """import resource, sys, torch
+PEAK = """import sys, torch
 from samsde.algorithm import SAM, Chain
 from samsde.ensemble import simulate
 from samsde.objective import Quadratic
 records, paths = map(int, sys.argv[1:])
 bowl = Quadratic(torch.diag(torch.linspace(.5, 1.5, 20)), .1)
 simulate(Chain(SAM(.1), bowl, .01), torch.ones(20), .01 * records, paths)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"""
+# of this program alone, while ru_maxrss begins at that of the one that started it
+with open("/proc/self/status") as f:
+    print(next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 1024)"""
 
 def once(job:Callable) -> Callable:
     "A job that is measured in one round alone"
