@@ -26,7 +26,7 @@ from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, picture
 from .networks import conv_net, digits
 from ..hessian_noise import noise_covariance
-from ..machinery.record import Recorder, recording
+from ..machinery.record import Recorder, recording, replay
 from ..machinery.checks import psd_root
 from ..objective import FiniteSum, Quadratic
 from ..sde import SDE
@@ -121,7 +121,9 @@ def noise_step(kind, objective:FiniteSum, dense:bool=False, gradient:bool=False)
     sde = SDE(kind(RHO), objective, .05, draws=math.ceil(objective.n / objective.law.batch_size))
     x = objective.x0[None]
     xi = torch.randn(1, sde.noise_dim, generator=torch.Generator().manual_seed(0))
-    if gradient: return lambda: objective.weighted_grad(x, xi)
+    def recorded(): # as a step is
+        return replay(sde, "gradient", objective.weighted_grad, x, xi, reads=lambda: [objective])
+    if gradient: return recorded
     def by_matrix():
         a = noise_covariance(kind(RHO), objective, x)
         return psd_root("a", a) @ torch.ones(objective.dim, 1)
