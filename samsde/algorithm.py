@@ -95,12 +95,14 @@ class Algorithm:
         """G_ρ(x) = ∇f_γ(x + ρ u), with the same γ twice where the source is its own.
         Micro-batches are averaged."""
         if self.unperturbed: return objective.sample_grad(x, self.of_gradient(gamma))
-        B = self.of_gradient(gamma).shape[-1]
-        if self.micro_batch in (None, B): return self.one_direction(objective, x, gamma)
-        return self.one_direction(objective, x, self.cuts(gamma)).mean(0)
-    def one_direction(self, objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
-        up = x + per_path(self.rho, x) * self.ascent(objective, x, gamma)
-        return objective.sample_grad(up, self.of_gradient(gamma))
+        def perturbed(part):
+            up = x + per_path(self.rho, x) * self.ascent(objective, x, part)
+            return objective.sample_grad(up, self.of_gradient(part))
+        return self.mean_over_cuts(perturbed, gamma)
+    def mean_over_cuts(self, fn, gamma:Tensor) -> Tensor:
+        "fn(γ), or its mean over the micro-batches"
+        if self.micro_batch in (None, self.of_gradient(gamma).shape[-1]): return fn(gamma)
+        return fn(self.cuts(gamma)).mean(0)
     def step(self, objective:Objective, x:Tensor, eta, gamma:Tensor) -> Tensor:
         "x − η G_ρ(x)"
         return x - per_path(eta, x) * self.direction(objective, x, gamma)
@@ -204,7 +206,7 @@ def contradictions(objective:Objective): # of words, two values that should be e
         yield "loss is not the mean of sample_loss", objective.loss(x), losses.mean(0)
 
 def is_ours(thing) -> bool:
-    "Is its class one of the library's own?"
+    "Does the library define its class?"
     return type(thing).__module__.startswith("samsde.")
 
 def check_objective(objective:Objective):

@@ -156,9 +156,7 @@ def with_product(objective:Objective, x:Tensor, gammas:Tensor, # (k, d) and (k, 
 def perturbations(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor) -> Tensor:
     "u of each γ, (k, d); the mean over its micro-batches"
     if algorithm.source == "previous": return algorithm.perturbation(objective, x, gammas)
-    own = algorithm.of_gradient(gammas).shape[-1]
-    if algorithm.micro_batch in (None, own): return algorithm.ascent(objective, x, gammas)
-    return algorithm.ascent(objective, x, algorithm.cuts(gammas)).mean(0)
+    return algorithm.mean_over_cuts(lambda part: algorithm.ascent(objective, x, part), gammas)
 
 def step_parts(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor,
                grad:Tensor) -> tuple: # of (k, d)
@@ -201,8 +199,8 @@ class Sums:
     @property
     def power(self) -> float:
         "The trace of the covariance; of equal values exactly 0"
-        spread = self.square - torch.linalg.vector_norm(self.total).item()**2 / self.n
-        return max(0., spread) / (self.n - 1)
+        squares = self.square - torch.linalg.vector_norm(self.total).item()**2 / self.n
+        return max(0., squares) / (self.n - 1)
 
 # %% ../nbs/08b_diagnosis.ipynb #1acc455c
 @dataclass
@@ -257,12 +255,13 @@ def moments(eta:float, b:Tensor, # (m,), the drift along the directions
     G = projections["G"]
     n = len(c)
     root = n**.5
-    def spread(p): return (p - p.mean(0)).square() * n / (n - 1)
-    gap, wider = c - G, spread(G) - spread(c)
+    def squared_deviations(p): return (p - p.mean(0)).square() * n / (n - 1)
+    gap, wider = c - G, squared_deviations(G) - squared_deviations(c)
     mean = {"mean, SDE": eta * b, "mean, sampled": eta * (b + gap.mean(0)),
             "se of mean": eta * gap.std(0) / root}
-    variance = {"variance, SGD": spread(projections["g"]).mean(0),
-                "variance, SDE": spread(c).mean(0), "variance, sampled": spread(G).mean(0),
+    variance = {"variance, SGD": squared_deviations(projections["g"]).mean(0),
+                "variance, SDE": squared_deviations(c).mean(0),
+                "variance, sampled": squared_deviations(G).mean(0),
                 # of fewer than 4 draws the spreads are alike by construction
                 "se of variance": wider.std(0) / root if n > 3 else wider[0] + torch.inf}
     return mean | {name: eta**2 * value for name, value in variance.items()}

@@ -26,7 +26,7 @@ from .objective import (
     Additive, FiniteSum, Minibatches, Objective, Quadratic, Support, gradient)
 from .random_direction import gaussian_factors, mean_square_across
 from .sample_sums import (
-    HALF_SQUARE, NORM, Potential, gradient_of_sum, signed_products, way_of)
+    HALF_SQUARE, NORM, Potential, gradient_of_sum, signed_products, product_method)
 
 # %% ../nbs/02d_moments.ipynb #4e139b6d
 class StepMoments:
@@ -165,13 +165,13 @@ def hessian_perturbation(algorithm:Algorithm, objective:Objective,
                         ) -> Tensor: # (..., d)
     """H_γ u, the Hessian-vector product of Theorem 3.1.
     u is that of the algorithm's source, and micro-batches are averaged."""
-    x = broadcast_paths(x, gamma=gamma)
-    own = algorithm.of_gradient(gamma)
-    if algorithm.micro_batch not in (None, own.shape[-1]):
-        return hessian_perturbation(algorithm, objective, x, algorithm.cuts(gamma)).mean(0)
-    if algorithm.has_potential and algorithm.source == "own":
-        return gradient(lambda z: algorithm.potential(objective.sample_grad(z, gamma)), x)
-    return objective.sample_hvp(x, own, algorithm.ascent(objective, x, gamma))
+    def product(part):
+        z = broadcast_paths(x, gamma=part)
+        if algorithm.has_potential and algorithm.source == "own":
+            return gradient(lambda y: algorithm.potential(objective.sample_grad(y, part)), z)
+        u = algorithm.ascent(objective, z, part)
+        return objective.sample_hvp(z, algorithm.of_gradient(part), u)
+    return algorithm.mean_over_cuts(product, gamma)
 
 # %% ../nbs/02d_moments.ipynb #5a9f8170
 def centred(v:Tensor, # a value for each γ, (K, ...)
@@ -306,7 +306,7 @@ def sample_sum(objective:FiniteSum, x:Tensor, # (..., d)
                slopes=() # pairs of weights (..., n) and a direction p (..., d)
               ) -> Tensor: # (..., d)
     "Σ_i w_i g_i + v_i ∇ψ(g_i) + Σ_j a_ij H_i p_j over all samples, the best way that there is"
-    way = way_of(potential, objective)
+    way = product_method(potential, objective)
     if way == "norms": return gradient_of_sum(objective, x, potential.of_square, w, v, slopes)
     products = sum(objective.weighted_hvp(x, a, p) for a, p in slopes)
     if way == "signs":
@@ -333,7 +333,7 @@ class SampleMoments(GammaMoments):
     @property
     def passes(self): return len(self.objective.slices(self.x))
     @property
-    def way(self): return f"all samples, by {way_of(self.potential, self.objective)}"
+    def way(self): return f"all samples, by {product_method(self.potential, self.objective)}"
     def total(self, w, v, rho):
         if is_zero(rho): return self.objective.weighted_grad(self.x, w)
         if self.potential is None:
@@ -358,7 +358,7 @@ class LinearSampleMoments(StepMoments):
     @property
     def passes(self): return len(self.objective.slices(self.x))
     @property
-    def way(self): return f"all samples, by {way_of(HALF_SQUARE, self.objective)}"
+    def way(self): return f"all samples, by {product_method(HALF_SQUARE, self.objective)}"
     def columns(self, rho):
         objective, x, r, tau = self.objective, self.x, self.ratio, self.tau
         every = Support(all_samples(objective, x), True)
@@ -837,13 +837,13 @@ def third_perturbation(algorithm:Algorithm, objective:Objective,
                       ) -> Tensor: # (..., d)
     """T_γ[u, u] of Eq. (2d.7).
     u is that of the algorithm's source, and micro-batches are averaged."""
-    x = broadcast_paths(x, gamma=gamma)
-    own = algorithm.of_gradient(gamma)
-    if algorithm.micro_batch not in (None, own.shape[-1]):
-        return third_perturbation(algorithm, objective, x, algorithm.cuts(gamma)).mean(0)
-    if algorithm.source == "previous":
-        return objective.third(x, algorithm.perturbation(objective, x, gamma))
-    return objective.sample_third(x, own, algorithm.ascent(objective, x, gamma))
+    def product(part):
+        z = broadcast_paths(x, gamma=part)
+        if algorithm.source == "previous":
+            return objective.third(z, algorithm.perturbation(objective, z, part))
+        u = algorithm.ascent(objective, z, part)
+        return objective.sample_third(z, algorithm.of_gradient(part), u)
+    return algorithm.mean_over_cuts(product, gamma)
 
 # %% ../nbs/02d_moments.ipynb #2344567e
 def second_moment(self:Algorithm, objective:Additive, grad:Tensor) -> tuple|None:

@@ -25,7 +25,7 @@ from samsde.objective import FiniteSum, Gaussian, MinibatchLoss, Minibatches, No
 from samsde.random_direction import kappa
 from samsde.saddle_attraction import arrival_time, basin_radius, escape_time, exit_time, flow, hover_radius, is_attracting, latest_arrival
 from samsde.stability import edge_of_stability, mean_square_radius, stability_number
-from samsde.sample_sums import HALF_SQUARE, signed_products, square_norms, way_of
+from samsde.sample_sums import HALF_SQUARE, signed_products, square_norms, product_method
 from samsde.sde import SDE, KineticSDE
 from samsde.stationarity import closed_covariance, suboptimality
 from samsde.weak_approximation import plot_validity, validity_map, weak_order
@@ -218,7 +218,7 @@ TABLE |= { # objective, and the arguments that all share
 
 TABLE |= { # sums over samples, drift, noise, SDE
     "unknown way": (lambda: drift(USAM(.1), network(way="magic"), torch.ones(3, **f64)), ValueError, "objective.way must be one of norms, samples, signs, got 'magic'"),
-    "norms without a module": (lambda: way_of(HALF_SQUARE, by_way(data(), "norms")), ValueError, "the algorithm cannot go by norms: the objective was not made from a module"),
+    "norms without a module": (lambda: product_method(HALF_SQUARE, by_way(data(), "norms")), ValueError, "the algorithm cannot go by norms: the objective was not made from a module"),
     "signs for SAM": (lambda: drift(SAM(.1), by_way(data(), "signs"), x), ValueError, "random signs need a perturbation u = c g, which this algorithm has not"),
     "norms of a sum without a module": (lambda: square_norms(data(), x), ValueError, "square_norms needs an objective from a module, got FiniteSum"),
     "norms of a quadratic": (lambda: square_norms(bowl, x), ValueError, "needs an objective from a module, got Quadratic"),
