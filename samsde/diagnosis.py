@@ -408,7 +408,8 @@ def diagnose(algorithm:Algorithm, # with one radius
              objective:Objective, # any
              x:Tensor, # one point, (d,)
              eta:float, # learning rate
-             *, top:int=3, # Hessian eigenvectors, those with the largest eigenvalues
+             # Hessian eigenvectors, those with the largest eigenvalues; at most 3 if None
+             *, top:int|None=None,
              directions:int=3, # random directions
              draws:int=512, # of γ, for one step's moments and what has no closed form; at least 4
              seed:int=0, # of γ and directions
@@ -435,6 +436,7 @@ def diagnose(algorithm:Algorithm, # with one radius
     if isinstance(rho, Tensor) and rho.ndim:
         raise ValueError(f"the algorithm must have one radius, got shape {tuple(rho.shape)}")
     check_positive("tolerance", tolerance)
+    if top is None: top = min(3, objective.dim)
     lam, vectors = top_eigenvectors(objective, x, top)
     generator = torch.Generator().manual_seed(check_int("seed", seed, least=0))
     random = torch.randn(check_int("directions", directions, least=0), objective.dim,

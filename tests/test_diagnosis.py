@@ -191,6 +191,13 @@ def test_autocast():
     assert low.terms["gradient"] == pytest.approx(full.terms["gradient"], rel=.02) and low.terms["gradient"] != full.terms["gradient"]
 
 
+@pytest.mark.parametrize("dim", [1, 2])
+def test_few_dimensions(dim):
+    """By default there are as many eigenvectors as dimensions, if these are fewer than three."""
+    table = diagnose(SAM(.1), NoisyLoss(lambda x: (x**4).sum(), dim, .1), torch.ones(dim, dtype=F64), .05).directions
+    assert sum(name.startswith("eigenvector") for name in table.index) == dim
+
+
 def test_says_how_a_loader_differs():
     data = torch.utils.data.TensorDataset(X, y)
     net = make()
