@@ -29,6 +29,7 @@ def shuffled(gamma:Tensor, generator) -> Tensor:
 # %% ../nbs/01_algorithm.ipynb #2f2506ca
 SOURCES = ("own", "full", "independent", "previous")
 
+# %% ../nbs/01_algorithm.ipynb #cad4aed9
 class Algorithm:
     """x⁺ = x − η ∇f_γ(x + ρ u_γ(x)). A subclass defines `potential` or `perturbation`.
     Raises ValueError if `rho` is negative or not finite."""
@@ -149,6 +150,7 @@ class SGD(Linear):
     def scale(self, grad): return 0.0
     def potential(self, g): return torch.zeros_like(g[..., 0])
 
+# %% ../nbs/01_algorithm.ipynb #b1153d96
 class USAM(Linear):
     "SAM without normalisation: u = g"
     def scale(self, grad): return 1.0
@@ -205,6 +207,7 @@ def contradictions(objective:Objective): # of words, two values that should be e
         losses = torch.stack([objective.sample_loss(x, c.expand(2, -1)) for c in support.gammas])
         yield "loss is not the mean of sample_loss", objective.loss(x), losses.mean(0)
 
+# %% ../nbs/01_algorithm.ipynb #4e6b8312
 def is_ours(thing) -> bool:
     "Does the library define its class?"
     return type(thing).__module__.startswith("samsde.")
@@ -268,6 +271,7 @@ def refuse_optimizer(algorithm):
         f"algorithm must be an Algorithm, got the optimizer {type(algorithm).__module__}.{kind}: "
         f"write samsde.algorithm.{written}; an optimizer is for diagnose_training")
 
+# %% ../nbs/01_algorithm.ipynb #9f8272ef
 def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
     "Both, if they are what their names say; else a TypeError"
     refuse_optimizer(algorithm)
@@ -290,6 +294,7 @@ def check_plain(algorithm:Algorithm, what:str): # that is asked for, in words
     raise ValueError(
         f"{what} is for micro_batch=None, source='own' and no metric, got {algorithm!r}")
 
+# %% ../nbs/01_algorithm.ipynb #32b31129
 def check_micro_batch(algorithm:Algorithm, objective:Objective):
     "Raises ValueError where micro-batches or a source of the perturbation make no sense"
     m = algorithm.micro_batch
@@ -310,6 +315,7 @@ def check_micro_batch(algorithm:Algorithm, objective:Objective):
 def overrides(algorithm:Algorithm, name:str) -> bool: # "direction" or "step"
     return getattr(type(algorithm), name) is not getattr(Algorithm, name)
 
+# %% ../nbs/01_algorithm.ipynb #02e59fe5
 def check_model(algorithm:Algorithm, what:str, # that is asked for, in words
                 exact:str|None=None, # what there is of an algorithm with a direction of its own
                 direction:bool=False # does `what` exist for such a one?

@@ -394,6 +394,7 @@ def noise_in_push(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tenso
     u = quiet.ascent(objective, x, torch.zeros_like(x))
     return push - algorithm.rho * objective.hvp(x, u)
 
+# %% ../nbs/08b_diagnosis.ipynb #7c094102
 def neglected_in_eta(algorithm:Algorithm, objective:Objective, x:Tensor, eta:float, here:Tensor,
                      step:Drawn, seed:int, bar) -> float:
     "½‖b(x + ηb) − b(x)‖/‖b‖"
@@ -719,6 +720,7 @@ def unlike_drawn(data) -> list:
         said.append(f"the last batch of an epoch has {short} samples, here {data.batch_size} as all")
     return said
 
+# %% ../nbs/08b_diagnosis.ipynb #908aeaee
 def reshuffled(data, found:Diagnosis) -> dict:
     "`epoch_terms` of a DataLoader that shuffles, for steps without momentum"
     sampler = getattr(data, "sampler", None)

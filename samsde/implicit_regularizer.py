@@ -92,6 +92,7 @@ def mean_potential_of_dnsam(self:DNSAM, objective, x, draws=1024, seed=0):
     value = torch.linalg.vector_norm(objective.grad(x), dim=-1)
     return value, torch.zeros_like(value)
 
+# %% ../nbs/03_implicit_regularizer.ipynb #4939d6d8
 def mean_potential_of_sam(self:SAM, objective, x, draws=1024, seed=0):
     isotropic = isinstance(objective, Additive) and objective.law.cov is None
     if self.definer is not SAM or not isotropic:

@@ -120,6 +120,7 @@ def all_samples(objective:FiniteSum, x:Tensor) -> Tensor:
     "Every sample as a minibatch of one, (n, 1, ..., 1, 1)"
     return first_axis(torch.arange(objective.n, device=x.device)[:, None], x)
 
+# %% ../nbs/02d_moments.ipynb #84901d26
 def chunks(gammas:Tensor, x:Tensor, numbers:int=2**22, # that a piece times x may hold
            chunk:int|None=None # samples times paths in a piece, if bounded
           ) -> list:
@@ -507,6 +508,7 @@ class FullAdditiveMoments(AdditiveMoments):
     way, sem, is_exact = "one product", 0.0, True
     def answer(self, h, s, xi, w): return h * self.algorithm.ascent(self.objective, self.x, self.x)
 
+# %% ../nbs/02d_moments.ipynb #dd0e2871
 class FullExactMoments(Wrapped):
     "SGD's moments at x + ρv"
     def __init__(self, algorithm:Algorithm, objective:Objective, x:Tensor, **draws):
@@ -560,6 +562,7 @@ def ways_to_cut(samples:tuple, m:int):
         rest = tuple(i for i in samples if i not in first)
         for more in ways_to_cut(rest, m): yield [*first, *more]
 
+# %% ../nbs/02d_moments.ipynb #cd27d027
 class Cuts:
     "The law of minibatches without replacement that are cut into micro-batches"
     noiseless = False
@@ -819,6 +822,7 @@ def of_sam(self:SAM, objective, x, exact):
     isotropic = isinstance(objective, Additive) and objective.law.cov is None
     if isotropic and not objective.law.noiseless: return UnitAdditiveMoments(objective, x)
 
+# %% ../nbs/02d_moments.ipynb #00a14f85
 Linear.closed_form = of_linear
 USAM.closed_form = of_usam
 SGD.closed_form = of_sgd

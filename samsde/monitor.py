@@ -16,6 +16,7 @@ from .machinery.checks import check_int, check_scalar
 # %% ../nbs/08f_monitor.ipynb #42100847
 FIRST = 100 # steps of training that a first diagnosis is taken to cost
 
+# %% ../nbs/08f_monitor.ipynb #ad9deb96
 class Monitor:
     """Diagnoses of a run along its way; `history` has the terms of all. Call it once a step.
     Raises ValueError or TypeError on bad settings; and what diagnose_training raises."""

@@ -596,6 +596,7 @@ class Product(torch.autograd.Function):
 NO_DRAWS = ("the module drew random numbers for one batch and none for the first: "
             "make it draw some for every batch, or none")
 
+# %% ../nbs/00b_minibatch_loss.ipynb #83e93ef2
 class BatchDerivatives(Objective):
     "f_γ with its derivatives at one point"
     chunk = 1 # one γ after another
@@ -623,6 +624,7 @@ class BatchDerivatives(Objective):
         f = self.network.value(self.x0, rows, seed)[0]
         if not torch.isfinite(f): refuse_number(rows, f)
 
+# %% ../nbs/00b_minibatch_loss.ipynb #c39d8126
 def refuse_number(rows:list, f:Tensor):
     raise ValueError(
         f"every minibatch must have a finite loss at x0, got {f.item()} for the samples {rows[:8]}"
@@ -858,4 +860,5 @@ def minibatches_of_module(cls, module:torch.nn.Module, # any that trains, in the
     network = BatchNetwork(module, batch_loss, data, collate_fn)
     return cls(network, batch_size, replace, full_batches=full_batches, progress=progress)
 
+# %% ../nbs/00b_minibatch_loss.ipynb #0297896c
 MinibatchLoss.from_module = classmethod(minibatches_of_module)

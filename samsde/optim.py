@@ -559,6 +559,7 @@ LOOPS = {"lightning.pytorch.loops.optimization.automatic": "Lightning",
          "pytorch_lightning.loops.optimization.automatic": "Lightning",
          "accelerate.optimizer": "accelerate"}
 
+# %% ../nbs/08_optim.ipynb #942bc55b
 def refuse_shortened_closure():
     "A RuntimeError if the caller is a framework that accumulates gradients over several calls"
     if not any(name in sys.modules for name in LOOPS): return
@@ -610,6 +611,7 @@ def both_passes(optimizer, at_x:Callable, at_u:Callable, first, second): # the l
     if random: put_back(end)
     return loss
 
+# %% ../nbs/08_optim.ipynb #a573b1cc
 def second_pass(optimizer, closure:Callable|None, second): # the loss at x + ρ u, or None
     loss = None
     if closure is not None:

@@ -59,6 +59,7 @@ def factor_table(d:int, dtype:torch.dtype, device:str
     end[..., -1] = table[-1].sum(-1) # at q = 1
     return torch.cat([table, end]).flatten(1).to(device, dtype), cells, degree
 
+# %% ../nbs/02b_random_direction.ipynb #3613557d
 def gaussian_factors(square:Tensor, # ‖∇f‖², (...)
                      sigma:float, # standard deviation of each coordinate, positive
                      d:int, # dimension

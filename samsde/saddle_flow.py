@@ -45,6 +45,7 @@ def coordinates(H:Tensor, V:np.ndarray, x0:Tensor) -> np.ndarray: # (paths, d)
                                       H.dtype)).detach().double().cpu().numpy().reshape(-1, len(H))
             @ V)
 
+# %% ../nbs/06b_saddle_flow.ipynb #76052413
 def run_clocks(rho:float, lam:np.ndarray, z:np.ndarray, # (paths, d), starts with Hx ≠ 0
                end, # events of (r, t, x), scalar: where one changes sign, the integration stops
                s_end:float=np.inf # or when the third clock shows this

@@ -51,6 +51,7 @@ def edge_of_stability(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     q = 8 * (1 + mu) * rho * c / eta if rho else 0.0
     return 4 * (1 + mu) / (eta * (1 + math.sqrt(1 + q)))
 
+# %% ../nbs/07c_stability.ipynb #53b5ddd6
 def stability_number(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
                      eta:float, # learning rate η
                      largest_eigenvalue:float, # of the Hessian, positive
@@ -90,6 +91,7 @@ def batches_of(H:np.ndarray, m:int, replace:bool, limit:int=20_000
               else itertools.combinations(range(len(H)), m))]
     return np.stack([H[list(s)].mean(0) for s in sets]), sets
 
+# %% ../nbs/07c_stability.ipynb #9ee48edc
 def over_micro_batches(H:np.ndarray, rho:float, m:int, B:int, replace:bool): # Ā, and M ↦ E[A M Aᵀ]
     "For A the mean of H_β(I + ρH_β) over the B/m micro-batches of a batch"
     means, sets = batches_of(H, m, replace)
@@ -111,6 +113,7 @@ def independent(H:np.ndarray, inner:np.ndarray, m:int, B:int, replace:bool): # M
     if K == 1: return lambda M: nested(M, tau)
     return lambda M: nested(M, tau) / K + (1 - 1 / K) * nested(M, apart)
 
+# %% ../nbs/07c_stability.ipynb #d8f25077
 def second_moment(algorithm:Algorithm, H:np.ndarray, B:int, replace:bool): # Ā, and M ↦ E[A M Aᵀ]
     rho = float(algorithm.rho)
     m = algorithm.micro_batch or B

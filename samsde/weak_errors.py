@@ -98,6 +98,7 @@ def circle_problem(c, # tilts, (n,)
     return TrigonometricSum(c[:, None], (A / m)[:, None], m[:, None, None], p[:, None], batch_size,
                             replace)
 
+# %% ../nbs/05b_weak_errors.ipynb #fc92df3a
 def torus_problem(c, # tilts, (n, 2)
                   a, # amplitudes of the losses, (n, waves)
                   m, # wave vectors, whole numbers, (n, waves, 2)
@@ -324,6 +325,7 @@ def linear_system(process:Chain|SDE) -> tuple[np.ndarray, np.ndarray]: # F and C
     B = process.advance(H.new_zeros(k, m), lambda: eye(k), [process.time_step])
     return array(F.T), array(B.T @ B)
 
+# %% ../nbs/05b_weak_errors.ipynb #8fa1d566
 def kinetic_system(process, eye, array) -> tuple[np.ndarray, np.ndarray]: # (2d, 2d) each
     "F and C for points and velocities"
     b = array(process.drift(eye).T)
@@ -447,6 +449,7 @@ def paired_run(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable) -> 
     e = run(both, x0, {"difference": difference, "euler": euler})
     return e.times, e.mean["difference"], e.sem["difference"], e.mean["euler"], e.n_diverged
 
+# %% ../nbs/05b_weak_errors.ipynb #5a49147c
 def independent_run(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable,
                     seed:int) -> tuple:
     "The same from independent runs"

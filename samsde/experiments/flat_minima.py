@@ -583,6 +583,7 @@ def between(table:pd.DataFrame, *names) -> str:
               for name in names]
     return ", ".join(f"{name} " + " to ".join(dict.fromkeys([v[0], v[-1]])) for name, v in ranges)
 
+# %% ../../nbs/experiments/flat_minima.ipynb #7f08304a
 def valley(line:pd.DataFrame, kind:str) -> Verdict:
     "Is the flat valley preferred, under one kind of noise?"
     rows = pick(line, noise=[n for n in line.noise.unique() if n.startswith(kind)][-1])

@@ -569,6 +569,7 @@ def judge_usam(table:pd.DataFrame) -> Verdict:
                    + f". The rates alone give 1/(1 − ρμ) = {expected} for d = 2; "
                      f"by little where ρμ is small")
 
+# %% ../../nbs/experiments/saddles.ipynb #45956221
 def judge_noise(table:pd.DataFrame) -> Verdict:
     at = table[table.study == "exit, start"].set_index(["x", "algorithm"])
     verdict = "undecided"

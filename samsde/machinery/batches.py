@@ -52,6 +52,7 @@ def seed_all(devices:list, seed:int):
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
+# %% ../../nbs/machinery/batches.ipynb #5201d026
 @contextmanager
 def seeded(seed:int, # of all generators
            devices:list=() # those of CUDA whose generators may be used
@@ -162,6 +163,7 @@ def check_parameters(module):
     places = {p.device for p in trainable(module)}
     if len(places) > 1: raise ValueError(f"parameters must be on one device, got {sorted(map(str, places))}")
 
+# %% ../../nbs/machinery/batches.ipynb #2caf4ee6
 @contextmanager
 def differentiable(module:nn.Module):
     "Where torch runs no kernel that lacks a second derivative"
@@ -182,6 +184,7 @@ def slopes_of(f:Tensor, params:list, again:bool) -> list: # of None where f does
     if not f.requires_grad: return [None] * len(params)
     return torch.autograd.grad(f, params, create_graph=again, allow_unused=True)
 
+# %% ../../nbs/machinery/batches.ipynb #a297fe24
 def product_of(slopes:list, params:list, v:Tensor, again:bool=False) -> Tensor: # (d,)
     "∇²f v from the graph of ∇f; with `again` the graph is kept"
     parts = v.detach().split([p.numel() for p in params])
@@ -192,6 +195,7 @@ def product_of(slopes:list, params:list, v:Tensor, again:bool=False) -> Tensor: 
                                 retain_graph=again, allow_unused=True)
     return flat(found, params)
 
+# %% ../../nbs/machinery/batches.ipynb #c0667bab
 class BatchNetwork:
     "A module as it is now, with the loss of a batch and data that are read when they are needed"
     def __init__(self, module:nn.Module, # in the mode that it is to be run in

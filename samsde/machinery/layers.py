@@ -180,6 +180,7 @@ def shapes_of_calls(network:Network
     finally: [h.remove() for h in handles]
     return calls
 
+# %% ../../nbs/machinery/layers.ipynb #589bb350
 def candidates(network:Network) -> dict: # name -> Layer
     "Layers with a form that are called once, and share no parameter"
     module = network.thread_copy()
@@ -233,6 +234,7 @@ def wrong_layers(network:Network, layers:dict, x:Tensor) -> set:
             if not all((gap <= slack).all() for gap in gaps): wrong.add(name)
     return wrong
 
+# %% ../../nbs/machinery/layers.ipynb #8b432b00
 def right_norms(network:Network, x:Tensor) -> bool:
     """Are sample gradients, and the derivative of their squared norms, those of the plain way,
     for some samples?"""
