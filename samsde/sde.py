@@ -33,6 +33,30 @@ def along_itself(b, # a vector field, (..., d) -> (..., d)
         back, = torch.autograd.grad(value, z, w, create_graph=True)
         return value.detach(), torch.autograd.grad(back, w, value.detach())[0]
 
+# %% ../nbs/05_sde.ipynb #49d6c7a2
+def check_second_order(sde:Model, expansion:str, kinetic:bool):
+    "Raises ValueError where no SDE of second order in η is known"
+    if expansion == "first":
+        raise ValueError(
+            f"order=2 needs expansion='second' or 'exact', got {expansion!r}")
+    if kinetic: raise ValueError("a kinetic model is of order 1 in √η, got order=2")
+    if sde.algorithm.source == "previous":
+        raise ValueError(
+            "order=2 is known for steps that are drawn independently, got source='previous'")
+    if sde.is_scheduled:
+        raise ValueError("order=2 is for steps that are the same at all times, got a schedule")
+    if sde.momentum and sde.decoupled:
+        raise ValueError(
+            "order=2 with momentum is known for weight decay in the gradient, "
+            "got decoupled=True")
+
+def check_kinetic(sde:Model):
+    "Raises ValueError where no kinetic model is known"
+    if not sde.momentum: raise ValueError("a kinetic model needs momentum, got 0")
+    if sde.dampening or sde.nesterov or sde.decoupled:
+        raise ValueError(
+            "a kinetic model has no dampening, no nesterov and no decoupled weight decay")
+
 # %% ../nbs/05_sde.ipynb #6209e9de
 class SDE(Model):
     """dX = b dt + √η a^{1/2} dW, the model of an algorithm (Theorem 6.1).
@@ -56,8 +80,8 @@ class SDE(Model):
         if order not in (1, 2): raise ValueError(f"order must be 1 or 2, got {order!r}")
         if not isinstance(kinetic, bool):
             raise TypeError(f"kinetic must be True or False, got {kinetic!r}")
-        if order == 2: self.check_second_order(expansion, kinetic)
-        if kinetic: self.check_kinetic()
+        if order == 2: check_second_order(self, expansion, kinetic)
+        if kinetic: check_kinetic(self)
         self.kinetic = kinetic
         self.expansion = expansion
         self.order = order
@@ -65,28 +89,6 @@ class SDE(Model):
         self.seed = seed if seed is None else check_int("seed", seed, least=0)
         self.noise = noise
         self.noise_dim # raises where there is no such noise
-
-    def check_second_order(self, expansion:str, kinetic:bool):
-        "Raises ValueError where no SDE of second order in η is known"
-        if expansion == "first":
-            raise ValueError(
-                f"order=2 needs expansion='second' or 'exact', got {expansion!r}")
-        if kinetic: raise ValueError("a kinetic model is of order 1 in √η, got order=2")
-        if self.algorithm.source == "previous":
-            raise ValueError(
-                "order=2 is known for steps that are drawn independently, got source='previous'")
-        if self.is_scheduled:
-            raise ValueError("order=2 is for steps that are the same at all times, got a schedule")
-        if self.momentum and self.decoupled:
-            raise ValueError(
-                "order=2 with momentum is known for weight decay in the gradient, "
-                "got decoupled=True")
-    def check_kinetic(self):
-        "Raises ValueError where no kinetic model is known"
-        if not self.momentum: raise ValueError("a kinetic model needs momentum, got 0")
-        if self.dampening or self.nesterov or self.decoupled:
-            raise ValueError(
-                "a kinetic model has no dampening, no nesterov and no decoupled weight decay")
 
     @property
     def rate(self):
@@ -180,36 +182,12 @@ class SDE(Model):
             xi = draw()
             seed = self.seed
             if seed is None: seed = torch.Generator(x.device).manual_seed(seed_of(xi))
-            if self.kinetic: x, known["v"] = self.kinetic_step(x, known["v"], xi, h, seed, t)
-            elif self.is_scheduled: x = self.scheduled_step(x, xi, h, seed, t)
+            if self.kinetic: x, known["v"] = kinetic_step(self, x, known["v"], xi, h, seed, t)
+            elif self.is_scheduled: x = scheduled_step(self, x, xi, h, seed, t)
             else: x = self.one_step(x, xi, h, seed)
             t += h / sum(steps)
         if "k" in known: known["k"] = known["k"] + 1
         return joined([x, *known.values()])
-    def at(self, t:float, x:Tensor):
-        "This SDE with the radius that it has at step t"
-        if self.rho_schedule is None: return self
-        other = copy.copy(self)
-        other.algorithm = self.with_radius(x.new_tensor(self.radius_factor(t)))
-        other.rho_schedule = None
-        return other
-    def scheduled_step(self, x:Tensor, xi:Tensor, dt:float, seed, t:float) -> Tensor:
-        "dX = s b dt + s √η_e R dW, with s and the radius of step t"
-        now = self.at(t, x)
-        move = dt * now.drift(x, seed) + dt**.5 * now.diffusion(x, xi, seed)
-        return x + self.factor(t) * move
-    def kinetic_step(self, x:Tensor, P:Tensor, xi:Tensor, h:float, seed, t:float
-                    ) -> tuple[Tensor, Tensor]:
-        "Half a kick, half a drift, friction and noise exactly, and back again"
-        now, s = self.at(t, x), self.factor(t)
-        c = per_path(self.friction, x)
-        P = P + h / 2 * now.drift(x, seed)
-        x = x + h / 2 * s * P
-        kick = ((1 - exponential(-2 * c * h)) / (2 * c))**.5 / per_path(self.eta, x)**.25
-        # diffusion is −√η R ξ, and the noise of P η^{1/4} R ξ with the sign of −v
-        P = exponential(-c * h) * P + kick * now.diffusion(x, xi, seed)
-        x = x + h / 2 * s * P
-        return x, P + h / 2 * now.drift(x, seed)
     @property
     def decay(self) -> float:
         "Weight decay per unit of time"
@@ -250,8 +228,37 @@ class SDE(Model):
         raise ValueError(
             f"torchsde takes an SDE whose state is its point, got {', '.join(self.memory)} besides")
 
+# %% ../nbs/05_sde.ipynb #cf979f71
+def at_step(sde:SDE, t:float, x:Tensor) -> SDE:
+    "The SDE with the radius that it has at step t"
+    if sde.rho_schedule is None: return sde
+    other = copy.copy(sde)
+    other.algorithm = sde.with_radius(x.new_tensor(sde.radius_factor(t)))
+    other.rho_schedule = None
+    return other
+
+def scheduled_step(sde:SDE, x:Tensor, xi:Tensor, dt:float, seed, t:float) -> Tensor:
+    "dX = s b dt + s √η_e R dW, with s and the radius of step t"
+    now = at_step(sde, t, x)
+    move = dt * now.drift(x, seed) + dt**.5 * now.diffusion(x, xi, seed)
+    return x + sde.factor(t) * move
+
 # %% ../nbs/05_sde.ipynb #1ad9833d
 def exponential(a): return a.exp() if isinstance(a, Tensor) else math.exp(a)
+
+# %% ../nbs/05_sde.ipynb #52d9af64
+def kinetic_step(sde:SDE, x:Tensor, P:Tensor, xi:Tensor, h:float, seed, t:float
+                ) -> tuple[Tensor, Tensor]:
+    "Half a kick, half a drift, friction and noise exactly, and back again"
+    now, s = at_step(sde, t, x), sde.factor(t)
+    c = per_path(sde.friction, x)
+    P = P + h / 2 * now.drift(x, seed)
+    x = x + h / 2 * s * P
+    kick = ((1 - exponential(-2 * c * h)) / (2 * c))**.5 / per_path(sde.eta, x)**.25
+    # diffusion is −√η R ξ, and the noise of P η^{1/4} R ξ with the sign of −v
+    P = exponential(-c * h) * P + kick * now.diffusion(x, xi, seed)
+    x = x + h / 2 * s * P
+    return x, P + h / 2 * now.drift(x, seed)
 
 # %% ../nbs/05_sde.ipynb #4e0582f9
 class KineticSDE(SDE):
