@@ -417,7 +417,7 @@ def diagnose(algorithm:Algorithm, # with one radius
              tolerance:float=.1, # part of the drift that may be neglected
              progress:bool=False # show a bar?
             ) -> Diagnosis:
-    """Is the SDE of an algorithm a fair model at a point? The terms, of which the first seven but one are ratios:
+    """Is the SDE of an algorithm a fair model at a point? The terms:
     "gradient", ‖ḡ‖; "regulariser", ρ‖E[Hu]‖/‖ḡ‖;
     "of the drift, gradient" and "…, regulariser": the norms of ḡ and ρE[Hu] over ‖b‖;
     "of the drift, noise in it", that of ρE[Hu] less ρHu of the full gradient, the part due to noise;
@@ -474,7 +474,8 @@ def diagnose(algorithm:Algorithm, # with one radius
 # %% ../nbs/08b_diagnosis.ipynb #2b7af531
 def unwrapped(optimizer):
     "The optimizer inside of a framework's"
-    while not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).step is torch.optim.Optimizer.step:
+    plain = torch.optim.Optimizer
+    while not isinstance(optimizer, plain) or type(optimizer).step is plain.step:
         inner = getattr(optimizer, "optimizer", None)
         if inner is None: break
         optimizer = inner
@@ -729,14 +730,17 @@ def reshuffled(data, found:Diagnosis) -> dict:
     terms = found.terms
     largest, push = terms["largest eigenvalue"], terms["c"]
     law = Minibatches(len(sampler), data.batch_size, "epochs")
-    return epoch_terms(law, found.settings["η"], largest * (1 + found.settings["ρ"] * push * largest))
+    lifted = largest * (1 + found.settings["ρ"] * push * largest)
+    return epoch_terms(law, found.settings["η"], lifted)
 
 def run_objective(model, loss, data, batch_size, collate_fn, batch_loss) -> MinibatchLoss:
     "The minibatches of a run: those of a DataLoader, or of data and a batch size"
     check_setting(model)
     model = getattr(model, "_orig_mod", model) # as it was before torch.compile
-    if isinstance(data, DataLoader): return MinibatchLoss.from_module(model, loss, data, batch_loss=batch_loss)
-    return MinibatchLoss.from_module(model, loss, data, batch_size, replace=False, collate_fn=collate_fn, batch_loss=batch_loss)
+    if isinstance(data, DataLoader):
+        return MinibatchLoss.from_module(model, loss, data, batch_loss=batch_loss)
+    return MinibatchLoss.from_module(model, loss, data, batch_size, replace=False,
+                                     collate_fn=collate_fn, batch_loss=batch_loss)
 
 # %% ../nbs/08b_diagnosis.ipynb #ed1b90de
 def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
@@ -824,7 +828,8 @@ def parts_of_drift(grad:Tensor, step:Drawn, decay:Tensor, x:Tensor) -> tuple[Ten
     here = -(grad + step.mean_push.to(x) + pulled)
     parts = {"gradient": grad, "regulariser": step.mean_push, "weight decay": pulled}
     size = norm(here)
-    if size == 0: raise ValueError("the drift is exactly zero here, and nothing is small against it")
+    if size == 0:
+        raise ValueError("the drift is exactly zero here, and nothing is small against it")
     return here, {f"of the drift, {name}": norm(part) / size for name, part in parts.items()}
 
 # %% ../nbs/08b_diagnosis.ipynb #fb3effaf

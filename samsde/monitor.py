@@ -62,7 +62,8 @@ class Monitor:
     @property
     def history(self) -> pd.DataFrame:
         "A row for each diagnosis, by step"
-        return pd.DataFrame(self.records, columns=None if self.records else ["step"]).set_index("step")
+        columns = None if self.records else ["step"]
+        return pd.DataFrame(self.records, columns=columns).set_index("step")
 
 # %% ../nbs/08f_monitor.ipynb #312e4463
 def numbers_of(found:Diagnosis) -> dict:
@@ -76,14 +77,16 @@ def lightning_callback(batch_loss, # (module, batch) -> scalar
                        data=None, # as in diagnose_training; the Trainer's own if None
                        **how # as in Monitor
                       ):
-    "A Callback for a Lightning Trainer, with its Monitor as `monitor`. Raises ImportError without lightning."
+    """A Callback for a Lightning Trainer, with its Monitor as `monitor`.
+    Raises ImportError without lightning."""
     from lightning.pytorch.callbacks import Callback
     class Watch(Callback):
         monitor = None
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if self.monitor is None:
                 given = trainer.train_dataloader if data is None else data
-                self.monitor = Monitor(pl_module, None, given, trainer.optimizers[0], batch_loss=batch_loss, **how)
+                self.monitor = Monitor(pl_module, None, given, trainer.optimizers[0],
+                                       batch_loss=batch_loss, **how)
             found = self.monitor()
             if found is not None and trainer.logger is not None:
                 trainer.logger.log_metrics(numbers_of(found), step=trainer.global_step)
@@ -97,11 +100,14 @@ def transformers_callback(data=None, # a Dataset; the Trainer's own if None
     from transformers import TrainerCallback
     class Watch(TrainerCallback):
         monitor = None
-        def on_step_end(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
+        def on_step_end(self, args, state, control, model=None, optimizer=None,
+                        train_dataloader=None, **kwargs):
             if self.monitor is None:
                 given = train_dataloader.dataset if data is None else data
                 size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-                self.monitor = Monitor(model, None, given, optimizer, batch_size=size, collate_fn=train_dataloader.collate_fn, **how)
+                self.monitor = Monitor(model, None, given, optimizer, batch_size=size,
+                                       collate_fn=train_dataloader.collate_fn, **how)
             found = self.monitor()
-            if found is not None: state.log_history.append(numbers_of(found) | {"step": state.global_step})
+            if found is not None:
+                state.log_history.append(numbers_of(found) | {"step": state.global_step})
     return Watch()

@@ -70,16 +70,19 @@ def seeded(seed:int, # of all generators
 # %% ../../nbs/machinery/batches.ipynb #a802b676
 def rows_of(data) -> int:
     "The number of samples. Raises ValueError or TypeError on what is no data."
-    if isinstance(data, Tensor): raise TypeError("data must be a tuple such as (X, y), or a Dataset, got a tensor alone")
+    if isinstance(data, Tensor):
+        raise TypeError("data must be a tuple such as (X, y), or a Dataset, got a tensor alone")
     if isinstance(data, IterableDataset):
-        raise TypeError(f"data must be a map-style Dataset, with samples by number, got {type(data).__name__}")
+        raise TypeError("data must be a map-style Dataset, with samples by number, "
+                        f"got {type(data).__name__}")
     if not by_tensors(data):
         if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str):
             if len(data): return len(data)
             raise ValueError("data must hold at least one sample, got none")
         raise TypeError(f"data must be tensors or a map-style Dataset, got {type(data).__name__}")
     leaves = tree_leaves(as_tree(data))
-    if any(t.ndim == 0 for t in leaves): raise ValueError("data must hold one row for each sample, got a single number")
+    if any(t.ndim == 0 for t in leaves):
+        raise ValueError("data must hold one row for each sample, got a single number")
     lengths = {len(t) for t in leaves}
     if len(lengths) == 1 and lengths != {0}: return lengths.pop()
     raise ValueError(f"data must be non-empty and equally long, got {sorted(lengths)} rows")
@@ -94,18 +97,23 @@ def by_tensors(data) -> bool:
 
 def batch_of(data, collate_fn:Callable, numbers:list):
     "The samples of these numbers as a batch"
-    if by_tensors(data): return tree_map(lambda t: t[torch.tensor(numbers, device=t.device)], as_tree(data))
+    def rows(t): return t[torch.tensor(numbers, device=t.device)]
+    if by_tensors(data): return tree_map(rows, as_tree(data))
     return collate_fn([data[i] for i in numbers])
 
 # %% ../../nbs/machinery/batches.ipynb #e2f5f27c
 def of_loader(loader:DataLoader) -> dict:
-    "The data, collate_fn, batch_size and replace of a DataLoader. Raises ValueError or TypeError if it draws in another way."
+    """The data, collate_fn, batch_size and replace of a DataLoader.
+    Raises ValueError or TypeError if it draws in another way."""
     if isinstance(loader.dataset, IterableDataset): rows_of(loader.dataset)
-    sampler, plain = loader.sampler, (RandomSampler, SequentialSampler)
-    if loader.batch_size is None: raise ValueError("the DataLoader must have a batch_size, got one with batches of its own (batch_sampler, or None)")
-    if type(sampler) not in plain:
-        raise ValueError("the DataLoader must draw samples uniformly, by shuffle=True or a RandomSampler, "
-                         f"got {type(sampler).__name__}: give its dataset and batch_size instead")
+    sampler = loader.sampler
+    if loader.batch_size is None:
+        raise ValueError("the DataLoader must have a batch_size, "
+                         "got one with batches of its own (batch_sampler, or None)")
+    if type(sampler) not in (RandomSampler, SequentialSampler):
+        raise ValueError(
+            "the DataLoader must draw samples uniformly, by shuffle=True or a RandomSampler, "
+            f"got {type(sampler).__name__}: give its dataset and batch_size instead")
     return dict(data=loader.dataset, collate_fn=loader.collate_fn, batch_size=loader.batch_size,
                 replace=bool(getattr(sampler, "replacement", False)))
 
@@ -143,21 +151,26 @@ class LossOfOutput:
     def __init__(self, loss:Callable|None # (output, target) -> scalar; the module's own loss if None
                 ): self.loss = loss
     def __call__(self, module, batch) -> Tensor:
-        inputs, target = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, batch)
+        is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        inputs, target = batch if is_pair else (batch, batch)
         output = run(module, inputs)
         return own_loss(output) if self.loss is None else self.loss(output, target)
 
 # %% ../../nbs/machinery/batches.ipynb #186365e0
 def check_parameters(module):
     "Raises ValueError or TypeError unless a module has trainable, real parameters of one dtype"
-    if not isinstance(module, nn.Module): raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     for name, layer in module.named_modules():
         words = None
         if isinstance(layer, torch.jit.ScriptModule): words = SCRIPT
-        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params(): words = LAZY
+        lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
+        if lazy and layer.has_uninitialized_params(): words = LAZY
         if words: raise ValueError(f"layer {name!r} ({type(layer).__name__}) {words}")
     kinds = {p.dtype for p in trainable(module)}
-    if not kinds: raise ValueError(f"the module must have trainable parameters, got none in {type(module).__name__}")
+    if not kinds:
+        raise ValueError("the module must have trainable parameters, "
+                         f"got none in {type(module).__name__}")
     if len(kinds) > 1: raise TypeError(f"parameters must share one dtype, got {sorted(map(str, kinds))}")
     if (dtype := kinds.pop()).is_complex: raise TypeError(f"parameters must be real, got {dtype}")
     places = {p.device for p in trainable(module)}
@@ -233,15 +246,17 @@ class BatchNetwork:
         def differs(ours): return not ((ours - known).abs() <= slack).all()
         twice = [self.derivative(self.x0, rows, 0)[1] for _ in range(2)]
         if any(map(differs, twice)) and torch.isfinite(known).all():
-            raise ValueError("the loss has another gradient in a copy of the module: does it, or a function in it, "
-                             "read the parameters from elsewhere, or change from one call to the next?")
+            raise ValueError(
+                "the loss has another gradient in a copy of the module: does it, or a function "
+                "in it, read the parameters from elsewhere, or change from one call to the next?")
     def of_module(self, module:nn.Module, rows:list) -> Tensor: # (d,)
         "The gradient of a batch in a module where it stands"
         params = trainable(module)
         with seeded(0, self.devices), differentiable(module):
             f = self.loss_of(rows, module)
             if not f.requires_grad:
-                raise ValueError("the loss must depend on the trainable parameters, but it has no gradient")
+                raise ValueError(
+                    "the loss must depend on the trainable parameters, but it has no gradient")
             return flat(torch.autograd.grad(f, params, allow_unused=True), params).detach()
 
     def __getstate__(self) -> dict: return {k: v for k, v in vars(self).items() if k != "busy"}
@@ -250,12 +265,14 @@ class BatchNetwork:
         "Write a point (d,) into the module"
         params = trainable(self.module)
         with torch.no_grad():
-            for p, value in zip(params, x.split([p.numel() for p in params])): p.copy_(value.view_as(p))
+            for p, value in zip(params, x.split([p.numel() for p in params])):
+                p.copy_(value.view_as(p))
     def restore(self):
         "Let the buffers be what they were"
         with torch.no_grad():
             for name, b in self.module.named_buffers():
-                if name in self.buffers and b.shape == self.buffers[name].shape: b.copy_(self.buffers[name])
+                kept = self.buffers.get(name)
+                if kept is not None and b.shape == kept.shape: b.copy_(kept)
     @contextmanager
     def at(self, x:Tensor, seed:int):
         "The module at a point, with random numbers from a seed; gives `drew` of `seeded`"
