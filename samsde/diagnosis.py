@@ -217,6 +217,10 @@ class Drawn:
     def mean_push(self) -> Tensor:
         "ρ E[Hu], (d,)"
         return self.sums["push"].mean
+    @property
+    def push_sem(self) -> float:
+        "The standard error of its norm"
+        return (self.sums["push"].power / len(self.gammas))**.5
 
 # %% ../nbs/08b_diagnosis.ipynb #2cf1ae63
 def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,)
@@ -404,6 +408,31 @@ def neglected_in_eta(algorithm:Algorithm, objective:Objective, x:Tensor, eta:flo
     there = drift(algorithm, objective, x + eta * here, draws=len(step.gammas), seed=seed)
     return norm(there - here) / (2 * norm(here))
 
+# %% ../nbs/08b_diagnosis.ipynb #44f2ce6b
+def named_parts(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, here:Tensor,
+                step:Drawn) -> dict:
+    "The parts of a drift `here`, by name"
+    size, size_of_grad, size_of_push = norm(here), norm(grad), norm(here + grad)
+    noise = noise_in_push(algorithm, objective, x, grad, -(here + grad))
+    return {"gradient": size_of_grad, "regulariser": size_of_push / size_of_grad,
+            "of the drift, gradient": size_of_grad / size,
+            "of the drift, regulariser": size_of_push / size,
+            "of the drift, noise in it": norm(noise) / size,
+            "error of the regulariser": step.push_sem / size}
+
+# %% ../nbs/08b_diagnosis.ipynb #ec32f61e
+def directions_at(objective:Objective, x:Tensor, top:int|None, random:int, seed:int
+                 ) -> tuple[Tensor, Tensor, list]: # (top,), (top + random, d), and names
+    "The largest eigenvalues, their vectors and random directions behind them"
+    if top is None: top = min(3, objective.dim)
+    lam, vectors = top_eigenvectors(objective, x, top)
+    generator = torch.Generator().manual_seed(check_int("seed", seed, least=0))
+    drawn = torch.randn(check_int("directions", random, least=0), objective.dim,
+                        generator=generator, dtype=torch.float64).to(x)
+    drawn = drawn / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
+    names = [f"eigenvector {i + 1}" for i in range(top)]
+    return lam, torch.cat([vectors, drawn]), names + [f"random {i + 1}" for i in range(random)]
+
 # %% ../nbs/08b_diagnosis.ipynb #7e662a83
 def diagnose(algorithm:Algorithm, # with one radius
              objective:Objective, # any
@@ -437,37 +466,24 @@ def diagnose(algorithm:Algorithm, # with one radius
     if isinstance(rho, Tensor) and rho.ndim:
         raise ValueError(f"the algorithm must have one radius, got shape {tuple(rho.shape)}")
     check_positive("tolerance", tolerance)
-    if top is None: top = min(3, objective.dim)
-    lam, vectors = top_eigenvectors(objective, x, top)
-    generator = torch.Generator().manual_seed(check_int("seed", seed, least=0))
-    random = torch.randn(check_int("directions", directions, least=0), objective.dim,
-                         generator=generator, dtype=torch.float64).to(x)
-    V = torch.cat([vectors, random / torch.linalg.vector_norm(random, dim=1, keepdim=True)])
+    lam, V, names = directions_at(objective, x, top, directions, seed)
     grad = objective.grad(x)
-    size_of_grad = norm(grad)
     step = drawn(algorithm, objective, x, grad, V, draws, seed, bar_of(progress))
     here = drift_of(algorithm, objective, x, grad, step, seed)
     size = norm(here)
-    if size == 0 or size_of_grad == 0:
+    if size == 0 or norm(grad) == 0:
         raise ValueError("the drift is exactly zero at x, and nothing is small against it")
     in_eta = neglected_in_eta(algorithm, objective, x, eta, here, step, seed, bar_of(progress))
-    push, push_error = push_of(algorithm, step, size_of_grad)
+    push, push_error = push_of(algorithm, step, norm(grad))
     largest = lam[0].item()
     sums = step.sums
     in_rho, rho_error = ratio_free_of_noise(sums["gap"], size)
-    noise = noise_in_push(algorithm, objective, x, grad, -(here + grad))
-    terms = {"gradient": size_of_grad, "regulariser": norm(here + grad) / size_of_grad,
-             "of the drift, gradient": size_of_grad / size,
-             "of the drift, regulariser": norm(here + grad) / size,
-             "of the drift, noise in it": norm(noise) / size,
-             "error of the regulariser": (sums["push"].power / draws)**.5 / size,
-             "neglected in ρ": in_rho, "error of that": rho_error, "neglected in η": in_eta,
-             "noise": sums["c"].power**.5 / size, "noise, SGD": sums["g"].power**.5 / size,
-             "largest eigenvalue": largest, "c": push,
-             "stability number": stability(eta, largest, push, float(rho))}
+    terms = named_parts(algorithm, objective, x, grad, here, step)
+    terms |= {"neglected in ρ": in_rho, "error of that": rho_error, "neglected in η": in_eta,
+              "noise": sums["c"].power**.5 / size, "noise, SGD": sums["g"].power**.5 / size,
+              "largest eigenvalue": largest, "c": push,
+              "stability number": stability(eta, largest, push, float(rho))}
     terms |= epoch_terms(objective.law, eta, largest * (1 + float(rho) * push * largest))
-    names = ([f"eigenvector {i + 1}" for i in range(top)]
-             + [f"random {i + 1}" for i in range(directions)])
     curvature = (V * objective.hvp(x, V)).sum(1)
     return Diagnosis(terms, along_directions(V, curvature, names, eta, here, step), tolerance)
 
@@ -857,7 +873,7 @@ def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, toler
     A = largest * (1 + rho * push * largest)
     terms = {"gradient": size_of_grad, "error of the gradient": full_error,
              "regulariser": norm(step.mean_push) / size_of_grad, **parts,
-             "error of the regulariser": (step.sums["push"].power / len(step.gammas))**.5 / size,
+             "error of the regulariser": step.push_sem / size,
              "neglected in ρ": in_rho, "error of that": rho_error,
              "neglected in η": lag * in_eta, "error of that, η": lag * eta_error,
              "noise": step.sums["c"].power**.5 / size,
