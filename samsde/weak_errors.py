@@ -301,8 +301,10 @@ def torus_error(algorithm:Algorithm, # any, on both sides
                           noise=noise, order=order)
 
 # %% ../nbs/05b_weak_errors.ipynb #f5886ab1
-def linear_system(process:Chain|SDE) -> tuple[np.ndarray, np.ndarray]: # F and C, (d, d)
-    """F and C of Eq. (5b.5).
+def linear_system(process:Chain|SDE, # of SGD or USAM on a Quadratic
+                  k:int=1 # step of a Chain, where that matters: under a schedule, and at first
+                 ) -> tuple[np.ndarray, np.ndarray]: # F and C, (m, m)
+    """F and C of Eq. (5b.5), for a state without its counter of steps.
     Raises TypeError or ValueError unless the process is that of SGD or USAM on a Quadratic."""
     if (type(one_process(process).algorithm) not in (SGD, USAM)
         or not isinstance(process.objective, Quadratic)):
@@ -311,18 +313,22 @@ def linear_system(process:Chain|SDE) -> tuple[np.ndarray, np.ndarray]: # F and C
     H = process.objective.H
     def array(v): return v.double().cpu().numpy()
     def eye(n): return torch.eye(n, dtype=H.dtype, device=H.device)
-    if "k" in process.memory:
-        raise ValueError(
-            "moments are exact for a step that is the same at all times, "
-            "got a schedule or dampening")
     if isinstance(process, SDE):
+        if "k" in process.memory:
+            raise ValueError(
+                "moments of an SDE are exact where it is the same at all times and seen without a "
+                "lag, got a schedule, or order=2 with momentum")
         if process.kinetic: return kinetic_system(process, eye(len(H)), array)
         return (array(process.drift(eye(len(H))).T),
                 array(process.covariance(torch.zeros_like(H[0]))))
-    m = process.start(H[0]).shape[-1]
-    k = process.noise_dim
-    F = process.advance(eye(m), lambda: H.new_zeros(m, k), [process.time_step])
-    B = process.advance(H.new_zeros(k, m), lambda: eye(k), [process.time_step])
+    counts = "k" in process.memory
+    m, n = process.width - counts, process.noise_dim
+    def after(states, noise):
+        clock = states.new_full((len(states), counts), k)
+        state = torch.cat([states, clock], -1)
+        return process.advance(state, lambda: noise, [process.time_step])[:, :m]
+    F = after(eye(m), H.new_zeros(m, n))
+    B = after(H.new_zeros(n, m), eye(n))
     return array(F.T), array(B.T @ B)
 
 # %% ../nbs/05b_weak_errors.ipynb #8fa1d566
@@ -338,6 +344,14 @@ def kinetic_system(process, eye, array) -> tuple[np.ndarray, np.ndarray]: # (2d,
 def of_positions(process, V:Tensor) -> Tensor: # (m, m) -> (d, d)
     "The covariance of positions, from that of states"
     return process.position(process.position(V).mT).mT
+
+def counted(chain:Chain, n:int) -> tuple[np.ndarray, np.ndarray]:
+    "The first n steps as one, where a step depends on how many came before"
+    F, C = linear_system(chain, 0)
+    for k in range(1, n):
+        step, noise = linear_system(chain, k)
+        F, C = step @ F, step @ C @ step.T + noise
+    return F, C
 
 def repeated(F:np.ndarray, C:np.ndarray, n:int) -> tuple[np.ndarray, np.ndarray]:
     "n steps of x⁺ = Fx + noise as one such step, by repeated squaring"
@@ -360,6 +374,7 @@ def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
     F, C = linear_system(process)
     d = process.objective.dim
     m = len(F)
+    counts = "k" in process.memory # of a Chain
     if process.objective.check(x0, "x0").shape != (d,):
         raise ValueError(f"x0 must have shape ({d},), got {tuple(x0.shape)}")
     check_finite("x0", x0)
@@ -370,14 +385,16 @@ def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
         block = scipy.linalg.expm(np.block([[-F, C], [np.zeros_like(F), F.T]]) * t_end / n)
         F = block[m:, m:].T
         C = F @ block[:m, m:]
-    power, V = (torch.from_numpy(v).to(x0) for v in repeated(F, C, n))
-    return process.position(power @ process.start(x0)), of_positions(process, V)
+    found = counted(process, n) if counts else repeated(F, C, n)
+    power, V = (torch.from_numpy(v).to(x0) for v in found)
+    return process.position(power @ process.start(x0)[:m]), of_positions(process, V)
 
 # %% ../nbs/05b_weak_errors.ipynb #8c5b086b
 def stationary_covariance(process:Chain|SDE # of SGD or USAM, on a Quadratic
                          ) -> Tensor: # (d, d)
     """The covariance that Eq. (5b.5) keeps, by Lyapunov's equation.
     Raises ValueError if there is none, TypeError on another process."""
+    if one_process(process).is_scheduled: raise ValueError("nothing is stationary under a schedule")
     F, C = linear_system(process)
     discrete = isinstance(process, Chain)
     lam = np.linalg.eigvals(F)

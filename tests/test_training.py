@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -199,6 +200,43 @@ def linear_run(process, steps, substeps):
         B = advance(torch.zeros(substeps, 1, dtype=F64), units, k)
         mean, variance = F * mean, F**2 * variance + B.square().sum().item()
     return mean, variance
+
+
+def moments_by_hand(steps, eta, *, rate=lambda t: 1.0, radius=lambda t: 1.0, mu=0.0, damped=0.0, decay=0.0, first=1.0):
+    """Mean and variance on the line, from 1, of torch's SGD fed by USAM at ρ = 0.3; `first` is the share of the first gradient in the buffer"""
+    mean, cov = np.array([1.0, 0.0]), np.zeros((2, 2))
+    for k in range(steps):
+        t = k * eta * (1 - damped) / (1 - mu)
+        lift, w = 1 + 0.3 * radius(t) * 1.3, first if k == 0 else 1 - damped
+        a, s = w * (1.3 * lift + decay), w * 0.7 * lift
+        F = np.array([[1 - eta * rate(t) * a, -eta * rate(t) * mu], [a, mu]])
+        b = np.array([-eta * rate(t) * s, s])
+        mean, cov = F @ mean, F @ cov @ F.T + np.outer(b, b)
+    return mean[0], cov[0, 0]
+
+
+@pytest.mark.parametrize("how", [dict(), dict(mu=0.9, damped=0.9), dict(mu=0.5, damped=0.3, decay=0.2)])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_exact_moments_of_a_chain_that_counts_its_steps(how, scheduled):
+    """Under schedules, and with a first buffer that is not dampened, by a recursion by hand. The controls forget either."""
+    factors = dict(rate=lambda t: 1 / (1 + t), radius=lambda t: 0.5 + t / 4) if scheduled else {}
+    names = dict(zip(("momentum", "dampening", "weight_decay"), (how.get(k, 0.0) for k in ("mu", "damped", "decay"))))
+    chain = Chain(USAM(0.3), line, 0.1, **names, schedule=factors.get("rate"), rho_schedule=factors.get("radius"))
+    mean, cov = linear_moments(chain, one, 7 * float(chain.time_step))
+    known = moments_by_hand(7, 0.1, **how, **factors)
+    assert_close((mean.item(), cov.item()), known, rtol=1e-11, atol=0)
+    if scheduled:
+        assert abs(moments_by_hand(7, 0.1, **how)[0] / known[0] - 1) > 1e-2
+    if "damped" in how:
+        assert abs(moments_by_hand(7, 0.1, **how, **factors, first=1 - how["damped"])[0] / known[0] - 1) > 1e-2
+
+
+def test_stationary_with_dampening():
+    """E3's number; the controls are momentum without dampening, and none."""
+    found = stationary_covariance(Chain(USAM(0.3), line, 0.1, momentum=0.9, dampening=0.9)).item()
+    assert abs(found - 0.026321318643) < 1e-11
+    assert abs(stationary_covariance(Chain(USAM(0.3), line, 0.1, momentum=0.9)).item() - found) > 0.2
+    assert abs(stationary_covariance(Chain(USAM(0.3), line, 0.1)).item() - found) > 1e-3
 
 
 def test_a_schedule_of_the_radius_on_a_quadratic():
