@@ -16,7 +16,8 @@ from .hessian_noise import (
     NoNoise, noise_covariance, noise_dim, noise_moments, noise_sample, nowhere)
 from .implicit_regularizer import check_expansion, drift, mean_moments
 from .machinery.checks import broadcast_paths, check_int, check_points, per_path
-from .moments import StepMoments
+from .moments import (
+    StepMoments, expectation, gamma_support, with_law, with_source)
 from .objective import Objective
 from .sample_sums import seed_of
 
@@ -33,6 +34,23 @@ def along_itself(b, # a vector field, (..., d) -> (..., d)
         back, = torch.autograd.grad(value, z, w, create_graph=True)
         return value.detach(), torch.autograd.grad(back, w, value.detach())[0]
 
+# %% ../nbs/05_sde.ipynb #f1a5e10b
+def turned_by_last(sde:Model, x:Tensor, # (..., d)
+                   seed) -> Tensor: # (..., d)
+    "How a step moves the mean gradient of the next one, whose perturbation it has found"
+    algorithm, rho = with_source(sde.algorithm, "independent"), per_path(sde.algorithm.rho, x)
+    pairs = with_law(sde.algorithm, sde.objective) # γ, and γ′ behind it
+    def product(both):
+        z = broadcast_paths(x, gamma=both)
+        G = algorithm.direction(sde.objective, z, both) + sde.decay * z
+        def curved(gamma):
+            up = z + rho * algorithm.perturbation(sde.objective, z, gamma)
+            return sde.objective.hvp(up, G) + sde.decay * G
+        own = with_source(algorithm, "own")
+        return own.mean_over_cuts(curved, algorithm.of_gradient(both))
+    support = gamma_support(pairs, x, sde.draws, seed)
+    return expectation(product, support, x, sde.objective.chunk)[0]
+
 # %% ../nbs/05_sde.ipynb #49d6c7a2
 def check_second_order(sde:Model, expansion:str, kinetic:bool):
     "Raises ValueError where no SDE of second order in η is known"
@@ -40,9 +58,10 @@ def check_second_order(sde:Model, expansion:str, kinetic:bool):
         raise ValueError(
             f"order=2 needs expansion='second' or 'exact', got {expansion!r}")
     if kinetic: raise ValueError("a kinetic model is of order 1 in √η, got order=2")
-    if sde.algorithm.source == "previous":
+    if sde.algorithm.source == "previous" and (expansion != "exact" or sde.momentum):
         raise ValueError(
-            "order=2 is known for steps that are drawn independently, got source='previous'")
+            "order=2 with source='previous' needs expansion='exact' and no momentum, "
+            f"got {expansion!r} and momentum={sde.momentum:g}")
     if sde.is_scheduled:
         raise ValueError("order=2 is for steps that are the same at all times, got a schedule")
     if sde.momentum and sde.decoupled:
@@ -129,7 +148,9 @@ class SDE(Model):
             return b - self.decay * z
         if self.order == 1: return field(x)
         b, derivative = along_itself(field, x)
-        return b - per_path(self.rate, x) / 2 * self.memory_factor * derivative
+        if not self.is_late: return b - per_path(self.rate, x) / 2 * self.memory_factor * derivative
+        turned = turned_by_last(self, x, self.settings(seed)["seed"])
+        return b + per_path(self.rate, x) * (turned - 1.5 * derivative)
     def diffusion(self, x:Tensor, xi:Tensor, seed=None) -> Tensor:
         "−√η_e R(x) ξ, (..., d) and (..., noise_dim) -> (..., d)"
         x = self.over_sweep(x)
@@ -155,6 +176,7 @@ class SDE(Model):
         "`euler` with γ drawn before, from a record if there is one"
         mean, noise = self.moments(x, seed)
         drawn = noise.drawn if mean is noise else None
+        if self.is_late: return self.euler(x, xi, dt, seed) # pairs of γ are drawn within
         def step(x, xi, *gammas):
             return self.euler(x, xi, dt, drawn._replace(gammas=gammas[0]) if gammas else seed)
         gammas = [drawn.gammas] if drawn else []
@@ -196,8 +218,12 @@ class SDE(Model):
     @property
     def lags(self) -> bool: return self.order == 2 and self.momentum > 0
     @property
+    def is_late(self) -> bool:
+        "Of second order, with the perturbation of the step before?"
+        return self.order == 2 and self.algorithm.source == "previous"
+    @property
     def memory(self):
-        return ("v",) * self.kinetic + ("k",) * (self.lags or self.is_scheduled)
+        return ("v",) * self.kinetic + ("k",) * (self.lags or self.is_late or self.is_scheduled)
     @property
     def memory_factor(self) -> float:
         "What momentum makes of Euler's correction −(η/2)(∇b)b"
@@ -207,9 +233,15 @@ class SDE(Model):
         "E G_ρ, with weight decay"
         b = drift(self.algorithm, self.objective, y, self.expansion, **self.settings())
         return self.decay * y - b
+    def first_gap(self, x:Tensor) -> Tensor:
+        "How much further the first step goes than E G_ρ would, where nothing perturbs it yet"
+        x = self.over_sweep(x)
+        gap = self.objective.grad(x) + self.decay * x - self.mean_gradient(x)
+        return per_path(self.rate, x) * gap
     def start(self, x):
-        """The state in which a path starts at x, (..., d) -> (..., m).
-        Torch does not dampen its first buffer, so at second order x is moved a little."""
+        """The state in which a path starts at x, (..., d) -> (..., m). At second order x is moved
+        a little: the first step is not perturbed, or torch does not dampen its first buffer."""
+        if self.is_late: x = x - self.first_gap(x)
         if self.lags and self.dampening:
             first = per_path(self.eta, x) * self.dampening / (1 - self.momentum)
             x = self.over_sweep(x)
@@ -218,6 +250,7 @@ class SDE(Model):
     def position(self, state):
         "Y; at second order with momentum, x = Y + lag, by which the velocity is behind"
         y, *k = self.split(state) if self.memory else [state]
+        if self.is_late: return y + (k[0] == 0) * self.first_gap(y)
         if not self.lags: return y
         mu = self.momentum
         lag = per_path(self.rate, y) * mu**(1 + self.nesterov) / (1 - mu) * (1 - mu**k[0])

@@ -10,10 +10,11 @@ __all__ = ['TrigonometricSum', 'circle_problem', 'torus_problem', 'periodic_exam
 # %% ../nbs/05b_weak_errors.ipynb #8f9e63e7
 import functools, sys
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy.integrate
 import scipy.linalg
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from .machinery.checks import (
     broadcast_paths, check_finite, check_int, check_points, check_positive)
 from .machinery.store import one_thread
 from .objective import Additive, FiniteSum, Quadratic
-from .sde import SDE, one_process
+from .sde import SDE, at_step, one_process
 
 # %% ../nbs/05b_weak_errors.ipynb #73fb23be
 def wave_data(c, a, m, p) -> list: # tensors in double precision
@@ -129,16 +130,11 @@ def periodic_examples(dim:int, # 1, the circle, or 2, the torus
     return {kind: torus_problem(c, a, m, p, **batches) for kind, c in tilts.items()}
 
 # %% ../nbs/05b_weak_errors.ipynb #73d55118
-def torus_nodes(nodes:int, # M along each axis, even
-                dim:int # 1 or 2
-               ) -> tuple[np.ndarray,
-                          Tensor]: # the nodes of one axis (M,), and all of them (M^dim, dim)
-    "Equidistant nodes of the circle or the 2-torus. Raises ValueError if M is odd or too small."
-    if check_int("nodes", nodes, least=4) % 2: raise ValueError(f"nodes must be even, got {nodes}")
-    axis = 2 * np.pi * np.arange(nodes) / nodes
-    return (axis,
-            torch.from_numpy(np.stack(np.meshgrid(*[axis] * dim, indexing="ij"),
-                                      -1).reshape(-1, dim)))
+class Axis(NamedTuple):
+    "Nodes on a line, how to interpolate between them, and the derivative of the interpolant"
+    nodes: np.ndarray # (n,)
+    rows: Callable # points (...) -> (..., n), the weights of the values at the nodes
+    derivative: np.ndarray # (n, n)
 
 def dirichlet(s:np.ndarray, nodes:int) -> np.ndarray:
     "The kernel of trigonometric interpolation, Eq. (5b.3), 1 at s = 0"
@@ -146,6 +142,45 @@ def dirichlet(s:np.ndarray, nodes:int) -> np.ndarray:
     zero = np.abs(s) < 1e-14
     return np.where(zero, 1, np.sin(nodes * s / 2) / (nodes * np.tan(np.where(zero, 1, s) / 2)))
 
+def circle_axis(n:int # even
+               ) -> Axis:
+    "Equidistant nodes of the circle. Raises ValueError if n is odd or too small."
+    if check_int("nodes", n, least=4) % 2: raise ValueError(f"nodes must be even, got {n}")
+    j = np.arange(n)
+    gap = j[:, None] - j
+    D = np.where(gap == 0, 0, .5 * (-1.)**gap / np.tan(np.where(gap == 0, 1, gap) * np.pi / n))
+    x = 2 * np.pi * j / n
+    def rows(points): return dirichlet(points[..., None] - x, n)
+    return Axis(x, rows, D)
+
+# %% ../nbs/05b_weak_errors.ipynb #dd14303f
+class Grid:
+    "All combinations of the nodes of some axes, (S, axes)"
+    def __init__(self, axes:list):
+        self.axes = axes
+        mesh = np.meshgrid(*[axis.nodes for axis in axes], indexing="ij")
+        self.states = torch.from_numpy(np.stack(mesh, -1).reshape(-1, len(axes)))
+    def rows(self, states:Tensor) -> np.ndarray: # (K, axes) -> (K, S)
+        "The weights of the values at the nodes"
+        found = np.ones((len(states), 1))
+        for axis, points in zip(self.axes, states.numpy().T):
+            found = (found[:, :, None] * axis.rows(points)[:, None]).reshape(len(states), -1)
+        return found
+    def derivative(self, *along:int) -> np.ndarray: # (S, S)
+        "Differentiation along one axis, or along one and then another"
+        each = [np.linalg.matrix_power(axis.derivative, along.count(i))
+                for i, axis in enumerate(self.axes)]
+        return functools.reduce(np.kron, each)
+
+def torus_nodes(nodes:int, # M along each axis, even
+                dim:int # 1 or 2
+               ) -> tuple[np.ndarray,
+                          Tensor]: # the nodes of one axis (M,), and all of them (M^dim, dim)
+    "Equidistant nodes of the circle or the 2-torus. Raises ValueError if M is odd or too small."
+    axis = circle_axis(nodes)
+    return axis.nodes, Grid([axis] * dim).states
+
+# %% ../nbs/05b_weak_errors.ipynb #1ffac79f
 def periodic(process) -> TrigonometricSum:
     "The objective of a process, if it lives on the circle or the 2-torus; else a TypeError"
     if isinstance(process.objective, TrigonometricSum) and process.objective.dim <= 2:
@@ -154,58 +189,118 @@ def periodic(process) -> TrigonometricSum:
         f"the exact operators need a circle_problem or torus_problem, "
         f"got {type(process.objective).__name__}: use weak_error")
 
+def check_turn(process, move:Callable): # of points (..., d), what must be the same after a turn
+    "Raises ValueError if what a process does differs after a turn of the circle"
+    x = torus_nodes(8, process.objective.dim)[1]
+    for turn in 2 * np.pi * torch.eye(process.objective.dim, dtype=x.dtype):
+        here = move(x)
+        gap = (move(x + turn) - here).abs().max().item()
+        if gap <= 1e-9 * (1 + here.abs().max().item()): continue
+        raise ValueError(
+            "the exact operators need steps that are the same after a turn of the circle, got "
+            f"{process.algorithm!r} and weight_decay={process.weight_decay:g}, "
+            f"which differ by {gap:.2g}: use weak_error")
+
 def step_count(eta, t_end:float) -> int:
     "t_end / η. Raises ValueError if it is not a whole number."
     return time_grid(eta, t_end, every=sys.maxsize)[1][-1]
 
+# %% ../nbs/05b_weak_errors.ipynb #db529ed6
+def interval_axis(n:int, half:float) -> Axis:
+    "Chebyshev's nodes of an interval around 0, with barycentric interpolation"
+    angles = (np.arange(check_int("memory_nodes", n, least=2)) + .5) * np.pi / n
+    q, w = half * np.cos(angles), (-1.)**np.arange(n) * np.sin(angles)
+    gap = q[:, None] - q + np.eye(n)
+    D = w / w[:, None] / gap * (1 - np.eye(n))
+    def rows(points):
+        away = points[..., None] - q
+        weights = w / np.where(abs(away) < 1e-15 * half, 1e-15 * half, away)
+        return weights / weights.sum(-1, keepdims=True)
+    return Axis(q, rows, D - np.diag(D.sum(1)))
+
+def largest_memory(process, name:str) -> float:
+    "A number that what is remembered stays below: \"v\", a velocity, or \"u0\", …, perturbations"
+    problem = periodic(process)
+    if name == "v" and isinstance(process, SDE): # |dP| is at most |b| − c|P|, but for the noise
+        x = torus_nodes(256 if problem.dim == 1 else 32, problem.dim)[1]
+        return 1.4 * process.drift(x).abs().max().item() / float(process.friction)
+    if name == "v":
+        steepest = problem.c.abs() + (problem.a.abs()[..., None] * problem.m.abs()).sum(-2)
+        return steepest.max().item() / (1 - process.momentum)
+    x = torus_nodes(256 if problem.dim == 1 else 32, problem.dim)[1]
+    every = torch.arange(problem.n)[:, None, None]
+    return 1.1 * process.algorithm.perturbation(problem, x, every).abs().max().item()
+
+# %% ../nbs/05b_weak_errors.ipynb #9dcf22c3
+MOST = 8192 # states, as many as a matrix of half a gigabyte has rows
+
+def grid_of(process, nodes:int, memory_nodes:int) -> Grid:
+    """The states of a process without its counter of steps: points and what is remembered.
+    Raises ValueError where these are too many, or the order of the samples is remembered."""
+    dim, names = periodic(process).dim, [name for name in process.memory if name != "k"]
+    if "epoch" in names:
+        raise ValueError("the exact operators need minibatches that are drawn independently, "
+                         "got replace='epochs'")
+    count = nodes**dim * memory_nodes**(dim * len(names))
+    if count > MOST:
+        raise ValueError(
+            f"the exact operators have room for {MOST} states, got {count}, of {nodes} nodes an "
+            f"axis and {memory_nodes} for each remembered number ({', '.join(names)})")
+    remembered = [interval_axis(memory_nodes, largest_memory(process, name))
+                  for name in names for _ in range(dim)]
+    return Grid([circle_axis(nodes)] * dim + remembered)
+
+# %% ../nbs/05b_weak_errors.ipynb #f17746cf
+def every_gamma(chain:Chain) -> Tensor: # (K, 1, b)
+    "All that a step may draw, each as probable. Raises ValueError where that cannot be listed."
+    objective = with_law(chain.algorithm, chain.objective)
+    if chain.algorithm.source == "previous": # the batch before was drawn by the step before
+        objective.law = getattr(objective.law, "laws", [objective.law])[0]
+    support = gamma_support(objective, torus_nodes(4, objective.dim)[1], 1024, 0)
+    if support.exact: return support.gammas
+    raise ValueError(
+        f"minibatches must be few enough to enumerate, got {chain.objective.law.count}")
+
 # %% ../nbs/05b_weak_errors.ipynb #ec72b326
 def chain_operator(chain:Chain, # on a circle_problem or torus_problem
-                   nodes:int # along each axis, even
-                  ) -> np.ndarray: # (nodes^d, nodes^d)
+                   nodes:int, # along each axis, even
+                   memory_nodes:int=17, # for each number that a chain remembers
+                   k:int=1 # the step, where that matters: under a schedule, and at first
+                  ) -> np.ndarray: # (S, S), S = nodes^d, times memory_nodes for each such number
     """The matrix of v ↦ E v(x − η G_ρ(x)) on the nodes.
-    Raises TypeError or ValueError if γ cannot be enumerated."""
-    dim = periodic(chain).dim
-    axis, x = torus_nodes(nodes, dim)
-    if chain.memory:
-        raise ValueError(
-            f"the exact operators need a chain without memory, got {', '.join(chain.memory)}")
-    objective = with_law(chain.algorithm, chain.objective)
-    support = gamma_support(objective, x, 1024, 0)
-    if not support.exact:
-        raise ValueError(
-            f"minibatches must be few enough to enumerate, got {chain.objective.law.count}")
-    y = chain.step(x, support.gammas).numpy()
-    rows = [dirichlet(y[..., j, None] - axis, nodes) for j in range(dim)]
-    P = rows[0] if dim == 1 else np.einsum("kia,kib->kiab", *rows).reshape(*y.shape[:2], -1)
-    return P.mean(0)
-
-# %% ../nbs/05b_weak_errors.ipynb #07ac486e
-@functools.lru_cache(8)
-def derivatives(nodes:int, dim:int) -> tuple[dict, dict]: # i -> D_i, and (i, j) -> D_i D_j
-    "Differentiation on the nodes, once and twice"
-    j = np.arange(nodes)
-    gap = j[:, None] - j
-    D = np.where(gap == 0, 0, .5 * (-1.)**gap / np.tan(np.where(gap == 0, 1, gap) * np.pi / nodes))
-    if dim == 1: return {0: D}, {(0, 0): D @ D}
-    eye = np.eye(nodes)
-    both = np.kron(D, D)
-    return ({0: np.kron(D, eye), 1: np.kron(eye, D)},
-            {(0, 0): np.kron(D @ D, eye), (1, 1): np.kron(eye, D @ D), (0, 1): both, (1, 0): both})
+    Raises TypeError or ValueError if γ cannot be enumerated, or steps are not periodic."""
+    grid = grid_of(chain, nodes, memory_nodes)
+    gammas = every_gamma(chain)
+    def after(states, gamma):
+        if "k" in chain.memory: states = torch.cat([states, states.new_full((len(states), 1), k)], -1)
+        return chain.step(states, gamma)[:, :len(grid.axes)]
+    def move(x):
+        states = torch.cat([x, x.new_zeros(len(x), len(grid.axes) - x.shape[-1])], -1)
+        return after(states, gammas[0]) - states
+    check_turn(chain, move)
+    return sum(grid.rows(after(grid.states, gamma)) for gamma in gammas) / len(gammas)
 
 # %% ../nbs/05b_weak_errors.ipynb #c06b06c4
 def generator(sde:SDE, # on a circle_problem or torus_problem
-              nodes:int # along each axis, even
-             ) -> np.ndarray: # (nodes^d, nodes^d)
+              nodes:int, # along each axis, even
+              memory_nodes:int=17, # for each velocity of a kinetic model
+              k:float=0.0 # the step, where there is a schedule
+             ) -> np.ndarray: # (S, S), S = nodes^d, times memory_nodes for each velocity
     """The matrix of the SDE's generator, Eq. (5b.4).
-    Raises TypeError on another objective, ValueError for a schedule or a velocity."""
-    dim = periodic(sde).dim
-    if sde.kinetic or sde.is_scheduled:
-        raise ValueError("the exact operators need an SDE of points that is the same at all times, "
-                         f"got {'a kinetic one' if sde.kinetic else 'a schedule'}")
-    x = torus_nodes(nodes, dim)[1]
-    D, DD = derivatives(nodes, dim)
-    b, C = (v.detach().numpy() for v in (sde.drift(x), sde.covariance(x)))
-    return sum(b[:, [i]] * D[i] for i in D) + sum(C[:, [i], j] * DD[i, j] for i, j in DD) / 2
+    Raises TypeError on another objective, ValueError if its drift is not periodic."""
+    grid, dim = grid_of(sde, nodes, memory_nodes), periodic(sde).dim
+    x, P = grid.states[:, :dim], grid.states[:, dim:].numpy()
+    now, s = at_step(sde, k, x), sde.factor(k)
+    check_turn(sde, lambda x: torch.cat([now.drift(x), now.covariance(x).flatten(-2)], -1))
+    b, C = (v.detach().numpy() for v in (now.drift(x), now.covariance(x)))
+    moved, first = (s * b, 0) if not sde.kinetic else (b - float(sde.friction) * P, dim)
+    C = C / float(sde.eta)**.5 if sde.kinetic else s**2 * C
+    L = sum(moved[:, [i]] * grid.derivative(first + i) for i in range(dim))
+    for i in range(dim * sde.kinetic): L = L + s * P[:, [i]] * grid.derivative(i)
+    for i in range(dim):
+        for j in range(dim):
+            L = L + C[:, [i], j] * grid.derivative(first + i, first + j) / 2
+    return L
 
 # %% ../nbs/05b_weak_errors.ipynb #9322a11e
 def together(chain:Chain, sde:SDE):
@@ -221,137 +316,188 @@ def together(chain:Chain, sde:SDE):
         raise ValueError(
             f"chain and sde must have the same dimension, "
             f"got {chain.objective.dim} and {sde.objective.dim}")
-    if float(chain.time_step) != float(sde.time_step):
+    if sde.kinetic and float(chain.eta) != float(sde.eta):
+        raise ValueError(
+            f"chain and a kinetic sde must have the same eta, got {chain.eta} and {sde.eta}")
+    if not sde.kinetic and float(chain.time_step) != float(sde.time_step):
         raise ValueError(
             "a step of chain and sde must stand for the same time (eta, or eta/(1 - momentum)), "
             f"got {chain.time_step} and {sde.time_step}")
 
-def periodic_error(algorithm, problem, eta, t_end, test, dim, nodes, **settings) -> float:
+# %% ../nbs/05b_weak_errors.ipynb #327af7a5
+def values_of(test:Callable, x:Tensor) -> Tensor: # (K, d) -> (K,)
+    "A function of angles at points, if it gives a finite number for each; else a ValueError"
+    values = np.asarray(test(*x.numpy().T), dtype=float)
+    if values.shape != (len(x),):
+        raise ValueError(
+            f"test must return one number for each of {len(x)} nodes, got shape {values.shape}")
+    if np.isfinite(values).all(): return torch.from_numpy(values)
+    raise ValueError("test must be finite at every node, got infinite or NaN values")
+
+def from_start(process, grid:Grid, values:Tensor, x:Tensor) -> np.ndarray:
+    "The values at the states in which paths start at the points x"
+    states = process.start(x)[:, :len(grid.axes)]
+    return grid.rows(states) @ values.numpy()
+
+# %% ../nbs/05b_weak_errors.ipynb #2143a7e9
+def mean_of_chain(chain:Chain, steps:int, test:Callable, x:Tensor, nodes:int, memory_nodes:int
+                 ) -> np.ndarray: # for paths that start at x
+    "E φ after so many steps: the last operator is applied first"
+    grid = grid_of(chain, nodes, memory_nodes)
+    v = values_of(test, chain.position(grid.states))
+    known = {}
+    for k in reversed(range(steps)):
+        kind = (chain.factor(k), chain.radius_factor(k), k == 0) if "k" in chain.memory else ()
+        if kind not in known:
+            known = {kind: torch.from_numpy(chain_operator(chain, nodes, memory_nodes, k))}
+        v = known[kind] @ v
+    return from_start(chain, grid, v, x)
+
+# %% ../nbs/05b_weak_errors.ipynb #1ab9d6bc
+def over_step(sde:SDE, k:int, nodes:int, memory_nodes:int) -> Tensor: # (S, S)
+    """e^{hL} over step k of a schedule. Between the steps of a function, L at two Gauss points
+    and their commutator: Magnus' expansion, of order 4 in h."""
+    h = float(sde.time_step)
+    def L(t): return torch.from_numpy(generator(sde, nodes, memory_nodes, t))
+    if not any(map(callable, (sde.schedule, sde.rho_schedule))): return torch.matrix_exp(h * L(k))
+    late, early = L(k + .5 + 3**.5 / 6), L(k + .5 - 3**.5 / 6)
+    commutator = late @ early - early @ late
+    return torch.matrix_exp(h / 2 * (late + early) - 3**.5 / 12 * h**2 * commutator)
+
+def mean_of_sde(sde:SDE, steps:int, test:Callable, x:Tensor, nodes:int, memory_nodes:int
+               ) -> np.ndarray: # for paths that start at x
+    "E φ of the position after the time of so many steps"
+    grid = grid_of(sde, nodes, memory_nodes)
+    states = grid.states
+    if "k" in sde.memory: states = torch.cat([states, states.new_full((len(states), 1), steps)], -1)
+    v = values_of(test, sde.position(states))
+    if sde.is_scheduled:
+        for k in reversed(range(steps)): v = over_step(sde, k, nodes, memory_nodes) @ v
+    else:
+        L = torch.from_numpy(generator(sde, nodes, memory_nodes))
+        v = torch.matrix_exp(steps * float(sde.time_step) * L) @ v
+    return from_start(sde, grid, v, x)
+
+# %% ../nbs/05b_weak_errors.ipynb #cf8d2939
+def exact_difference(chain:Chain, # the algorithm
+                     sde:SDE, # its model, or any other
+                     t_end:float, # in the SDE's time, a whole number of its time_step
+                     test:Callable, # φ, a function of arrays of angles, one for each dimension
+                     nodes:int|None=None, # on an axis, even; if None, 96 (circle) or 20 (torus)
+                     memory_nodes:int=17 # for each number that is remembered, such as a velocity
+                    ) -> tuple[Tensor, np.ndarray]: # starts (nodes^d, d), and the error from each
+    """The weak error at `t_end` from every node, exactly.
+    Raises ValueError or TypeError if the two do not belong together."""
+    together(chain, sde)
+    steps = step_count(sde.time_step, t_end)
+    dim = periodic(chain).dim
+    if nodes is None: nodes = 96 if dim == 1 else 20
+    x = torus_nodes(nodes, dim)[1]
+    with one_thread():
+        algorithm = mean_of_chain(chain, steps, test, x, nodes, memory_nodes)
+        return x, algorithm - mean_of_sde(sde, steps, test, x, nodes, memory_nodes)
+
+# %% ../nbs/05b_weak_errors.ipynb #cf6f64fd
+def exact_error(chain:Chain, # the algorithm
+                sde:SDE, # its model, or any other
+                t_end:float, # in the SDE's time, a whole number of its time_step
+                test:Callable, # as in exact_difference
+                nodes:int|None=None, memory_nodes:int=17 # as in exact_difference
+               ) -> float:
+    """The largest weak error at `t_end`, in absolute value, over all starts at the nodes.
+    Raises as `exact_difference`."""
+    gaps = exact_difference(chain, sde, t_end, test, nodes, memory_nodes)[1]
+    return float(np.abs(gaps).max())
+
+# %% ../nbs/05b_weak_errors.ipynb #93e8688e
+def error_of_own(algorithm, problem, eta, t_end, test, dim, nodes, training, **settings) -> float:
     "What `circle_error` and `torus_error` share"
     if not isinstance(problem, TrigonometricSum) or problem.dim != dim:
         raise TypeError(
             f"problem must be a {('circle', 'torus')[dim - 1]}_problem, "
             f"got {type(problem).__name__}")
-    return exact_error(Chain(algorithm, problem, eta), SDE(algorithm, problem, eta, **settings),
-                       t_end, test, nodes)
+    sde = SDE(algorithm, problem, eta, **settings, **training)
+    training.pop("kinetic", None)
+    return exact_error(Chain(algorithm, problem, eta, **training), sde, t_end, test, nodes)
 
-# %% ../nbs/05b_weak_errors.ipynb #cf8d2939
-def exact_difference(chain:Chain, # the algorithm
-                     sde:SDE, # its model, or any other
-                     t_end:float, # a whole number of steps eta
-                     test:Callable, # φ, a function of arrays of angles, one for each dimension
-                     nodes:int|None=None # on an axis, even; if None, 96 (circle) or 20 (torus)
-                    ) -> tuple[Tensor, np.ndarray]: # starts (nodes^d, d), and the error from each
-    """The weak error at `t_end` from every node, exactly.
-    Raises ValueError or TypeError if the two do not belong together."""
-    together(chain, sde)
-    steps = step_count(chain.time_step, t_end)
-    dim = periodic(chain).dim
-    if nodes is None: nodes = 96 if dim == 1 else 20
-    x = torus_nodes(nodes, dim)[1]
-    values = np.asarray(test(*x.numpy().T), dtype=float)
-    if values.shape != (len(x),):
-        raise ValueError(
-            f"test must return one number for each of {len(x)} nodes, got shape {values.shape}")
-    if not np.isfinite(values).all():
-        raise ValueError("test must be finite at every node, got infinite or NaN values")
-    with one_thread():
-        P, L, v = (torch.from_numpy(array)
-                   for array in (chain_operator(chain, nodes), generator(sde, nodes), values))
-        algorithm = torch.linalg.matrix_power(P, steps) @ v
-        model = torch.linalg.matrix_exp(t_end * L) @ v
-        return x, (algorithm - model).numpy()
-
-# %% ../nbs/05b_weak_errors.ipynb #cf6f64fd
-def exact_error(chain:Chain, # the algorithm
-                sde:SDE, # its model, or any other
-                t_end:float, # a whole number of steps eta
-                test:Callable, # as in exact_difference
-                nodes:int|None=None # as in exact_difference
-               ) -> float:
-    """The largest weak error at `t_end`, in absolute value, over all starts at the nodes.
-    Raises as `exact_difference`."""
-    return float(np.abs(exact_difference(chain, sde, t_end, test, nodes)[1]).max())
-
-# %% ../nbs/05b_weak_errors.ipynb #93e8688e
+# %% ../nbs/05b_weak_errors.ipynb #0b2fdc4a
 def circle_error(algorithm:Algorithm, # any, on both sides
                  problem:TrigonometricSum, # a circle_problem
                  eta:float, # learning rate η
-                 t_end:float, # a whole number of steps eta
+                 t_end:float, # in the SDE's time, a whole number of its time_step
                  test:Callable, # φ, a function of an array of angles
                  expansion:str="first", noise:str="factor", order:int=1, # of the SDE
-                 nodes:int=96 # on the circle, even
+                 nodes:int=96, # on the circle, even
+                 **training # of both, as of a Chain: momentum, schedule, …; and kinetic
                 ) -> float:
     """The exact weak error of an algorithm's own SDE: sup over starts of |E φ(x_k) − E φ(X_t)|.
     Raises ValueError or TypeError on bad input."""
-    return periodic_error(algorithm, problem, eta, t_end, test, 1, nodes, expansion=expansion,
-                          noise=noise, order=order)
+    return error_of_own(algorithm, problem, eta, t_end, test, 1, nodes, training,
+                        expansion=expansion, noise=noise, order=order)
 
+# %% ../nbs/05b_weak_errors.ipynb #9122501a
 def torus_error(algorithm:Algorithm, # any, on both sides
                 problem:TrigonometricSum, # a torus_problem
                 eta:float, # learning rate η
-                t_end:float, # a whole number of steps eta
+                t_end:float, # in the SDE's time, a whole number of its time_step
                 test:Callable, # φ, a function of two arrays of angles
                 expansion:str="first", noise:str="factor", order:int=1, # of the SDE
-                nodes:int=20 # along each axis, even
+                nodes:int=20, # along each axis, even
+                **training # of both, as of circle_error
                ) -> float:
     """The exact weak error of an algorithm's own SDE on the 2-torus, as `circle_error`.
     Raises ValueError or TypeError on bad input."""
-    return periodic_error(algorithm, problem, eta, t_end, test, 2, nodes, expansion=expansion,
-                          noise=noise, order=order)
+    return error_of_own(algorithm, problem, eta, t_end, test, 2, nodes, training,
+                        expansion=expansion, noise=noise, order=order)
 
 # %% ../nbs/05b_weak_errors.ipynb #f5886ab1
-def linear_system(process:Chain|SDE, # of SGD or USAM on a Quadratic
-                  k:int=1 # step of a Chain, where that matters: under a schedule, and at first
-                 ) -> tuple[np.ndarray, np.ndarray]: # F and C, (m, m)
-    """F and C of Eq. (5b.5), for a state without its counter of steps.
-    Raises TypeError or ValueError unless the process is that of SGD or USAM on a Quadratic."""
+def check_linear(process:Chain|SDE):
+    "Raises TypeError or ValueError unless the process is that of SGD or USAM on a Quadratic"
     if (type(one_process(process).algorithm) not in (SGD, USAM)
         or not isinstance(process.objective, Quadratic)):
         what = f"{process.algorithm!r} on {type(process.objective).__name__}"
         raise TypeError(f"moments are exact for SGD or USAM on a Quadratic, got {what}")
-    H = process.objective.H
-    def array(v): return v.double().cpu().numpy()
+
+def array(v:Tensor) -> np.ndarray: return v.detach().double().cpu().numpy()
+
+def step_system(chain:Chain, k:int=1 # the step, where that matters: under a schedule, and at first
+               ) -> tuple[np.ndarray, np.ndarray]: # F and C, (m, m)
+    "F and C of Eq. (5b.5) for a step, for a state without its counter of steps"
+    H = chain.objective.H
     def eye(n): return torch.eye(n, dtype=H.dtype, device=H.device)
-    if isinstance(process, SDE):
-        if "k" in process.memory:
-            raise ValueError(
-                "moments of an SDE are exact where it is the same at all times and seen without a "
-                "lag, got a schedule, or order=2 with momentum")
-        if process.kinetic: return kinetic_system(process, eye(len(H)), array)
-        return (array(process.drift(eye(len(H))).T),
-                array(process.covariance(torch.zeros_like(H[0]))))
-    counts = "k" in process.memory
-    m, n = process.width - counts, process.noise_dim
+    counts = "k" in chain.memory
+    m, n = chain.width - counts, chain.noise_dim
     def after(states, noise):
         clock = states.new_full((len(states), counts), k)
         state = torch.cat([states, clock], -1)
-        return process.advance(state, lambda: noise, [process.time_step])[:, :m]
+        return chain.advance(state, lambda: noise, [chain.time_step])[:, :m]
     F = after(eye(m), H.new_zeros(m, n))
     B = after(H.new_zeros(n, m), eye(n))
     return array(F.T), array(B.T @ B)
 
+def rate_system(sde:SDE, k:float=0.0 # the step, where there is a schedule
+               ) -> tuple[np.ndarray, np.ndarray]: # F and C, (m, m)
+    "F and C of Eq. (5b.5) in the SDE's time; of points and velocities where it is kinetic"
+    d = sde.objective.dim
+    eye = torch.eye(d).to(sde.objective.H)
+    now, s = at_step(sde, k, eye), sde.factor(k)
+    b = array(now.drift(eye).T)
+    noise = array(now.covariance(torch.zeros_like(eye[0])))
+    if not sde.kinetic: return s * b, s**2 * noise
+    zero = np.zeros((d, d))
+    F = np.block([[zero, s * np.eye(d)], [b, -float(sde.friction) * np.eye(d)]])
+    return F, np.block([[zero, zero], [zero, noise / float(sde.eta)**.5]])
+
 # %% ../nbs/05b_weak_errors.ipynb #8fa1d566
-def kinetic_system(process, eye, array) -> tuple[np.ndarray, np.ndarray]: # (2d, 2d) each
-    "F and C for points and velocities"
-    b = array(process.drift(eye).T)
-    d = len(eye)
-    zero = np.zeros((len(eye),) * 2)
-    noise = array(process.covariance(torch.zeros_like(eye[0]))) / float(process.eta)**.5
-    F = np.block([[zero, np.eye(d)], [b, -float(process.friction) * np.eye(d)]])
-    return F, np.block([[zero, zero], [zero, noise]])
+def seen(process, states:Tensor, k:float) -> Tensor: # (..., m) -> (..., d)
+    "Positions of states without their counter of steps, at step k"
+    if "k" in process.memory:
+        states = torch.cat([states, states.new_full((*states.shape[:-1], 1), k)], -1)
+    return process.position(states)
 
-def of_positions(process, V:Tensor) -> Tensor: # (m, m) -> (d, d)
+def of_positions(process, V:Tensor, k:float) -> Tensor: # (m, m) -> (d, d)
     "The covariance of positions, from that of states"
-    return process.position(process.position(V).mT).mT
-
-def counted(chain:Chain, n:int) -> tuple[np.ndarray, np.ndarray]:
-    "The first n steps as one, where a step depends on how many came before"
-    F, C = linear_system(chain, 0)
-    for k in range(1, n):
-        step, noise = linear_system(chain, k)
-        F, C = step @ F, step @ C @ step.T + noise
-    return F, C
+    return seen(process, seen(process, V, k).mT, k).mT
 
 def repeated(F:np.ndarray, C:np.ndarray, n:int) -> tuple[np.ndarray, np.ndarray]:
     "n steps of x⁺ = Fx + noise as one such step, by repeated squaring"
@@ -364,6 +510,53 @@ def repeated(F:np.ndarray, C:np.ndarray, n:int) -> tuple[np.ndarray, np.ndarray]
         F, C, n = F @ F, F @ C @ F.T + C, n // 2
     return power, V
 
+# %% ../nbs/05b_weak_errors.ipynb #523728b3
+def many_steps(chain:Chain, t_end:float) -> tuple[np.ndarray, np.ndarray]: # (m, m) each
+    "The steps up to `t_end` as one, x⁺ = Fx + noise of covariance C"
+    n = step_count(chain.time_step, t_end)
+    if "k" not in chain.memory: return repeated(*step_system(chain), n)
+    F, C = step_system(chain, 0)
+    for k in range(1, n):
+        step, noise = step_system(chain, k)
+        F, C = step @ F, step @ C @ step.T + noise
+    return F, C
+
+def over_time(F:np.ndarray, C:np.ndarray, t:float) -> tuple[np.ndarray, np.ndarray]:
+    "An SDE's linear step over a time t"
+    size = np.abs(F).sum(1).max() * t
+    n = 2**max(0, int(np.ceil(np.log2(size + 1e-300))))
+    m = len(F)
+    block = scipy.linalg.expm(np.block([[-F, C], [np.zeros_like(F), F.T]]) * t / n)
+    F = block[m:, m:].T
+    return repeated(F, F @ block[:m, m:], n)
+
+# %% ../nbs/05b_weak_errors.ipynb #b5691b5f
+def integrated(sde:SDE, begin:float, end:float) -> tuple[np.ndarray, np.ndarray]:
+    "The same under a schedule that is a function, between two times within one step"
+    m = sde.width - 1
+    def rates(t, y):
+        F, C = rate_system(sde, t / float(sde.time_step))
+        power, V = y.reshape(2, m, m)
+        return np.stack([F @ power, F @ V + V @ F.T + C]).ravel()
+    y = np.stack([np.eye(m), np.zeros((m, m))]).ravel()
+    found = scipy.integrate.solve_ivp(rates, (begin, end), y, "DOP853", rtol=1e-12, atol=1e-15)
+    if found.success: return tuple(found.y[:, -1].reshape(2, m, m))
+    raise RuntimeError(f"the moments were not integrated: {found.message}")
+
+def long_time(sde:SDE, t_end:float) -> tuple[np.ndarray, np.ndarray]: # (m, m) each
+    "An SDE's linear step over all the time up to `t_end`"
+    t_end, h = float(check_positive("t_end", t_end)), float(sde.time_step)
+    if not sde.is_scheduled: return over_time(*rate_system(sde), t_end)
+    moves = any(map(callable, (sde.schedule, sde.rho_schedule)))
+    m = sde.width - 1
+    F, C = np.eye(m), np.zeros((m, m))
+    for k in range(int(np.ceil(t_end / h - 1e-9))):
+        end = min((k + 1) * h, t_end)
+        step, noise = (integrated(sde, k * h, end) if moves
+                       else over_time(*rate_system(sde, k), end - k * h))
+        F, C = step @ F, step @ C @ step.T + noise
+    return F, C
+
 # %% ../nbs/05b_weak_errors.ipynb #68882513
 def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
                    x0:Tensor, # start, (d,)
@@ -371,32 +564,26 @@ def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
                   ) -> tuple[Tensor, Tensor]: # mean (d,) and covariance (d, d)
     """Exact mean and covariance at `t_end`, Eq. (5b.5).
     Raises TypeError or ValueError on another process, start or time."""
-    F, C = linear_system(process)
+    check_linear(process)
     d = process.objective.dim
-    m = len(F)
-    counts = "k" in process.memory # of a Chain
     if process.objective.check(x0, "x0").shape != (d,):
         raise ValueError(f"x0 must have shape ({d},), got {tuple(x0.shape)}")
     check_finite("x0", x0)
-    if isinstance(process, Chain): n = step_count(process.time_step, t_end)
-    else:
-        size = np.abs(F).sum(1).max() * float(check_positive("t_end", t_end))
-        n = 2**max(0, int(np.ceil(np.log2(size + 1e-300))))
-        block = scipy.linalg.expm(np.block([[-F, C], [np.zeros_like(F), F.T]]) * t_end / n)
-        F = block[m:, m:].T
-        C = F @ block[:m, m:]
-    found = counted(process, n) if counts else repeated(F, C, n)
+    found = (many_steps if isinstance(process, Chain) else long_time)(process, t_end)
     power, V = (torch.from_numpy(v).to(x0) for v in found)
-    return process.position(power @ process.start(x0)[:m]), of_positions(process, V)
+    steps = t_end / float(process.time_step)
+    mean = power @ process.start(x0)[:len(V)]
+    return seen(process, mean, steps), of_positions(process, V, steps)
 
 # %% ../nbs/05b_weak_errors.ipynb #8c5b086b
 def stationary_covariance(process:Chain|SDE # of SGD or USAM, on a Quadratic
                          ) -> Tensor: # (d, d)
     """The covariance that Eq. (5b.5) keeps, by Lyapunov's equation.
     Raises ValueError if there is none, TypeError on another process."""
-    if one_process(process).is_scheduled: raise ValueError("nothing is stationary under a schedule")
-    F, C = linear_system(process)
+    check_linear(process)
+    if process.is_scheduled: raise ValueError("nothing is stationary under a schedule")
     discrete = isinstance(process, Chain)
+    F, C = (step_system if discrete else rate_system)(process)
     lam = np.linalg.eigvals(F)
     worst = np.abs(lam).max() if discrete else lam.real.max()
     if worst >= (1 if discrete else 0):
@@ -407,7 +594,7 @@ def stationary_covariance(process:Chain|SDE # of SGD or USAM, on a Quadratic
             f"got a {'multiplier' if discrete else 'rate'} of {worst:.6g}")
     V = (scipy.linalg.solve_discrete_lyapunov(F, C) if discrete
          else scipy.linalg.solve_continuous_lyapunov(F, -C))
-    return of_positions(process, torch.from_numpy(V).to(process.objective.H))
+    return of_positions(process, torch.from_numpy(V).to(process.objective.H), np.inf)
 
 # %% ../nbs/05b_weak_errors.ipynb #35e4479d
 class Coupled(Process):
@@ -481,7 +668,7 @@ def independent_run(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable
     a = run(chain, x0, {"test": test}, dt=None)
     b = run(both, x0, {"test": extrapolated, "euler": euler}, seed=fresh)
     sem = (a.sem["test"]**2 + b.sem["test"]**2).sqrt()
-    return (a.times, a.mean["test"] - b.mean["test"], sem, b.mean["euler"],
+    return (b.times, a.mean["test"] - b.mean["test"], sem, b.mean["euler"],
             a.n_diverged + b.n_diverged)
 
 # %% ../nbs/05b_weak_errors.ipynb #10baa95a
@@ -511,7 +698,7 @@ class WeakError:
 def weak_error(chain:Chain, # the algorithm
                sde:SDE, # its model, or any other
                x0:Tensor, # start, (d,)
-               t_end:float, # a whole number of steps eta
+               t_end:float, # in the SDE's time, a whole number of its time_step
                test:Callable, # φ, a function of points (..., d) -> (...)
                n_paths:int, # of each process
                seed:int=0, # of all random numbers
@@ -526,11 +713,13 @@ def weak_error(chain:Chain, # the algorithm
         raise ValueError(f"x0 must have shape ({d},), got {tuple(x0.shape)}")
     if check_int("substeps", substeps, least=2) % 2:
         raise ValueError(f"substeps must be even, got {substeps}")
-    every = max(1, step_count(chain.time_step, t_end) // 20) if every is None else every
+    steps = step_count(sde.time_step, t_end)
+    every = max(1, steps // 20) if every is None else every
     settings = dict(every=every, seed=check_int("seed", seed, least=0),
                     dt=float(sde.time_step) / substeps)
     def run(process, x, observe, **other):
-        return simulate(process, x, t_end, n_paths, observe=observe, **settings | other)
+        end = steps * float(process.time_step)
+        return simulate(process, x, end, n_paths, observe=observe, **settings | other)
     paired = (all(isinstance(p.objective, Additive) for p in (chain, sde))
               and sde.noise_dim == chain.noise_dim)
     method, more = (paired_run, ()) if paired else (independent_run, (seed,))

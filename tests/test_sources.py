@@ -16,7 +16,8 @@ from samsde.implicit_regularizer import drift, regularized_loss
 from samsde.moments import product
 from samsde.objective import FiniteSum, NoisyLoss, Quadratic
 from samsde.sde import SDE
-from samsde.weak_errors import chain_operator, circle_problem
+from samsde.weak_errors import (
+    chain_operator, circle_problem, exact_error, mean_of_chain, periodic_examples, torus_nodes)
 
 F64 = torch.float64
 
@@ -225,6 +226,57 @@ def test_the_exact_operator_cuts_in_all_ways():
     found = chain_operator(chain, 32) @ np.sin(nodes)
     assert_close(torch.from_numpy(found), ends.sin().mean(0), rtol=1e-10, atol=1e-12)
     assert (ends.sin().mean(0) - ends[0].sin()).abs().max() > 1e-4
+
+
+REMEMBERS = {
+    "previous": dict(source="previous"),
+    "previous, micro-batches": dict(source="previous", micro_batch=1),
+    "momentum": dict(momentum=0.5),
+    "torch's first buffer": dict(momentum=0.5, dampening=0.4),
+    "Nesterov": dict(momentum=0.5, nesterov=True),
+    "schedules": dict(momentum=0.5, schedule=lambda t: 1 / (1 + t), rho_schedule=lambda t: 1 - t / 2),
+}
+
+
+@pytest.mark.parametrize("name", REMEMBERS)
+@pytest.mark.parametrize("replace", [True, False])
+def test_exact_operators_that_remember(name, replace):
+    """Three steps on the circle: E φ over all γ, against the operators; two steps must differ."""
+    how = REMEMBERS[name]
+    training = {k: v for k, v in how.items() if k not in ("source", "micro_batch")}
+    algorithm = USAM(0.4, **{k: v for k, v in how.items() if k not in training})
+    problem = periodic_examples(1, batch_size=2, replace=replace)[USAM]
+    chain = Chain(algorithm, problem, 0.2, **training)
+    x = torch.tensor([[0.3], [2.0], [5.0]], dtype=F64)
+    every = ordered(3, 2, replace)
+    states = chain.start(x)
+    for _ in range(3):
+        states = torch.cat([chain.step(states, gamma.expand(len(states), 2)) for gamma in every])
+    known = torch.sin(chain.position(states)[:, 0]).reshape(-1, 3).mean(0)
+    nodes = (24, 11) if "micro" in name else (48, 17)
+    found, other = (mean_of_chain(chain, steps, np.sin, x, *nodes) for steps in (3, 2))
+    assert_close(torch.from_numpy(found), known, rtol=0, atol=2e-7)
+    assert abs(other - found).max() > 1e-2
+
+
+@pytest.mark.parametrize("how", [{}, dict(micro_batch=1)], ids=["whole", "micro-batches"])
+def test_the_second_order_of_the_previous_batch(how):
+    """Order 2 on the circle; without the correction of Eq. (6c.1) the order is 1."""
+
+    class Plain(SDE):
+        is_late = False
+
+    problem = periodic_examples(1, batch_size=2, replace=False)[USAM]
+    second = dict(expansion="exact", noise="exact", order=2)
+
+    def errors(model, etas=(2.0**-5, 2.0**-6)):
+        a = USAM(0.3, source="previous", **how)
+        pairs = [(Chain(a, problem, eta), model(a, problem, eta, **second)) for eta in etas]
+        return [exact_error(*pair, 1, np.sin, 24, 9) for pair in pairs]
+
+    own, plain = errors(SDE), errors(Plain)
+    assert abs(np.log2(own[0] / own[1]) - 2) < 0.1
+    assert abs(np.log2(plain[0] / plain[1]) - 1) < 0.1 and plain[1] > 5 * own[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,7 @@ from samsde.sde import SDE, KineticSDE
 from samsde.stationarity import closed_covariance
 from samsde.sweep import sweep
 from samsde.weak_approximation import weak_error
-from samsde.weak_errors import linear_moments, stationary_covariance
+from samsde.weak_errors import linear_moments, rate_system, stationary_covariance
 
 F64 = torch.float64
 one, two = torch.ones(1, dtype=F64), torch.ones(2, dtype=F64)
@@ -372,3 +372,50 @@ def test_kinetic_stationary_covariance():
     assert_close(stationary_covariance(process).item(), eta**0.5 * a / (2 * c * A))
     chain = stationary_covariance(Chain(USAM(0.3), line, eta, momentum=mu)).item()
     assert abs(chain / stationary_covariance(process).item() - 1) < 0.02
+
+
+SCHEDULES = {
+    "function": dict(schedule=lambda t: 1 - t / 2),
+    "jump": dict(schedule=lambda t: 1.0 if t < 0.5 else 0.1),
+    "rates": dict(schedule=torch.linspace(1, 0.1, 4, dtype=F64)),  # times η
+    "radii": dict(rho_schedule=lambda t: 1 - t / 2),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("kinetic", [False, True])
+def test_moments_of_an_sde_under_a_schedule(name, kinetic):
+    """Against small steps of their equations, extrapolated; without the schedule it must fail."""
+    eta, training = (1 / 16, dict(momentum=0.75, kinetic=True)) if kinetic else (1 / 4, {})
+    how = SCHEDULES[name]
+    if name == "rates":
+        how = dict(schedule=eta * how["schedule"])
+    sde, plain = (SDE(USAM(0.3), plane, eta, **training, **more) for more in (how, {}))
+    assert sde.time_step == 1 / 4
+    found = linear_moments(sde, two, 1.0)
+
+    def by_steps(n):  # of the midpoint rule
+        m = sde.width - 1
+        mean, V = sde.start(two)[:m].double(), torch.zeros(m, m, dtype=F64)
+        for i in range(n):
+            F, C = map(torch.from_numpy, rate_system(sde, (i + 0.5) / n / float(sde.time_step)))
+            half = mean + F @ mean / n / 2, V + (F @ V + V @ F.T + C) / n / 2
+            mean, V = mean + F @ half[0] / n, V + (F @ half[1] + half[1] @ F.T + C) / n
+        return mean[:2], V[:2, :2]
+
+    for ours, fine, coarse in zip(found, by_steps(800), by_steps(400)):
+        assert_close(ours, (4 * fine - coarse) / 3, rtol=0, atol=3e-6)
+    assert (linear_moments(plain, two, 1.0)[0] - found[0]).abs().max() > 1e-3
+
+
+def test_a_weak_error_of_a_kinetic_model():
+    """Its time is √η a step, the chain's η/(1 − μ); SGD's kinetic model must fail."""
+    eta = 2.0**-6
+    mu = 1 - 0.5 * eta**0.5
+    chain, sde = Chain(USAM(0.3), line, eta, momentum=mu), KineticSDE(USAM(0.3), line, eta, momentum=mu)
+    end = round(2 / eta**0.5) * chain.time_step
+    truth = (linear_moments(chain, one, end)[0] - linear_moments(sde, one, 2.0)[0]).item()
+    found = weak_error(chain, sde, one, 2.0, lambda x: x[..., 0], 2000)
+    assert found.paired and abs(found.difference - truth) < 4 * found.sem and found.curve.time.iloc[-1] == 2.0
+    other = weak_error(chain, KineticSDE(SGD(), line, eta, momentum=mu), one, 2.0, lambda x: x[..., 0], 2000)
+    assert abs(other.difference - truth) > 10 * other.sem
