@@ -25,12 +25,15 @@ from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, an_objective, overrides
 from .epochs import epoch_terms
 from .machinery.style import colours
 from .implicit_regularizer import drift, mean_moments
-from .moments import chunks, hessian_perturbation
-from .machinery.checks import (
-    check_finite, check_floating, check_int, check_positive, check_scalar, check_share)
+from .moments import (
+    chunks, expectation, gamma_support, hessian_perturbation, with_source)
+from samsde.machinery.checks import (
+    broadcast_paths, check_finite, check_floating, check_int, check_positive, check_scalar,
+    check_share)
 from .machinery.network import trainable
 from .machinery.paths import gradient
 from .objective import FiniteSum, Minibatches, MinibatchLoss, Objective
+from .sde import SDE
 
 # %% ../nbs/08b_diagnosis.ipynb #f41251e1
 def one_point(objective, x) -> Tensor: # (d,)
@@ -152,16 +155,42 @@ def with_product(objective:Objective, x:Tensor, gammas:Tensor, # (k, d) and (k, 
     Hu = gradient(along, x)
     return *seen, Hu
 
+# %% ../nbs/08b_diagnosis.ipynb #3742a98d
+def late_parts(algorithm:Algorithm, objective:Objective, x:Tensor,
+               pairs:Tensor # of γ and the one before it, (k, 2b)
+              ) -> tuple: # of (k, d)
+    "What `step_parts` gives, where the perturbation is that of the batch before"
+    other, own = with_source(algorithm, "independent"), with_source(algorithm, "own")
+    gammas, before = pairs.chunk(2, -1)
+    points, rho = x.expand(len(pairs), -1), algorithm.rho
+    def next_mean(gamma): # E of the next step's gradient
+        def of_cut(part):
+            return objective.grad(points + rho * own.perturbation(objective, points, part))
+        return own.mean_over_cuts(of_cut, gamma)
+    g, u = objective.sample_grad(points, gammas), perturbations(own, objective, points, gammas)
+    mean = mean_perturbation(own, objective, x)
+    curved = objective.hvp(points, u - mean) + objective.sample_hvp(points, gammas, mean.expand_as(u))
+    G = other.direction(objective, points, pairs) + next_mean(gammas) - next_mean(before)
+    return g, u, g + rho * curved, G
+
+def mean_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor) -> Tensor: # (d,)
+    "E u of one batch, or micro-batch"
+    m = algorithm.micro_batch
+    objective = objective if m is None else objective.with_batch(m)
+    support = gamma_support(objective, x, 1024, 0)
+    def u(gamma): return algorithm.perturbation(objective, broadcast_paths(x, gamma=gamma), gamma)
+    return expectation(u, support, x, objective.chunk)[0]
+
 # %% ../nbs/08b_diagnosis.ipynb #ee41a14a
 def perturbations(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor) -> Tensor:
     "u of each γ, (k, d); the mean over its micro-batches"
-    if algorithm.source == "previous": return algorithm.perturbation(objective, x, gammas)
     return algorithm.mean_over_cuts(lambda part: algorithm.ascent(objective, x, part), gammas)
 
 def step_parts(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor,
                grad:Tensor) -> tuple: # of (k, d)
     "g, u, c = g + ρHu and G of each γ"
     rho = algorithm.rho
+    if algorithm.source == "previous": return late_parts(algorithm, objective, x, gammas)
     if algorithm.unperturbed and not overrides(algorithm, "direction"):
         g = objective.sample_grad(x, algorithm.of_gradient(gammas))
         return g, torch.zeros_like(g), g, g
@@ -229,7 +258,9 @@ def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,
           done:Callable=lambda n: False # is it time to end, after n draws?
          ) -> Drawn:
     generator = torch.Generator(x.device).manual_seed(seed)
-    gammas = algorithm.draw(objective, (draws,), generator, dtype=x.dtype, device=x.device)
+    late = algorithm.source == "previous" # then with the γ before
+    drawer = with_source(algorithm, "independent") if late else algorithm
+    gammas = drawer.draw(objective, (draws,), generator, dtype=x.dtype, device=x.device)
     projections = {n: [] for n in ("g", "c", "G")}
     sums = {n: Sums() for n in ("g", "c", "gap", "push")}
     pushes, kept, room = [], [], None
@@ -272,9 +303,8 @@ def moments(eta:float, b:Tensor, # (m,), the drift along the directions
 
 def push_of(algorithm:Algorithm, step:Drawn, size:float) -> tuple[float, float]:
     "c in E u = c ḡ and its standard error: where it is known, as it is; else from the drawn γ"
-    own = algorithm.source == "own" and not algorithm.has_metric
-    if own and algorithm.definer in (SGD, USAM): return 1., 0.
-    if own and algorithm.definer is DNSAM: return 1 / size, 0.
+    if not algorithm.has_metric and algorithm.definer in (SGD, USAM): return 1., 0.
+    if not algorithm.has_metric and algorithm.definer is DNSAM: return 1 / size, 0.
     return step.push, step.push_error
 
 # %% ../nbs/08b_diagnosis.ipynb #c0cc8019
@@ -399,25 +429,29 @@ def noise_in_push(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tenso
     return push - algorithm.rho * objective.hvp(x, u)
 
 # %% ../nbs/08b_diagnosis.ipynb #7c094102
-def neglected_in_eta(algorithm:Algorithm, objective:Objective, x:Tensor, eta:float, here:Tensor,
-                     step:Drawn, seed:int, bar) -> float:
-    "½‖b(x + ηb) − b(x)‖/‖b‖"
+def neglected_in_eta(sde:SDE, x:Tensor, here:Tensor, step:Drawn, seed:int, bar) -> float:
+    "½‖b(x + ηb) − b(x)‖/‖b‖, times what momentum makes of it"
+    algorithm, objective, eta = sde.algorithm, sde.objective, float(sde.rate)
     if is_fused(algorithm, objective):
-        changes = change_in_a_step(algorithm, objective, x, eta, here, step, 0., bar)
-        return ratio_free_of_noise(changes, 2 * norm(here))[0]
-    there = drift(algorithm, objective, x + eta * here, draws=len(step.gammas), seed=seed)
-    return norm(there - here) / (2 * norm(here))
+        changes = change_in_a_step(algorithm, objective, x, eta, here, step, sde.decay, bar)
+        found = ratio_free_of_noise(changes, 2 * norm(here))[0]
+    else:
+        moved = x + eta * here
+        there = drift(algorithm, objective, moved, draws=len(step.gammas), seed=seed)
+        found = norm(there - sde.decay * moved - here) / (2 * norm(here))
+    return sde.memory_factor * found
 
 # %% ../nbs/08b_diagnosis.ipynb #44f2ce6b
-def named_parts(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, here:Tensor,
-                step:Drawn) -> dict:
+def named_parts(sde:SDE, x:Tensor, grad:Tensor, here:Tensor, step:Drawn) -> dict:
     "The parts of a drift `here`, by name"
-    size, size_of_grad, size_of_push = norm(here), norm(grad), norm(here + grad)
-    noise = noise_in_push(algorithm, objective, x, grad, -(here + grad))
-    return {"gradient": size_of_grad, "regulariser": size_of_push / size_of_grad,
-            "of the drift, gradient": size_of_grad / size,
-            "of the drift, regulariser": size_of_push / size,
-            "of the drift, noise in it": norm(noise) / size,
+    push = -(here + grad + sde.decay * x)
+    noise = noise_in_push(sde.algorithm, sde.objective, x, grad, push)
+    parts = {"gradient": grad, "regulariser": push, "weight decay": sde.decay * x,
+             "noise in it": noise}
+    if not sde.decay: del parts["weight decay"]
+    size = norm(here)
+    return {"gradient": norm(grad), "regulariser": norm(push) / norm(grad),
+            **{f"of the drift, {name}": norm(part) / size for name, part in parts.items()},
             "error of the regulariser": step.push_sem / size}
 
 # %% ../nbs/08b_diagnosis.ipynb #ec32f61e
@@ -433,6 +467,28 @@ def directions_at(objective:Objective, x:Tensor, top:int|None, random:int, seed:
     names = [f"eigenvector {i + 1}" for i in range(top)]
     return lam, torch.cat([vectors, drawn]), names + [f"random {i + 1}" for i in range(random)]
 
+# %% ../nbs/08b_diagnosis.ipynb #8952c7e0
+def momentum_terms(mu:float, rate:float, A:float, in_eta:float, tolerance:float) -> dict:
+    """Which of the SDEs of order 1, order 2 and with a velocity is fair, at η_e and a curvature A.
+    The last one neglects half a step of √η at the rate √A, that of its swing."""
+    number = rate * A / (1 - mu)
+    in_swing = max(0., rate * (1 - mu) * A)**.5 / 2
+    if in_eta <= tolerance: model = "order 1"
+    elif in_eta**2 <= tolerance and number < .25: model = "order 2"
+    elif mu > 0 and in_swing <= tolerance: model = "kinetic"
+    else: model = "none"
+    return {"momentum number": number, "neglected, kinetic": in_swing, "model": model}
+
+# %% ../nbs/08b_diagnosis.ipynb #ba7a7ce2
+def sde_of_run(algorithm:Algorithm, objective:Objective, eta:float, training:dict) -> SDE:
+    "The SDE of such steps. Raises TypeError or ValueError for what are no settings of a Chain's."
+    known = ("momentum", "dampening", "nesterov", "weight_decay", "decoupled")
+    if others := training.keys() - {*known}:
+        raise TypeError(
+            f"training takes {', '.join(known)}, got {', '.join(sorted(others))}: "
+            "a point of a scheduled run has the eta and the radius of its time")
+    return SDE(algorithm, objective, eta, **training)
+
 # %% ../nbs/08b_diagnosis.ipynb #7e662a83
 def diagnose(algorithm:Algorithm, # with one radius
              objective:Objective, # any
@@ -444,7 +500,8 @@ def diagnose(algorithm:Algorithm, # with one radius
              draws:int=512, # of γ, for one step's moments and what has no closed form; at least 4
              seed:int=0, # of γ and directions
              tolerance:float=.1, # part of the drift that may be neglected
-             progress:bool=False # show a bar?
+             progress:bool=False, # show a bar?
+             **training # as of a Chain: momentum, nesterov, weight_decay, ...; no schedule
             ) -> Diagnosis:
     """Is the SDE of an algorithm a fair model at a point? The terms:
     "gradient", ‖ḡ‖; "regulariser", ρ‖E[Hu]‖/‖ḡ‖;
@@ -452,9 +509,12 @@ def diagnose(algorithm:Algorithm, # with one radius
     "of the drift, noise in it", that of ρE[Hu] less ρHu of the full gradient, the part due to noise;
     "error of the regulariser", what draws alone would give, over ‖b‖, where it is from draws;
     "neglected in ρ", ‖E[G] − E[g + ρHu]‖/‖b‖, and "error of that", what draws alone would give;
-    "neglected in η", ½‖b(x + ηb) − b(x)‖/‖b‖;
+    "neglected in η", ½‖b(x + ηb) − b(x)‖/‖b‖, with momentum at η_e and times (1 + μ)/(1 − μ);
     "noise", the root of the noise's total variance in one step over ‖ηb‖; "noise, SGD", SGD's;
     "largest eigenvalue", λ of ∇²f; "c", E[u]·ḡ/‖ḡ‖²; "stability number", ηλ(1 + ρcλ)/2.
+    "model": which SDE is fair, that of "order 1", of "order 2", a "kinetic" one, or "none", by the
+    terms "momentum number", η_e λ(1 + ρcλ)/(1 − μ), and "neglected, kinetic";
+    where the previous batch perturbs, the moments of a step are those of the long run.
     An SDE has the noise of independent minibatches; where they are reshuffled, `epoch_terms` along
     the steepest direction tell what part of that noise's variance there is.
     False where a neglected part is more than `tolerance`, or that number is 1 or more.
@@ -466,24 +526,28 @@ def diagnose(algorithm:Algorithm, # with one radius
     if isinstance(rho, Tensor) and rho.ndim:
         raise ValueError(f"the algorithm must have one radius, got shape {tuple(rho.shape)}")
     check_positive("tolerance", tolerance)
+    sde = sde_of_run(algorithm, objective, eta, training)
     lam, V, names = directions_at(objective, x, top, directions, seed)
     grad = objective.grad(x)
     step = drawn(algorithm, objective, x, grad, V, draws, seed, bar_of(progress))
-    here = drift_of(algorithm, objective, x, grad, step, seed)
+    here = drift_of(algorithm, objective, x, grad, step, seed) - sde.decay * x
     size = norm(here)
     if size == 0 or norm(grad) == 0:
         raise ValueError("the drift is exactly zero at x, and nothing is small against it")
-    in_eta = neglected_in_eta(algorithm, objective, x, eta, here, step, seed, bar_of(progress))
+    in_eta = neglected_in_eta(sde, x, here, step, seed, bar_of(progress))
     push, push_error = push_of(algorithm, step, norm(grad))
     largest = lam[0].item()
     sums = step.sums
     in_rho, rho_error = ratio_free_of_noise(sums["gap"], size)
-    terms = named_parts(algorithm, objective, x, grad, here, step)
+    A = largest * (1 + float(rho) * push * largest)
+    terms = named_parts(sde, x, grad, here, step)
     terms |= {"neglected in ρ": in_rho, "error of that": rho_error, "neglected in η": in_eta,
               "noise": sums["c"].power**.5 / size, "noise, SGD": sums["g"].power**.5 / size,
               "largest eigenvalue": largest, "c": push,
-              "stability number": stability(eta, largest, push, float(rho))}
-    terms |= epoch_terms(objective.law, eta, largest * (1 + float(rho) * push * largest))
+              "stability number": stability(eta, largest, push, float(rho), sde.momentum,
+                                            sde.dampening, sde.nesterov, sde.decay)}
+    terms |= momentum_terms(sde.momentum, float(sde.rate), A + sde.decay, in_eta, tolerance)
+    if not sde.momentum: terms |= epoch_terms(objective.law, eta, A)
     curvature = (V * objective.hvp(x, V)).sum(1)
     return Diagnosis(terms, along_directions(V, curvature, names, eta, here, step), tolerance)
 
@@ -703,19 +767,6 @@ def products_at(objective:MinibatchLoss, x:Tensor, n:int): # changes the objecti
             with objective.network.products(x, rows, seed) as product: yield product
     finally: objective.found = before
 
-# %% ../nbs/08b_diagnosis.ipynb #840e81e3
-def momentum_terms(settings:dict, A:float, in_eta:float, tolerance:float) -> dict:
-    """Which of the SDEs of order 1, order 2 and with a velocity is fair. The last one neglects half
-    a step of √η at the rate √A, that of its swing."""
-    mu = settings["momentum"]
-    number = settings["effective η"] * A / (1 - mu)
-    in_swing = max(0., settings["effective η"] * (1 - mu) * A)**.5 / 2
-    if in_eta <= tolerance: model = "order 1"
-    elif in_eta**2 <= tolerance and number < .25: model = "order 2"
-    elif mu > 0 and in_swing <= tolerance: model = "kinetic"
-    else: model = "none"
-    return {"momentum number": number, "neglected, kinetic": in_swing, "model": model}
-
 # %% ../nbs/08b_diagnosis.ipynb #f50833ef
 def check_setting(model):
     "Raises ValueError or TypeError where sums of gradients would be inexact"
@@ -870,7 +921,7 @@ def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, toler
     largest, rho = lam[0].item(), float(algorithm.rho)
     number = stability(settings["η"], largest, push, rho, mu, damped, settings["nesterov"],
                        decay.max().item())
-    A = largest * (1 + rho * push * largest)
+    A = largest * (1 + rho * push * largest) + decay.max().item()
     terms = {"gradient": size_of_grad, "error of the gradient": full_error,
              "regulariser": norm(step.mean_push) / size_of_grad, **parts,
              "error of the regulariser": step.push_sem / size,
@@ -880,7 +931,7 @@ def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, toler
              "noise, SGD": step.sums["g"].power**.5 / size,
              "largest eigenvalue": largest, "error of the eigenvalue": errors[0].item(), "c": push,
              "error of c": push_error, "stability number": number}
-    terms |= momentum_terms(settings, A, lag * in_eta, tolerance)
+    terms |= momentum_terms(mu, eta, A, lag * in_eta, tolerance)
     names = [f"eigenvector {i + 1}" for i in range(len(V))]
     table = along_directions(V, lam, names, settings["η"], here, step)
     table.insert(1, "error of curvature", errors.cpu().numpy())

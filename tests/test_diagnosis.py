@@ -15,7 +15,9 @@ from samsde.diagnosis import (
 from samsde.implicit_regularizer import drift
 from samsde.epochs import epoch_noise
 from samsde.moments import hessian_perturbation
+from samsde.experiments.examples import plane, three
 from samsde.objective import FiniteSum, MinibatchLoss, NoisyLoss
+from samsde.sde import SDE
 from samsde.stability import stability_number
 
 F64 = torch.float64
@@ -301,7 +303,7 @@ def errors_of_models(A, eta, mu):
 def verdict(A, eta, mu, tolerance=.1):
     effective = eta / (1 - mu)
     in_eta = (1 + mu) / (1 - mu) * effective * A / 2
-    return momentum_terms({"momentum": mu, "effective η": effective}, A, in_eta, tolerance)["model"]
+    return momentum_terms(mu, effective, A, in_eta, tolerance)["model"]
 
 
 @pytest.mark.parametrize("mu", [.5, .9, .97])
@@ -436,3 +438,45 @@ def test_loader_and_own_loss():
     found = look(net, of(net), data=loader, batch_size=None)
     both = look(net, of(net), loss=None, batch_loss=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]))
     assert found.terms["gradient"] == pytest.approx(both.terms["gradient"], rel=1e-9)
+
+
+@pytest.mark.parametrize("how", [{}, dict(micro_batch=1)], ids=["whole", "micro-batches"])
+@pytest.mark.parametrize("kind", [USAM, SAM])
+def test_the_previous_batch(kind, how):
+    """Variances of the long run; those of single steps, and an own batch's drift, must miss."""
+    x, eta, a = torch.tensor([.3, .2], dtype=F64), .1, kind(.2, source="previous", **how)
+    objective = three(2, False)
+    found = diagnose(a, objective, x, eta, draws=4000, top=2, directions=0)
+    V = top_eigenvectors(objective, x, 2)[1]
+
+    def variances(source, form):
+        C = SDE(kind(.2, source=source, **how), objective, eta, "exact", form).covariance(x)
+        return eta * torch.einsum("ki,ij,kj->k", V, C, V).numpy()
+
+    table, relative = found.directions, 4 * (2 / 4000)**.5
+    for name, form in (("variance, SDE", "factor"), ("variance, sampled", "exact")):
+        gap, wrong = (abs(table[name] / variances(source, form) - 1) for source in ("previous", "full"))
+        assert gap.max() < relative < wrong.max()
+    b = SDE(a, objective, eta, "exact").drift(x)
+    gaps = abs(table["mean, sampled"] - eta * (V @ b).numpy())
+    assert (gaps < 4 * table["se of mean"] + 1e-12).all()
+    other = SDE(kind(.2, **how), objective, eta, "exact").drift(x)
+    assert (abs(eta * V @ (other - b)).numpy() > 4 * table["se of mean"]).any()
+    assert found.terms["of the drift, noise in it"] < (1e-12 if kind is USAM else .1)
+
+
+def test_momentum_says_which_model():
+    """Steps of the same reach: without momentum order 1 is fair, close to 1 the kinetic model; by the same terms as a run's."""
+    x = torch.tensor([1., -.5], dtype=F64)
+    words = {mu: diagnose(USAM(.1), plane, x, .01 * (1 - mu), momentum=mu, tolerance=.05).terms["model"] for mu in (0., .99)}
+    assert words == {0.: "order 1", .99: "kinetic"}
+    net = make(0., norm=False)
+    optimizer = of(net, optim.USAM, momentum=.9, nesterov=True, weight_decay=.01, lr=.02)
+    run = look(net, optimizer, batch_size=60).terms
+    objective = FiniteSum.from_module(net, nn.CrossEntropyLoss(), X, y, batch_size=60, replace=False)
+    ours = diagnose(USAM(.1), objective, objective.x0, .02, momentum=.9, nesterov=True, weight_decay=.01, draws=4).terms
+    for name in ("neglected in η", "stability number", "momentum number", "of the drift, weight decay", "neglected, kinetic"):
+        assert run[name] == pytest.approx(ours[name], rel=2e-2), name
+    assert run["model"] == ours["model"]
+    with pytest.raises(TypeError, match="training takes momentum, .*, got schedule: a point of a scheduled run"):
+        diagnose(USAM(.1), plane, x, .1, schedule=lambda t: 1.)
