@@ -15,7 +15,8 @@ from .machinery.checks import (
     broadcast_axes, check_int, check_nonzero, check_positive, check_scalar, check_share, per_path)
 from .machinery.record import replay
 from .machinery.sampling import KEY
-from .objective import Additive, FiniteSum, Noiseless, Objective, gradient
+from .objective import (
+    Additive, FiniteSum, InMicroBatches, MinibatchLoss, Noiseless, Objective, gradient)
 from .machinery.style import colours
 
 # %% ../nbs/01_algorithm.ipynb #ede46e34
@@ -65,6 +66,7 @@ class Algorithm:
     def draw(self, objective:Objective, shape:tuple, generator=None, *, dtype=None,
              device=None) -> Tensor:
         "γ of one step for every path of shape `shape`: one, or two behind each other"
+        objective = in_cuts(self, objective)
         batches = 2 if self.source == "independent" else 1
         drawn = [objective.draw(shape, generator, dtype=dtype, device=device)
                  for _ in range(batches)]
@@ -78,11 +80,10 @@ class Algorithm:
     def of_gradient(self, gamma:Tensor) -> Tensor:
         "The γ of the gradient; an independent batch for the perturbation stands behind it"
         return gamma.chunk(2, -1)[0] if self.source == "independent" else gamma
-    def cuts(self, gamma:Tensor) -> Tensor:
+    def cuts(self, law, gamma:Tensor) -> Tensor:
         "The γ of each micro-batch, along a first axis"
         size = self.of_gradient(gamma).shape[-1]
-        halves = [torch.stack(half.split(self.micro_batch, -1)) for half in gamma.split(size, -1)]
-        return joined(halves)
+        return joined([law.cut(half, self.micro_batch) for half in gamma.split(size, -1)])
     def ascent(self, objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
         """Where the perturbation points, u of the `source`.
         Raises ValueError for the previous batch, which only a Chain knows."""
@@ -99,11 +100,10 @@ class Algorithm:
         def perturbed(part):
             up = x + per_path(self.rho, x) * self.ascent(objective, x, part)
             return objective.sample_grad(up, self.of_gradient(part))
-        return self.mean_over_cuts(perturbed, gamma)
-    def mean_over_cuts(self, fn, gamma:Tensor) -> Tensor:
+        return self.mean_over_cuts(perturbed, objective.law, gamma)
+    def mean_over_cuts(self, fn, law, gamma:Tensor) -> Tensor:
         "fn(γ), or its mean over the micro-batches"
-        if self.micro_batch in (None, self.of_gradient(gamma).shape[-1]): return fn(gamma)
-        return fn(self.cuts(gamma)).mean(0)
+        return fn(self.cuts(law, gamma)).mean(0) if self.is_cut(law) else fn(gamma)
     def step(self, objective:Objective, x:Tensor, eta, gamma:Tensor) -> Tensor:
         "x − η G_ρ(x)"
         return x - per_path(eta, x) * self.direction(objective, x, gamma)
@@ -305,12 +305,21 @@ def check_micro_batch(algorithm:Algorithm, objective:Objective):
         raise ValueError(
             f"{name} overrides `direction` and so has no micro_batch, no source and no metric")
     if m is None: return
-    if not isinstance(objective, FiniteSum):
+    if not isinstance(objective, (FiniteSum, MinibatchLoss, InMicroBatches)):
         raise ValueError(
-            "micro_batch needs a FiniteSum, whose batches can be cut, "
+            "micro_batch needs a FiniteSum or a MinibatchLoss, whose batches can be cut, "
             f"got {type(objective).__name__}")
     if law.batch_size % m:
         raise ValueError(f"micro_batch must divide batch_size={law.batch_size}, got {m}")
+
+def in_cuts(algorithm:Algorithm, objective:Objective) -> Objective:
+    "The objective; a MinibatchLoss in micro-batches that are batches of their own, if any"
+    m = algorithm.micro_batch
+    if not (isinstance(objective, MinibatchLoss) and algorithm.is_cut(objective.law)): return objective
+    check_micro_batch(algorithm, objective)
+    known = objective.cut_into
+    if m not in known: known[m] = InMicroBatches(objective, m)
+    return known[m]
 
 def overrides(algorithm:Algorithm, name:str) -> bool: # "direction" or "step"
     return getattr(type(algorithm), name) is not getattr(Algorithm, name)
@@ -393,7 +402,8 @@ class Model(Process):
                  schedule=None, # factor of η: a function of unscheduled time, or a tensor of rates
                  rho_schedule=None # factor of ρ: a function of that time, or a tensor of radii
                 ):
-        self.algorithm, self.objective = pair(algorithm, objective)
+        self.algorithm, objective = pair(algorithm, objective)
+        self.objective = in_cuts(algorithm, objective)
         self.eta = check_positive("eta", eta)
         self.momentum = check_share("momentum", momentum)
         self.dampening = check_share("dampening", dampening)
@@ -538,7 +548,8 @@ class Chain(Model):
         algorithm = self.with_radius(radius)
         eta = per_path(self.eta, x) * rate
         if self.remembered:
-            cuts = algorithm.cuts(gamma) if len(self.remembered) > 1 else gamma[None]
+            cut = len(self.remembered) > 1
+            cuts = algorithm.cuts(self.objective.law, gamma) if cut else gamma[None]
             up = torch.stack([x + per_path(algorithm.rho, x) * known[name]
                               for name in self.remembered])
             G = self.objective.sample_grad(up, cuts).mean(0)

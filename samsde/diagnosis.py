@@ -166,7 +166,7 @@ def late_parts(algorithm:Algorithm, objective:Objective, x:Tensor,
     def next_mean(gamma): # E of the next step's gradient
         def of_cut(part):
             return objective.grad(points + rho * own.perturbation(objective, points, part))
-        return own.mean_over_cuts(of_cut, gamma)
+        return own.mean_over_cuts(of_cut, objective.law, gamma)
     g, u = objective.sample_grad(points, gammas), perturbations(own, objective, points, gammas)
     mean = mean_perturbation(own, objective, x)
     curved = objective.hvp(points, u - mean) + objective.sample_hvp(points, gammas, mean.expand_as(u))
@@ -175,16 +175,17 @@ def late_parts(algorithm:Algorithm, objective:Objective, x:Tensor,
 
 def mean_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor) -> Tensor: # (d,)
     "E u of one batch, or micro-batch"
-    m = algorithm.micro_batch
-    objective = objective if m is None else objective.with_batch(m)
+    if isinstance(objective, FiniteSum) and algorithm.micro_batch:
+        objective = objective.with_batch(algorithm.micro_batch)
     support = gamma_support(objective, x, 1024, 0)
-    def u(gamma): return algorithm.perturbation(objective, broadcast_paths(x, gamma=gamma), gamma)
+    def u(gamma): return perturbations(algorithm, objective, broadcast_paths(x, gamma=gamma), gamma)
     return expectation(u, support, x, objective.chunk)[0]
 
 # %% ../nbs/08b_diagnosis.ipynb #ee41a14a
 def perturbations(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor) -> Tensor:
     "u of each γ, (k, d); the mean over its micro-batches"
-    return algorithm.mean_over_cuts(lambda part: algorithm.ascent(objective, x, part), gammas)
+    def of_cut(part): return algorithm.ascent(objective, x, part)
+    return algorithm.mean_over_cuts(of_cut, objective.law, gammas)
 
 def step_parts(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor,
                grad:Tensor) -> tuple: # of (k, d)
@@ -527,6 +528,7 @@ def diagnose(algorithm:Algorithm, # with one radius
         raise ValueError(f"the algorithm must have one radius, got shape {tuple(rho.shape)}")
     check_positive("tolerance", tolerance)
     sde = sde_of_run(algorithm, objective, eta, training)
+    objective = sde.objective # in micro-batches, if they are batches of their own
     lam, V, names = directions_at(objective, x, top, directions, seed)
     grad = objective.grad(x)
     step = drawn(algorithm, objective, x, grad, V, draws, seed, bar_of(progress))

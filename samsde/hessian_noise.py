@@ -9,7 +9,8 @@ __all__ = ['sgd_covariance', 'cross_covariance', 'noise_covariance', 'noise_dim'
 import torch
 from torch import Tensor
 
-from .algorithm import SGD, Algorithm, an_objective, check_model, expand_sweep, pair
+from .algorithm import (
+    SGD, Algorithm, an_objective, check_model, expand_sweep, in_cuts, pair)
 from .machinery.checks import broadcast_paths, check_points, per_path, psd_root
 from .moments import (
     StepMoments, Unperturbed, Wrapped, product, simplest, taylor_moments)
@@ -48,6 +49,7 @@ def noise_moments(algorithm:Algorithm, objective:Objective, x:Tensor, form:str,
     if form not in FORMS: raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     if form not in ("sgd", "none"):
         check_model(algorithm, f"{form} form", "form='exact'", direction=form == "exact")
+    objective = in_cuts(algorithm, objective)
     cut = form in ("second", "exact") and algorithm.is_cut(objective.law)
     if form == "none" or objective.law.noiseless and not cut: return NoNoise(objective, x)
     if form == "sgd": return SGD().moments(objective, x, **draws)

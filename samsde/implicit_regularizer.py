@@ -9,7 +9,8 @@ __all__ = ['drift', 'regularized_loss', 'expectation', 'gaussian_direction']
 import torch
 from torch import Tensor
 
-from .algorithm import DNSAM, SAM, USAM, Algorithm, check_model, expand_sweep, overrides, pair
+from .algorithm import (
+    DNSAM, SAM, USAM, Algorithm, check_model, expand_sweep, in_cuts, overrides, pair)
 from .machinery.checks import per_path
 from .moments import (
     ExactMoments, SecondMoments, StepMoments, Unperturbed, all_samples, expectation,
@@ -111,7 +112,7 @@ def seen_by(algorithm:Algorithm, objective:Objective) -> Objective:
         raise ValueError(
             f"{type(algorithm).__name__} with a metric has no regularised loss: "
             f"since T depends on x, its drift is not a gradient")
-    if algorithm.micro_batch is not None: objective = objective.with_batch(algorithm.micro_batch)
+    if algorithm.is_cut(objective.law): objective = objective.with_batch(algorithm.micro_batch)
     if algorithm.source == "own": return objective
     if algorithm.source == "full" or getattr(algorithm, "is_linear", False):
         return Noiseless(objective)
@@ -132,7 +133,7 @@ def regularized_loss(algorithm:Algorithm, objective:Objective,
     """f̃(x) = f + ρ E ψ(∇f_γ) (Theorem 3.1).
     Raises ValueError where there is none: DNSAM with noise that depends on x, an algorithm
     with a direction of its own, another expansion; TypeError without a potential."""
-    pair(algorithm, objective)
+    objective = in_cuts(*pair(algorithm, objective))
     check_expansion(expansion)
     if expansion != "first":
         raise ValueError(f"expansion={expansion!r} has no regularised loss: "

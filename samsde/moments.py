@@ -19,8 +19,9 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .algorithm import (
-    SAM, SGD, USAM, Algorithm, Linear, check_micro_batch, check_model, overrides, shuffled)
+from samsde.algorithm import (
+    SAM, SGD, USAM, Algorithm, Linear, check_micro_batch, check_model, in_cuts, overrides,
+    shuffled)
 from .machinery.checks import broadcast_paths, check_int, per_path
 from .objective import (
     Additive, FiniteSum, Minibatches, Objective, Quadratic, Support, gradient)
@@ -172,7 +173,7 @@ def hessian_perturbation(algorithm:Algorithm, objective:Objective,
             return gradient(lambda y: algorithm.potential(objective.sample_grad(y, part)), z)
         u = algorithm.ascent(objective, z, part)
         return objective.sample_hvp(z, algorithm.of_gradient(part), u)
-    return algorithm.mean_over_cuts(product, gamma)
+    return algorithm.mean_over_cuts(product, objective.law, gamma)
 
 # %% ../nbs/02d_moments.ipynb #5a9f8170
 def centred(v:Tensor, # a value for each γ, (K, ...)
@@ -535,6 +536,7 @@ class Pairs:
     "The law of two independent γ, one behind the other"
     def __init__(self, first, second): # of the gradient, and of the perturbation
         self.laws, self.noiseless = (first, second), first.noiseless
+    def cut(self, gamma:Tensor, m:int) -> Tensor: return self.laws[0].cut(gamma, m)
     def size(self, draws:int) -> int:
         single = self.laws[0].size(draws)
         if single != getattr(self.laws[0], "count", None): return single
@@ -579,6 +581,7 @@ class Cuts:
         orders = math.factorial(K) if self.ordered else 1
         return self.law.count * orders * math.factorial(B) // (math.factorial(self.m)**K
                                                                * math.factorial(K))
+    def cut(self, gamma:Tensor, m:int) -> Tensor: return self.law.cut(gamma, m)
     def size(self, draws:int) -> int:
         return self.count if self.count <= max(self.law.n, draws) else draws
     def draw(self, shape, generator=None, **kind) -> Tensor:
@@ -598,7 +601,7 @@ class Cuts:
 def with_law(algorithm:Algorithm, objective:Objective) -> Objective:
     "The objective with the law of all the γ that a step draws: micro-batches, a second batch"
     law, m = objective.law, algorithm.micro_batch
-    cut = algorithm.is_cut(law) and not law.replace
+    cut = algorithm.is_cut(law) and not (law.replace or law.is_ordered)
     pairs = algorithm.source in ("independent", "previous")
     other = copy.copy(objective)
     if cut: other.law = Cuts(law, m, ordered=algorithm.source == "previous")
@@ -640,7 +643,8 @@ class PreviousMoments(GammaMoments):
     def mean_u(self) -> Tensor: # (..., d)
         return expectation(self.u, self.support, self.x, self.objective.chunk)[0]
     def u(self, gamma:Tensor) -> Tensor:
-        return self.algorithm.perturbation(self.objective, self.x, gamma)
+        def of_cut(part): return self.algorithm.perturbation(self.objective, self.x, part)
+        return self.algorithm.mean_over_cuts(of_cut, self.objective.law, gamma)
     def Hu(self, gamma):
         x = broadcast_paths(self.x, gamma=gamma)
         return (self.objective.hvp(x, self.u(gamma))
@@ -712,6 +716,7 @@ class MicroBatchMoments(Wrapped):
 # %% ../nbs/02d_moments.ipynb #97c67945
 class OrderedMinibatches(Minibatches):
     "Minibatches without replacement, in every order"
+    is_ordered = True
     @property
     def count(self) -> int: return math.perm(self.n, self.batch_size)
     def support(self, draws, generator=None, *, dtype=None, device=None) -> Support:
@@ -773,7 +778,8 @@ def moments(self:Algorithm, objective:Objective, x:Tensor, # (..., d)
     with a `direction` of its own."""
     check_model(self, "first-order moments", "exact=True", direction=exact)
     check_micro_batch(self, objective)
-    if self.is_cut(objective.law):
+    objective = in_cuts(self, objective)
+    if self.is_cut(objective.law) and isinstance(objective, FiniteSum):
         return micro_moments(self, objective, x, exact, draws, seed)
     return BY_SOURCE[self.source](self, objective, x, exact, draws, seed)
 
@@ -847,7 +853,7 @@ def third_perturbation(algorithm:Algorithm, objective:Objective,
             return objective.third(z, algorithm.perturbation(objective, z, part))
         u = algorithm.ascent(objective, z, part)
         return objective.sample_third(z, algorithm.of_gradient(part), u)
-    return algorithm.mean_over_cuts(product, gamma)
+    return algorithm.mean_over_cuts(product, objective.law, gamma)
 
 # %% ../nbs/02d_moments.ipynb #2344567e
 def second_moment(self:Algorithm, objective:Additive, grad:Tensor) -> tuple|None:

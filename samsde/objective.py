@@ -293,6 +293,11 @@ class Minibatches(BatchMoments):
         if self.replace: every = torch.cartesian_prod(*[numbers] * B)
         else: every = torch.tensor([*itertools.combinations(range(n), B)], device=device)
         return Support(every.reshape(K, B), True)
+    is_ordered = False # does a list of them have each in every order?
+    def cut(self, gamma:Tensor, # (..., B)
+            m:int) -> Tensor: # (B/m, ..., m)
+        "Micro-batches of m samples"
+        return torch.stack(gamma.split(m, -1))
     def size(self, draws:int) -> int:
         return self.count if self.count <= max(self.n, draws) else draws
 
@@ -505,8 +510,7 @@ def with_seeds(numbers:Tensor, generator) -> Tensor: # (..., B) -> (..., B + 1)
     return torch.cat([numbers, seeds], -1)
 
 def every_order(n:int, B:int, replace:bool): # of lists
-    "All minibatches in their order; one, where there is but one"
-    if B == n and not replace: return [range(n)]
+    "All minibatches in their order"
     if n == 1: return [[0] * B]
     return itertools.product(range(n), repeat=B) if replace else itertools.permutations(range(n), B)
 
@@ -514,12 +518,18 @@ def every_order(n:int, B:int, replace:bool): # of lists
 class SeededMinibatches(Minibatches):
     "The law of minibatches in their order, with a seed behind the sample numbers"
     key_size = KEY + 1
+    is_ordered = True
     def __init__(self, n:int, batch_size:int, replace:bool|str,
-                 random:bool # are random numbers drawn from the seed?
+                 random:bool, # are random numbers drawn from the seed?
+                 cut:bool=False # into micro-batches? Then the order of all samples matters, too
                 ):
         super().__init__(n, batch_size, replace)
-        self.random = random
+        self.random, self.is_cut = random, cut
 
+    @property
+    def is_one(self) -> bool:
+        "Is a batch of all samples the only one?"
+        return self.batch_size == self.n and not self.replace and not self.is_cut
     @property
     def noiseless(self) -> bool: return self.count == 1
     @property
@@ -527,11 +537,15 @@ class SeededMinibatches(Minibatches):
         "The number of minibatches; inf from 2⁶³ on, and where random numbers are drawn"
         n, B = self.n, self.batch_size
         if self.random: return math.inf
-        if n == 1 or (B == n and not self.replace): return 1
+        if n == 1 or self.is_one: return 1
         if B * math.log2(n) >= 63: return math.inf
         return n**B if self.replace else math.perm(n, B)
     def draw(self, shape, generator=None, *, dtype=None, device=None) -> Tensor:
-        return with_seeds(super().draw(shape, generator, device=device), generator)
+        n, B = self.n, self.batch_size
+        if self.is_cut and B == n and not self.replace:
+            numbers = distinct(n, B, shape, generator, device)
+        else: numbers = super().draw(shape, generator, device=device)
+        return with_seeds(numbers, generator)
     def draw_key(self, shape, generator=None, *, dtype=None, device=None) -> Tensor:
         return with_seeds(super().draw_key(shape, generator, device=device), generator)
     def of_epoch(self, key, step, fresh):
@@ -541,9 +555,16 @@ class SeededMinibatches(Minibatches):
     def support(self, draws, generator=None, *, dtype=None, device=None) -> Support:
         K = self.size(draws)
         if K != self.count: return Support(self.draw((K,), generator, device=device), False)
-        every = [*map(list, every_order(self.n, self.batch_size, self.replace))]
+        if self.is_one: every = [[*range(self.n)]]
+        else: every = [*map(list, every_order(self.n, self.batch_size, self.replace))]
         numbers = torch.tensor(every, device=device)
         return Support(torch.cat([numbers, numbers.new_zeros(K, 1)], -1), True)
+    def cut(self, gamma, m): # (..., B + 1) -> (B/m, ..., m + 1)
+        "Micro-batches of m samples, each with a seed of its own"
+        parts = super().cut(gamma[..., :-1], m)
+        steps = torch.arange(len(parts), device=gamma.device) * 0x1E3779B97F4A7C15
+        seeds = gamma[..., -1:] + steps.reshape(-1, *(1,) * gamma.ndim)
+        return torch.cat([parts, seeds & (2**62 - 1)], -1)
 
 # %% ../nbs/00b_minibatch_loss.ipynb #9171a097
 class Once(torch.autograd.Function):
@@ -808,6 +829,11 @@ class MinibatchLoss(MeanOverBatches):
         if full_batches is None: self.full_batches = passes
         else: self.full_batches = check_int("full_batches", full_batches, least=2)
         self.progress, self.found, self.known = progress, None, []
+        self.cut_into = {} # m -> the same in micro-batches of m
+    def with_batch(self, batch_size:int):
+        "The same losses in minibatches of another size"
+        how = self.network, batch_size, self.law.sampling
+        return MinibatchLoss(*how, progress=self.progress)
     def full_error(self, x:Tensor # one point, (d,)
                   ) -> tuple[float, float]:
         """The standard error of f(x), and the root of the mean square error of ∇f(x).
@@ -862,3 +888,30 @@ def minibatches_of_module(cls, module:torch.nn.Module, # any that trains, in the
 
 # %% ../nbs/00b_minibatch_loss.ipynb #0297896c
 MinibatchLoss.from_module = classmethod(minibatches_of_module)
+
+# %% ../nbs/00b_minibatch_loss.ipynb #2d68164a
+class InMicroBatches(Objective):
+    "A MinibatchLoss whose batches are cut into micro-batches, each a batch of its own"
+    chunk = 1
+    def __init__(self, objective:MinibatchLoss, m:int):
+        self.single = objective.with_batch(m)
+        self.m, self.x0 = m, objective.x0
+        self.dim, self.dtype = objective.dim, objective.dtype
+        law = objective.law
+        self.law = SeededMinibatches(law.n, law.batch_size, law.sampling, law.random, cut=True)
+    def with_batch(self, batch_size:int) -> MinibatchLoss: return self.single.with_batch(batch_size)
+    def one_pass(self, x:Tensor) -> bool: return False
+    def loss(self, x:Tensor) -> Tensor: return self.single.loss(x)
+    def grad(self, x:Tensor) -> Tensor: return self.single.grad(x)
+    def hvp(self, x:Tensor, v:Tensor) -> Tensor: return self.single.hvp(x, v)
+    def looks(self, x, generator): return self.single.looks(x, generator)
+    def mean(self, fn:Callable, gamma:Tensor) -> Tensor:
+        "fn(β) of a micro-batch, or its mean over those of a batch"
+        if self.single.numbers(gamma).shape[-1] == self.m + 1: return fn(gamma)
+        return fn(self.law.cut(gamma, self.m)).mean(0)
+    def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
+        return self.mean(lambda part: self.single.sample_loss(x, part), gamma)
+    def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor:
+        return self.mean(lambda part: self.single.sample_grad(x, part), gamma)
+    def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
+        return self.mean(lambda part: self.single.sample_hvp(x, part, v), gamma)

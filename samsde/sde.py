@@ -47,7 +47,7 @@ def turned_by_last(sde:Model, x:Tensor, # (..., d)
             up = z + rho * algorithm.perturbation(sde.objective, z, gamma)
             return sde.objective.hvp(up, G) + sde.decay * G
         own = with_source(algorithm, "own")
-        return own.mean_over_cuts(curved, algorithm.of_gradient(both))
+        return own.mean_over_cuts(curved, sde.objective.law, algorithm.of_gradient(both))
     support = gamma_support(pairs, x, sde.draws, seed)
     return expectation(product, support, x, sde.objective.chunk)[0]
 

@@ -347,3 +347,82 @@ def test_a_loss_that_is_a_mean_at_x0_alone():
 
     kinds = [MinibatchLoss.from_module(net, f, (X, y), 4, replace=False).full for f in (loss, plain)]
     assert kinds == ["drawn", "samples"]
+
+
+@pytest.mark.parametrize("source", ["own", "full", "independent", "previous"])
+@pytest.mark.parametrize("kind", [SAM, USAM])
+def test_micro_batches_of_a_sum(kind, source):
+    """Of a loss that is a sum, everything is that of the finite sum; that of whole batches must differ."""
+    rows, replace = slice(0, 4), False
+    few, sum_ = (cls.from_module(plain_net(), nn.CrossEntropyLoss(), *data, batch_size=2, replace=replace)
+                 for cls, data in ((MinibatchLoss, ((X[rows], y[rows]),)), (FiniteSum, (X[rows], y[rows]))))
+    a, whole, how = kind(.3, micro_batch=1, source=source), kind(.3, source=source), dict(draws=200)
+    for expansion in ("first", "exact"):
+        found, known, other = (drift(*pair, few.x0, expansion, **how) for pair in ((a, few), (a, sum_), (whole, sum_)))
+        assert_close(found, known, rtol=1e-9, atol=1e-12)
+        if source == "own":
+            assert not torch.allclose(found, other, rtol=1e-3)
+    for form in ("factor", "exact"):
+        if source in ("own", "independent") and form == "factor":
+            continue  # of a finite sum the columns are those of batches of m
+        found, known = (noise_covariance(a, objective, few.x0, form, **how) for objective in (few, sum_))
+        assert_close(found, known, rtol=1e-8, atol=1e-12)
+    if source == "own":
+        found, known, other = (regularized_loss(*pair, few.x0) for pair in ((a, few), (a, sum_), (whole, sum_)))
+        assert_close(found, known) and abs(found - other) > 1e-3
+
+
+@pytest.mark.parametrize("B", [4, 5])
+def test_micro_batches_that_are_normalised_alone(B):
+    """Batch normalisation by micro-batch: a step, drift and noise by hand over all orders; whole batches must differ."""
+    net, loss, rho, data = batch_norm(), nn.CrossEntropyLoss(), .2, (X[:B], y[:B])
+    B -= B % 2  # B = N = 4, or 4 out of 5
+    objective = MinibatchLoss.from_module(net, loss, data, B, replace=False)
+    a, x = SAM(rho, micro_batch=2), objective.x0
+
+    def grad(z, rows):
+        z, parts, i = z.clone().requires_grad_(), {}, 0
+        for name, p in net.named_parameters():
+            parts[name], i = z[i:i + p.numel()].view_as(p), i + p.numel()
+        f = loss(torch.func.functional_call(net, parts, (data[0][rows],)), data[1][rows])
+        return torch.autograd.grad(f, z)[0]
+
+    def direction(rows):
+        every = []
+        for part in (rows[:2], rows[2:]):
+            g = grad(x, part)
+            every.append(grad(x + rho * g / g.norm(), part))
+        return torch.stack(every).mean(0)
+
+    chain = Chain(a, objective, .1)
+    gamma = chain.draw((), torch.Generator().manual_seed(0))
+    assert_close(chain.step(x, gamma), x - .1 * direction(gamma[:-1].tolist()), rtol=1e-9, atol=1e-12)
+    G = torch.stack([direction([*rows]) for rows in itertools.permutations(range(len(data[0])), B)])
+    sde = SDE(a, objective, .1, "exact", "exact", draws=200)
+    assert_close(sde.drift(x), -G.mean(0), rtol=1e-9, atol=1e-12)
+    assert_close(sde.covariance(x), .1 * torch.cov(G.T, correction=0), rtol=1e-9, atol=1e-12)
+    assert (drift(SAM(rho), objective, x, "exact", draws=200) + G.mean(0)).abs().max() > .01
+    f = torch.stack([loss(net(data[0][list(rows)]), data[1][list(rows)])
+                     for rows in itertools.permutations(range(len(data[0])), 2)]).mean().item()
+    single = chain.objective.single  # f is a mean over drawn micro-batches
+    assert abs(chain.objective.loss(x).item() - f) < 4 * single.full_error(x)[0]
+    runs = [simulate(chain, x, .3, 4, chunk=chunk).final for chunk in (None, 3)]
+    assert runs[0].equal(runs[1]) and runs[0].std(0).max() > 0
+
+
+def test_micro_batches_have_masks_of_their_own():
+    """Of one row twice, dropout's masks differ in two micro-batches, and are the same in both gradients of a step."""
+    objective = MinibatchLoss.from_module(dropout(), nn.CrossEntropyLoss(), (X, y), 2, replace=True)
+    chain = Chain(SAM(1e-9, micro_batch=1), objective, 1.)
+    gamma = torch.tensor([3, 3, 17])
+    parts = chain.objective.law.cut(gamma, 1)
+    single = torch.stack([objective.sample_grad(objective.x0, part) for part in parts])
+    assert not torch.allclose(single[0], single[1], rtol=1e-2)
+    assert_close(objective.x0 - chain.step(objective.x0, gamma), single.mean(0), rtol=1e-5, atol=1e-7)
+
+
+def test_a_micro_batch_that_does_not_fit():
+    objective = MinibatchLoss.from_module(plain_net(), nn.CrossEntropyLoss(), (X, y), 4)
+    for use in (lambda a: Chain(a, objective, .1), lambda a: drift(a, objective, objective.x0), lambda a: SDE(a, objective, .1)):
+        with pytest.raises(ValueError, match="micro_batch must divide batch_size=4, got 3"):
+            use(SAM(.1, micro_batch=3))
