@@ -153,7 +153,7 @@ def measures(net:Network, held:Network, # the data held out
 
 # %% ../../nbs/experiments/flat_minima.ipynb #731bafad
 class WithoutNoisePart(SDE):
-    "SGD's SDE of the losses (1)"
+    "SGD's SDE of the losses in Eq. (flat-minima.1)"
     def __init__(self, objective:FiniteSum, rho, # one for each member of a sweep
                  eta:float):
         super().__init__(SGD(), objective, eta)

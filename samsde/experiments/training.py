@@ -125,7 +125,7 @@ def chain_of(task:Task, rho, objective:FiniteSum) -> Chain:
 
 # %% ../../nbs/experiments/training.ipynb #14312ede
 class Reshuffled:
-    "For a process whose noise is that of shuffled epochs: the bias (2), to be used with no noise"
+    "The bias of shuffled epochs, Eq. (training.2), for a process that is used with no noise"
     factor_now = 1. # of the schedule
     @property
     def radius(self) -> float:
