@@ -127,6 +127,36 @@ def second_moment(algorithm:Algorithm, H:np.ndarray, B:int, replace:bool): # Ā,
     else: return over_micro_batches(H, rho, m, B, replace)
     return h.mean(0), mean_outer(h, tau)
 
+# %% ../nbs/07c_stability.ipynb #18e39e3c
+def with_previous(H:np.ndarray, rho:float, eta:float, m:int, B:int, replace:bool
+                 ): # the size of a state, and M ↦ E[A M Aᵀ]
+    "For A the step of (x, u_1, …, u_K), with the perturbations of the K = B/m micro-batches before"
+    n, d = H.shape[:2]
+    K = B // m
+    of_sample = np.zeros((K, n, (1 + K) * d, (1 + K) * d)) # what a sample does in each micro-batch
+    for j in range(K):
+        u = slice((1 + j) * d, (2 + j) * d)
+        of_sample[j, :, :d, :d] = -eta * H / K
+        of_sample[j, :, :d, u] = -eta * rho * H / K
+        of_sample[j, :, u, :d] = H
+    mean = of_sample.mean(1).sum(0)
+    mean[:d, :d] += np.eye(d)
+    gaps = of_sample - of_sample.mean(1, keepdims=True)
+    share = np.full((K, K), 0. if replace else -1 / (n - 1)) # of the covariance of two samples
+    np.fill_diagonal(share, Minibatches(n, m, replace).tau)
+    def apply(M):
+        noise = np.einsum("jk,jnab,bc,kndc->ad", share, gaps, M, gaps, optimize=True)
+        return mean @ M @ mean.T + noise / n
+    return len(mean), apply
+
+def mean_square(algorithm:Algorithm, H:np.ndarray, eta:float, B:int, replace:bool
+               ): # the size of a state, and T
+    "T of Eq. (7c.2)"
+    rho, m = float(algorithm.rho), algorithm.micro_batch or B
+    if algorithm.source == "previous" and rho: return with_previous(H, rho, eta, m, B, replace)
+    mean, outer = second_moment(algorithm, H, B, replace)
+    return len(mean), lambda M: M - eta * (mean @ M + M @ mean.T) + eta**2 * outer(M)
+
 # %% ../nbs/07c_stability.ipynb #0ecefc66
 def mean_square_radius(algorithm:Algorithm, # SGD or USAM
                        hessians:Tensor, # ∇²f_i of all samples at the minimum, (n, d, d)
@@ -135,16 +165,14 @@ def mean_square_radius(algorithm:Algorithm, # SGD or USAM
                        replace:bool=True # are minibatches drawn with replacement?
                       ) -> float:
     """The spectral radius of M ↦ E[(I − ηA)M(I − ηA)ᵀ] at a minimum that all samples share,
-    Eq. (7c.2). It is below 1 iff E‖x‖² shrinks. Raises TypeError on another algorithm, ValueError on
-    bad input or a source that is none of this kind."""
+    Eq. (7c.2). It is below 1 iff E‖x‖² shrinks.
+    Raises TypeError on another algorithm, ValueError on bad input."""
     if replace not in (True, False):
         raise ValueError(
             "replace must be True or False, since the steps of an epoch are not independent, "
             f"got {replace!r}")
     if type(algorithm) not in (SGD, USAM):
         raise TypeError(f"algorithm must be SGD or USAM, whose step is linear, got {algorithm!r}")
-    if algorithm.source == "previous":
-        raise ValueError("source='previous' has no such matrix: its step depends on the one before")
     if getattr(hessians, "ndim", 0) != 3:
         raise ValueError(
             f"hessians must have shape (n, d, d), got {tuple(getattr(hessians, 'shape', ()))}")
@@ -154,11 +182,8 @@ def mean_square_radius(algorithm:Algorithm, # SGD or USAM
     if algorithm.micro_batch and B % algorithm.micro_batch:
         raise ValueError(f"micro_batch must divide batch_size={B}, got {algorithm.micro_batch}")
     H = hessians.detach().double().cpu().numpy()
-    mean, outer = second_moment(algorithm, H, B, replace)
-    d = len(mean)
-    def T(v):
-        M = v.reshape(d, d)
-        return (M - eta * (mean @ M + M @ mean.T) + eta**2 * outer(M)).ravel()
+    d, apply = mean_square(algorithm, H, eta, B, replace)
+    def T(v): return apply(v.reshape(d, d)).ravel()
     if d <= 12:
         return abs(np.linalg.eigvals(np.stack([T(e) for e in np.eye(d * d)], 1))).max().item()
     operator = LinearOperator((d * d, d * d), matvec=T, dtype=float)

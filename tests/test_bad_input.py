@@ -234,7 +234,6 @@ TABLE |= { # sums over samples, drift, noise, SDE
     "stability without curvature": (lambda: stability_number(USAM(.1), .1, 0.), ValueError, "largest_eigenvalue must be positive and finite, got 0.0"),
     "mean square of SAM": (lambda: mean_square_radius(SAM(.1), torch.ones(3, 1, 1, **f64), .1, 2), TypeError, "algorithm must be SGD or USAM, whose step is linear, got SAM"),
     "mean square of a matrix": (lambda: mean_square_radius(USAM(.1), torch.ones(1, 1, **f64), .1, 2), ValueError, r"hessians must have shape \(n, d, d\), got \(1, 1\)"),
-    "mean square of the previous batch": (lambda: mean_square_radius(USAM(.1, source="previous"), torch.ones(3, 1, 1, **f64), .1, 2), ValueError, "source='previous' has no such matrix"),
     "mean square of too many batches": (lambda: mean_square_radius(USAM(.1), torch.ones(99, 1, 1, **f64), .1, 8), ValueError, "batches must be at most 20000, to be enumerated"),
     "a source that is none": (lambda: SAM(.1, source="mine"), ValueError, "source must be one of own, full, independent, previous, got 'mine'"),
     "momentum of 1": (lambda: Chain(SAM(.1), bowl, .1, momentum=1.), ValueError, "momentum must be below 1, got 1"),
