@@ -171,7 +171,7 @@ def mean_square_radius(algorithm:Algorithm, # SGD or USAM
         raise ValueError(
             "replace must be True or False, since the steps of an epoch are not independent, "
             f"got {replace!r}")
-    if type(algorithm) not in (SGD, USAM):
+    if type(algorithm) not in (SGD, USAM) or algorithm.has_metric:
         raise TypeError(f"algorithm must be SGD or USAM, whose step is linear, got {algorithm!r}")
     if getattr(hessians, "ndim", 0) != 3:
         raise ValueError(

@@ -452,11 +452,13 @@ def torus_error(algorithm:Algorithm, # any, on both sides
 
 # %% ../nbs/05b_weak_errors.ipynb #f5886ab1
 def check_linear(process:Chain|SDE):
-    "Raises TypeError or ValueError unless the process is that of SGD or USAM on a Quadratic"
-    if (type(one_process(process).algorithm) not in (SGD, USAM)
-        or not isinstance(process.objective, Quadratic)):
-        what = f"{process.algorithm!r} on {type(process.objective).__name__}"
-        raise TypeError(f"moments are exact for SGD or USAM on a Quadratic, got {what}")
+    """Raises TypeError or ValueError unless the process is that of SGD or USAM on a Quadratic.
+    With a metric, |x| of `adaptive`, a step is not linear."""
+    algorithm, objective = one_process(process).algorithm, process.objective
+    linear = type(algorithm) in (SGD, USAM) and not algorithm.has_metric
+    if linear and isinstance(objective, Quadratic): return
+    what = f"{algorithm!r} on {type(objective).__name__}"
+    raise TypeError(f"moments are exact for SGD or USAM on a Quadratic, got {what}")
 
 def array(v:Tensor) -> np.ndarray: return v.detach().double().cpu().numpy()
 
