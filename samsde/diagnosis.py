@@ -157,7 +157,8 @@ def with_product(objective:Objective, x:Tensor, gammas:Tensor, # (k, d) and (k, 
 
 # %% ../nbs/08b_diagnosis.ipynb #3742a98d
 def late_parts(algorithm:Algorithm, objective:Objective, x:Tensor,
-               pairs:Tensor # of γ and the one before it, (k, 2b)
+               pairs:Tensor, # of γ and the one before it, (k, 2b)
+               mean:Tensor # E u, (d,)
               ) -> tuple: # of (k, d)
     "What `step_parts` gives, where the perturbation is that of the batch before"
     other, own = with_source(algorithm, "independent"), with_source(algorithm, "own")
@@ -168,16 +169,16 @@ def late_parts(algorithm:Algorithm, objective:Objective, x:Tensor,
             return objective.grad(points + rho * own.perturbation(objective, points, part))
         return own.mean_over_cuts(of_cut, objective.law, gamma)
     g, u = objective.sample_grad(points, gammas), perturbations(own, objective, points, gammas)
-    mean = mean_perturbation(own, objective, x)
     curved = objective.hvp(points, u - mean) + objective.sample_hvp(points, gammas, mean.expand_as(u))
     G = other.direction(objective, points, pairs) + next_mean(gammas) - next_mean(before)
     return g, u, g + rho * curved, G
 
-def mean_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor) -> Tensor: # (d,)
+def mean_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int
+                     ) -> Tensor: # (d,)
     "E u of one batch, or micro-batch"
     if isinstance(objective, FiniteSum) and algorithm.micro_batch:
         objective = objective.with_batch(algorithm.micro_batch)
-    support = gamma_support(objective, x, 1024, 0)
+    support = gamma_support(objective, x, draws, 0)
     def u(gamma): return perturbations(algorithm, objective, broadcast_paths(x, gamma=gamma), gamma)
     return expectation(u, support, x, objective.chunk)[0]
 
@@ -188,10 +189,12 @@ def perturbations(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Ten
     return algorithm.mean_over_cuts(of_cut, objective.law, gammas)
 
 def step_parts(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor,
-               grad:Tensor) -> tuple: # of (k, d)
+               grad:Tensor, mean_u:Tensor|None=None # (d,) each; E u for the previous batch
+              ) -> tuple: # of (k, d)
     "g, u, c = g + ρHu and G of each γ"
     rho = algorithm.rho
-    if algorithm.source == "previous": return late_parts(algorithm, objective, x, gammas)
+    if algorithm.source == "previous":
+        return late_parts(algorithm, objective, x, gammas, mean_u)
     if algorithm.unperturbed and not overrides(algorithm, "direction"):
         g = objective.sample_grad(x, algorithm.of_gradient(gammas))
         return g, torch.zeros_like(g), g, g
@@ -262,12 +265,14 @@ def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,
     late = algorithm.source == "previous" # then with the γ before
     drawer = with_source(algorithm, "independent") if late else algorithm
     gammas = drawer.draw(objective, (draws,), generator, dtype=x.dtype, device=x.device)
+    mean_u = None
+    if late: mean_u = mean_perturbation(with_source(algorithm, "own"), objective, x, draws)
     projections = {n: [] for n in ("g", "c", "G")}
     sums = {n: Sums() for n in ("g", "c", "gap", "push")}
     pushes, kept, room = [], [], None
     keep = is_fused(algorithm, objective) and draws * len(x) <= 2**26
     for s in bar(chunks(gammas, x, chunk=getattr(objective, "chunk", None))):
-        g, u, c, G = step_parts(algorithm, objective, x, gammas[s], grad)
+        g, u, c, G = step_parts(algorithm, objective, x, gammas[s], grad, mean_u)
         if len(x) >= LARGE and room is None: room = torch.empty_like(g)
         for name, value in {"g": g, "c": c, "G": G}.items(): projections[name].append(value @ V.T)
         for name, value in {"g": g, "c": c}.items(): sums[name].add(value, room)
