@@ -284,3 +284,54 @@ def test_noise_without_the_perturbation_under_momentum():
     """With additive noise the full gradient's perturbation leaves the noise Σ."""
     chain = Chain(USAM(0.3, source="full"), line, 0.1, momentum=0.9)
     close(stationary_covariance(chain).item(), 0.142353105395, 1e-11)
+
+
+def test_noise_of_momentum_as_the_perturbation():
+    """MSAM on the circle: the long-run noise, in two forms; the opposite sign must miss."""
+
+    class AtVelocity(Chain):  # the gradient at x − ρv
+        def trained_step(self, state, gamma):
+            x, v = self.split(state)
+            v = self.momentum * v + self.objective.sample_grad(x - self.algorithm.rho * v, gamma)
+            return torch.cat([x - self.eta * v, v], -1)
+
+    problem, eta_e = periodic_examples(1)[USAM], 2.0**-8
+    chain = AtVelocity(USAM(0.5 * eta_e**0.5), problem, eta_e / 2, momentum=0.5)
+
+    def error(sign, noise):
+        algorithm = USAM(1.0, source="previous")
+        algorithm.rho = sign * chain.algorithm.rho / (1 - chain.momentum)  # may be negative here
+        return exact_error(chain, SDE(algorithm, problem, eta_e / 2, noise=noise, momentum=0.5), 1, phi, 48, 13)
+
+    for noise, known in (("factor", 2.090737e-3), ("truncated", 2.091189e-3)):
+        assert error(-1, noise) == pytest.approx(known, rel=2e-6) and error(1, noise) > 5 * known
+
+
+# --- the second order in the radius
+
+
+def test_first_form_with_the_exact_noise():
+    """At ρ = ½ η^⅓ one more order in ρ restores order 1; without it the order is 0.65."""
+    problem = periodic_examples(1)[USAM]
+
+    def errors(expansion):
+        pairs = [(USAM(0.5 * eta ** (1 / 3)), problem, eta) for eta in (2.0**-9, 2.0**-10)]
+        return [exact_error(Chain(*pair), SDE(*pair, expansion, "exact"), 1, phi) for pair in pairs]
+
+    second, first = errors("second"), errors("first")
+    assert second == pytest.approx([1.685394e-4, 8.326247e-5], rel=2e-6)
+    assert first == pytest.approx([1.016080e-3, 6.457347e-4], rel=2e-6)
+    assert order(second) == pytest.approx(1.02, abs=0.01) and order(first) == pytest.approx(0.65, abs=0.01)
+
+
+def test_the_previous_gradient_is_not_perturbed_itself():
+    """The stationary variance on the line with g of the step before, and with its perturbed gradient in place of it."""
+    known = stationary_covariance(Chain(USAM(0.3, source="previous"), line, 0.1)).item()
+    close(known, 0.028095223748, 1e-11)
+    lam, rho, eta, s = 1.3, 0.3, 0.1, 0.7
+    gradient, noise = np.array([lam, lam * rho]), s  # G = λ(x + ρ G_before) + s ξ
+    F = np.array([[1, 0], [0, 0]]) + np.outer([-eta, 1], gradient)
+    B = np.array([-eta, 1]) * noise
+    V = np.linalg.solve(np.eye(4) - np.kron(F, F), np.outer(B, B).ravel())
+    close(V[0], 0.032410954341, 1e-11)
+    assert abs(V[0] - known) > 0.004
