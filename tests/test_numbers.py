@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from samsde.algorithm import SAM, SGD, USAM, Algorithm, Chain
+from samsde.algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
 from samsde.experiments.examples import g_i, line, three
 from samsde.hessian_noise import cross_covariance, noise_covariance
 from samsde.implicit_regularizer import drift
-from samsde.objective import FiniteSum
+from samsde.objective import FiniteSum, Quadratic
 from samsde.random_direction import gaussian_direction
 from samsde.sde import SDE
 from samsde.weak_errors import exact_error, mean_of_chain, mean_of_sde, periodic_examples, stationary_covariance, torus_nodes
@@ -335,3 +335,25 @@ def test_the_previous_gradient_is_not_perturbed_itself():
     V = np.linalg.solve(np.eye(4) - np.kron(F, F), np.outer(B, B).ravel())
     close(V[0], 0.032410954341, 1e-11)
     assert abs(V[0] - known) > 0.004
+
+
+# --- SAM on the three samples and at a maximum
+
+
+def test_sam_on_single_samples():
+    """DNSAM's numbers are USAM's over ‖ḡ‖, and SAM's are not."""
+    S = [[0.7101650562, 0.6314757303], [1.1836084269, 1.2746817728]]
+    close(mean_Hu(SAM(0.1), three()), (1.7101650562, -0.0351909363))
+    close(cross_covariance(SAM(0.1), three(), origin), S)
+    scale = 3 / 13**0.5
+    assert_close(mean_Hu(DNSAM(0.1), three()), scale * mean_Hu(USAM(0.1), three()))
+    assert_close(cross_covariance(DNSAM(0.1), three(), origin), scale * cross_covariance(USAM(0.1), three(), origin))
+    assert not torch.allclose(cross_covariance(DNSAM(0.1), three(), origin), torch.tensor(S, dtype=F64), rtol=0.05)
+
+
+def test_two_covariances_at_a_maximum():
+    """Of g + ρHu it is that of a step, here exactly; the linear response of u has another term in ρ²."""
+    top, x, draws = Quadratic(-torch.eye(1, dtype=F64), 0.2), torch.zeros(1, dtype=F64), 100_000
+    close(noise_covariance(SAM(0.1), top, x).item(), 0.01445, 1e-5)
+    step = noise_covariance(SAM(0.1), top, x, "exact", draws=draws).item()
+    assert abs(step / 0.01808 - 1) < 4 * (2 / draws) ** 0.5 < abs(step / 0.01445 - 1)
