@@ -2,6 +2,7 @@
 A notebook runs as a reader may run it: in an empty folder, with a copy of the library alone.
 While the tests run, notebooks are run beside them, from the last to the first: two processes, of one thread each."""
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,8 +21,8 @@ RUN = """
 import sys
 from pathlib import Path
 from nbdev.test import test_nb
-path, skipped, *forced = sys.argv[1:]
-sys.modules["pytest"] = None  # a tool for developers
+path, absent, skipped, *forced = sys.argv[1:]
+sys.modules |= dict.fromkeys(absent.split())  # they cannot be imported
 passed, _ = test_nb(Path(path), skip_flags=skipped.split(), force_flags=forced)
 sys.exit(not passed)
 """
@@ -57,12 +58,19 @@ def pytest_runtestloop(session):
 
 
 class NotebookFile(pytest.File):
+    "A notebook that compares with another package runs without that one too."
     def collect(self):
         yield Notebook.from_parent(self, name="notebook")
+        others = re.findall(r"except ImportError: (\w+) = None", self.path.read_text(encoding="utf-8"))
+        if others: yield Notebook.from_parent(self, name=f"without {' '.join(others)}", absent=others)
 
 
 class Notebook(pytest.Item):
     beside = process = None
+
+    def __init__(self, *, absent=(), **how):
+        super().__init__(**how)
+        self.absent = " ".join(["pytest", *absent])
 
     def execute(self):
         "The exit status, and all that was printed"
@@ -76,8 +84,8 @@ class Notebook(pytest.Item):
             return (1, f"{text}\nit left {left} beside itself") if left else (status, text)
 
     def run(self, path, library, flags):
-        env = os.environ | dict(PYTHONPATH=str(library))
-        self.process = subprocess.Popen([sys.executable, "-c", RUN, path, *flags], cwd=Path(path).parent, env=env,
+        command = [sys.executable, "-c", RUN, path, self.absent, *flags]
+        self.process = subprocess.Popen(command, cwd=Path(path).parent, env=os.environ | dict(PYTHONPATH=str(library)),
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         text, _ = self.process.communicate()
         return self.process.returncode, text
@@ -95,7 +103,7 @@ class Notebook(pytest.Item):
         return str(excinfo.value) if excinfo.errisinstance(NotebookError) else super().repr_failure(excinfo, style)
 
     def reportinfo(self):
-        return self.path, None, str(self.path.relative_to(ROOT))
+        return self.path, None, f"{self.path.relative_to(ROOT)}::{self.name}"
 
 
 class NotebookError(Exception):
