@@ -1,5 +1,6 @@
 "Build the site into _docs, with Quarto where it is on the PATH and with smalldocs where it isn't."
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from tempfile import TemporaryDirectory
 import nbdev.quarto
 import nbdev.showdoc
 import yaml
+from fontTools import subset
 from nbdev.config import get_config
 from nbdev.doclinks import _nbpath2html
 from pygments import highlight
@@ -151,6 +153,28 @@ def write_sources(site, cfg):
 PICTURE = re.compile(r'(?s)(?:<\?xml[^>]*\?>\s*)?(?:<!DOCTYPE svg[^>]*>\s*)?(<svg [^>]*\bwidth="([\d.]+)pt".*?</svg>)')  # as matplotlib writes them
 
 
+GROUP = re.compile(r"<g((?: [\w-]+=\"[^\"]*\")*)>((?:<(?:use|path) [^>]*/>){2,})</g>")
+
+
+def lighter(svg):
+    "The same picture in fewer bytes: what all parts of a group say, the group says for them; no group that says nothing, no comment, no zero at the end of a number."
+    svg = re.sub(r"(?s)<!--.*?-->", "", shrink(svg))
+    svg = re.sub(r'(?<= d=")[^"]*|(?<= [xy]=")[^"]*', lambda m: re.sub(r"(\.\d*?)0+(?!\d)", lambda n: n[1].rstrip("."), m[0]), svg)
+
+    def share(m):
+        head, parts = m[1] or "", m[2]
+        for said in dict.fromkeys(re.findall(r' (?:style|clip-path)="[^"]*"', parts)):
+            name = said.partition("=")[0]
+            own = re.search('[";](?:opacity|stroke-line)', said)  # means another thing for a group; matplotlib's style sheet gives it to every part
+            if own or name in head or parts.count(said) < parts.count("/>"): continue
+            head, parts = head + said, parts.replace(said, "")
+        return f"<g{head}>{parts}</g>"
+
+    svg, more = re.sub(r'\s+(?=")', "", GROUP.sub(share, svg)), True
+    while more: svg, more = re.subn(r"(?s)<g>((?:(?!</?g[ >]).)*)</g>", r"\1", svg)
+    return svg
+
+
 def write_pictures(site, name, html):
     "Pictures as files of their own, 100 pixels to an inch, with their caption as alternative text, and a link to see them alone."
     count = 0
@@ -162,7 +186,7 @@ def write_pictures(site, name, html):
         alt = escape(unescape(re.sub(r"<[^>]+>", "", caption[1])).strip()) if caption else ""
         picture = f"pictures/{name[:-5].replace('/', '_')}-{count}.svg"
         (site/picture).parent.mkdir(exist_ok=True)
-        (site/picture).write_text(shrink(m[1]), encoding="utf-8")
+        (site/picture).write_text(lighter(m[1]), encoding="utf-8")
         place = "../" * name.count("/") + picture
         later = ' loading="lazy"' if html[:m.start()].endswith("<figure hidden>") else ""  # a frame that a slider may ask for
         return f'<a href="{place}"><img src="{place}" alt="{alt}" width="{round(float(m[2]) / .72)}" class="img-fluid"{later}></a>'
@@ -213,19 +237,43 @@ def search_offline(site, cfg):
     shutil.rmtree(site/"site_libs"/"fuse")
 
 
+def keep_used(css, used):
+    "The rules of a style sheet whose classes are all in use."
+    licence = re.match(r"(?s)(@charset[^;]*;)?(/\*!.*?\*/\s*)*", css)[0]
+
+    def rule(m):
+        kept = [s for s in re.split(r",(?![^(]*\))", m[1]) if set(re.findall(r"\.(-?[A-Za-z_][\w-]*)", s)) <= used]
+        return f"{','.join(kept)}{{{m[2]}}}" if kept else ""
+
+    rules = re.sub(r"([^{}@;]+)\{([^{}]*)\}", rule, re.sub(r"(?s)/\*.*?\*/", "", css[len(licence):]))
+    return licence + re.sub(r"@media[^{}]*\{\}", "", rules)
+
+
 def lighten(site):
-    "Ask for no font that is not there, and keep the icons that are used."
-    for css in site.rglob("*.css"):
-        text = css.read_text(encoding="utf-8")
+    "Ask for no font that is not there, and keep the rules and the icons that are used: on some page, or by a script."
+    libs = site/"site_libs"
+    used = {word for p in site.rglob("*.html") for names in re.findall(r'class="([^"]*)"', p.read_text(encoding="utf-8")) for word in names.split()}
+    icons = libs/"bootstrap-icons"/"bootstrap-icons.min.css"
+    text = keep_used(icons.read_text(encoding="utf-8"), used)
+    icons.write_text(re.sub(r"src:[^;}]*", 'src:url("fonts/bootstrap-icons.woff") format("woff")', text), encoding="utf-8")
+    for p in libs.rglob("*.js"): used |= set(re.findall(r"[\w-]+", p.read_text(encoding="utf-8")))
+    for css in (*(libs/"themes").glob("*.css"), libs/"smalldocs.css"):
+        text = keep_used(css.read_text(encoding="utf-8"), used)
         text = re.sub(r"""@import\s*(?:url\()?["']?https://fonts\.[^"')]*["']?\)?;""", "", text)
-        text = re.sub(r"""(?:"Source Sans Pro"|"?\bLato\b"?)\s*,\s*""", "", text)
-        css.write_text(text, encoding="utf-8")
-    used = set(re.findall(r"\bbi-[a-z0-9-]+", "".join(p.read_text(encoding="utf-8") for p in site.rglob("*.html"))))
-    icons = site/"site_libs"/"bootstrap-icons"/"bootstrap-icons.min.css"
-    text = icons.read_text(encoding="utf-8")
-    icons.write_text(re.sub(r"\.(bi-[a-z0-9-]+)::before\{[^}]*\}", lambda m: m[0] if m[1] in used else "", text), encoding="utf-8")
-    for p in (site/"site_libs"/"bootstrap-icons").rglob("*.woff"): p.unlink()  # every browser that reads KaTeX's fonts reads woff2
-    icons.write_text(re.sub(r""",\s*url\([^)]*\.woff\?[^)]*\)\s*format\("woff"\)""", "", icons.read_text(encoding="utf-8")), encoding="utf-8")
+        css.write_text(re.sub(r"""(?:"Source Sans Pro"|"?\bLato\b"?)\s*,\s*""", "", text), encoding="utf-8")
+    shown = {int(code, 16) for css in libs.rglob("*.css") for code in re.findall(r'content:\s*"\\(f[0-9a-f]{3})"', css.read_text(encoding="utf-8"))}
+    keep_icons(icons.parent/"fonts"/"bootstrap-icons.woff", shown)
+    (icons.parent/"fonts"/"bootstrap-icons.woff2").unlink()
+
+
+def keep_icons(path, codes):
+    "Leave these characters alone in a font."
+    options = subset.Options(flavor="woff")
+    logging.getLogger("fontTools").setLevel("ERROR")  # the font of the icons has two bytes too many
+    font, subsetter = subset.load_font(path, options), subset.Subsetter(options)
+    subsetter.populate(unicodes=codes)
+    subsetter.subset(font)
+    subset.save_font(font, path, options)
 
 
 def fetch_katex():
