@@ -61,7 +61,7 @@ class NotebookFile(pytest.File):
     "A notebook that compares with another package runs without that one too."
     def collect(self):
         yield Notebook.from_parent(self, name="notebook")
-        others = re.findall(r"except ImportError: (\w+) = None", self.path.read_text(encoding="utf-8"))
+        others = {*re.findall(r'find_spec\(\\"(\w+)\\"\)', self.path.read_text(encoding="utf-8"))}
         if others: yield Notebook.from_parent(self, name=f"without {' '.join(others)}", absent=others)
 
 

@@ -158,7 +158,7 @@ def imported(statement):
 
 
 def strangers(source, requirements):
-    "What a cell imports at its top level that does not come with the library, unless it does without (`except ImportError`)."
+    "What a cell imports at its top level that does not come with the library, unless it does without (`if find_spec(…)`)."
     return {name for statement in ast.parse(source).body for name in imported(statement)} - WITH_THE_LIBRARY - requirements
 
 
