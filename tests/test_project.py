@@ -111,6 +111,15 @@ def test_changes_begin_with_this_version_or_what_is_to_come():
     assert re.findall(r"^## (.*)", text, re.M)[:2] in (["Unreleased", samsde.__version__], [samsde.__version__])
 
 
+def test_outputs_hold_no_warning_and_no_address():
+    for path in notebooks():
+        for cell in cells_of(path):
+            for out in cell.get("outputs", []):
+                said = "".join([*out.get("text", ()), *out.get("data", {}).get("text/plain", ())])
+                rich = {"text/html", "text/markdown", "image/svg+xml", "image/png"} & out.get("data", {}).keys()
+                assert not re.search(r"Warning:|/tmp/|/home/" if rich else r"Warning:|/tmp/|/home/|<matplotlib| at 0x", said), (path.name, cell["id"], said)
+
+
 INSTALL = """#| hide
 # where the package is missing, on Colab say, it is installed
 try: import samsde
