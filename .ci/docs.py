@@ -313,6 +313,30 @@ def name_parts(html):
     return re.sub(r"(?s)<(thead|tbody)>.*?</\1>", scoped, html)
 
 
+STACKED = "parameter method name claim task framework".split() + ["it holds that", "you want"]  # the first heads of tables of sentences
+UNSAID = {"type", "meaning", "what it does", "what it is"}
+
+
+def stack_tables(html):
+    "Mark tables of sentences, whose cells a phone shows below each other, and write to the cells what they are."
+    def row(m, heads):
+        left = iter(heads)
+
+        def cell(_):
+            head = next(left, "")
+            return "<td" if head in (heads[0], *UNSAID, "") else f'<td data-head="{head}{"" if head[-1] == "." else ":"}"'
+
+        return re.sub(r"<td\b", cell, m[0])
+
+    def table(m):
+        heads = [unescape(re.sub(r"<[^>]+>", "", head)).strip() for head in re.findall(r"(?s)<th\b[^>]*>(.*?)</th>", m[0].partition("</thead>")[0])]
+        if not heads or heads[0] not in STACKED: return m[0]
+        rows = re.sub(r"(?s)<tr\b.*?</tr>", lambda found: row(found, heads), m[0])
+        return re.sub(r"<table[^>]*>", f'<table class="caption-top table stacked {heads[0].split()[0]}s">', rows, count=1)
+
+    return re.sub(r"(?s)<table\b.*?</table>", table, html)
+
+
 def finish(site, cfg):
     "Make the pages stand alone: relative links between them, no link to an address that doesn't exist, KaTeX beside them."
     docs = f"{cfg.doc_host}{cfg.doc_baseurl}/"
@@ -325,9 +349,13 @@ def finish(site, cfg):
         up = "../"*name.count("/")
 
         def local(m):
-            page, anchor = m[1], m[2]
-            while anchor and anchor not in ids.get(page, ()): anchor = anchor.rpartition(".")[0]  # a method without a heading: its class
-            return f'href="{up}{page}{"#" + anchor if anchor else ""}"'
+            page, anchor, text = m[1], m[2], m[3]
+            while anchor and anchor not in ids.get(page, ()) | ids[name]: anchor = anchor.rpartition(".")[0]  # a method without a heading: its class
+            if anchor in ids[name]: return f'<a href="#{anchor}">{text}</a>'
+            folder, here = page.rpartition("/")[0], name.rpartition("/")[0]
+            others = [other for other in ids if other != page and other.rpartition("/")[0] == folder and anchor in ids[other]]
+            meant = not folder or (folder == here and not others)  # else a word that happens to be a helper's name
+            return f'<a href="{up}{page}#{anchor}">{text}</a>' if anchor and meant else text
 
         def source(m):
             place = places.get((name, m[2].rpartition(".")[2]))
@@ -335,9 +363,9 @@ def finish(site, cfg):
 
         html = re.sub(rf'<a [^>]*href="{re.escape(cfg.git_url)}(/([\w.]+)")?[^>]*>.*?</a>', lambda m: source(m) if m[2] else "", html)
         html = re.sub(r'(<div class="sidebar-title[^>]*><a href=")[./]*"', rf'\1{up}index.html"', html)  # a folder is no page on a disk
-        html = re.sub(rf'href="{re.escape(docs)}([^"#]*)#?([^"]*)"', local, html)
+        html = re.sub(rf'(?s)<a href="{re.escape(docs)}([^"#]*)#?([^"]*)"[^>]*>(.*?)</a>', local, html)
         html = re.sub(r"(?s)<td.*?</td>", lambda m: re.sub(r"<code>[^<]*", lambda code: re.sub(r"([_.])(?=\w)", r"\1<wbr>", code[0]), m[0]), html)  # a phone breaks long names there
-        html = write_pictures(site, name, name_parts(html))
+        html = write_pictures(site, name, stack_tables(name_parts(html)))
         if katex: html = CDN.sub(f"{up}site_libs/katex", html)
         (site/name).write_text(html, encoding="utf-8")
     if not katex: print("without npm, the pages load KaTeX from its usual address")
