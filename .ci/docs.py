@@ -313,7 +313,7 @@ def name_parts(html):
     return re.sub(r"(?s)<(thead|tbody)>.*?</\1>", scoped, html)
 
 
-STACKED = "parameter method name claim task framework".split() + ["it holds that", "you want"]  # the first heads of tables of sentences
+STACKED = "parameter method name claim task framework symbol".split() + ["it holds that", "you want"]  # the first heads of tables of sentences
 UNSAID = {"type", "meaning", "what it does", "what it is"}
 
 
