@@ -329,6 +329,24 @@ def test_pages_are_light(pages):
     assert (SITE/"search.js").stat().st_size < 1e6 and not (SITE/"search.json").exists()
 
 
+def test_what_every_page_loads_is_light(smalldocs):
+    "Both themes, since the one that is not seen holds up no page; the icons."
+    themes = [p.stat().st_size for p in (SITE/"site_libs"/"themes").glob("*.css")]
+    assert len(themes) == 2 and sum(themes) < 1e5
+    assert sum(p.stat().st_size for p in (SITE/"site_libs"/"bootstrap-icons").rglob("*.*") if p.is_file()) < 1e4
+
+
+def test_icons_are_seen(browser, smalldocs):
+    "The font has the icons that the style sheet asks for; the control is a character that it has not."
+    browser.open(SITE/"sde.html", width=400)
+    browser.js("document.fonts.load('16px bootstrap-icons', '\\uf461').then(() => 0)")
+    wide = "(c) => { const g = document.createElement('canvas').getContext('2d'); g.font = '100px bootstrap-icons'; const a = g.measureText(c); return [a.width, a.actualBoundingBoxAscent]; }"
+    asked = re.findall(r'content:"\\(f[0-9a-f]{3})"', (SITE/"site_libs"/"bootstrap-icons"/"bootstrap-icons.min.css").read_text(encoding="utf-8"))
+    seen = [browser.js(f"({wide})(String.fromCharCode(0x{code}))") for code in asked]
+    absent = browser.js(f"({wide})(String.fromCharCode(0xf001))")
+    assert len(asked) > 3 and all(abs(width - 100) < .01 for width, _ in seen) and abs(absent[0] - 100) > 1, (seen, absent)
+
+
 @pytest.mark.parametrize("page, name, words", [
     ("sde.html", "sde", "learning rate η"), ("ensemble.html", "simulate", "number of paths"), ("ensemble.html", "ensemble", "standard error of the mean"),
     ("objective.html", "support", "values along the first axis"), ("objective.html", "objective", "Hessian-vector products")])
