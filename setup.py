@@ -25,7 +25,7 @@ setup(
                  "Programming Language :: Python :: 3",
                  *(f"Programming Language :: Python :: 3.{minor}" for minor in range(oldest, 15))],
     packages=find_packages(include=["samsde", "samsde.*"]),
-    package_data={"samsde": ["py.typed"]},
+    package_data={"samsde": ["py.typed"], "samsde.experiments": ["measured/*.csv"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "frameworks": cfg["frameworks_requirements"].split()},

@@ -1,5 +1,6 @@
 "Build the site into _docs, with Quarto where it is on the PATH and with smalldocs where it isn't."
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from tempfile import TemporaryDirectory
 import nbdev.quarto
 import nbdev.showdoc
 import yaml
+from fontTools import subset
 from nbdev.config import get_config
 from nbdev.doclinks import _nbpath2html
 from pygments import highlight
@@ -151,6 +153,28 @@ def write_sources(site, cfg):
 PICTURE = re.compile(r'(?s)(?:<\?xml[^>]*\?>\s*)?(?:<!DOCTYPE svg[^>]*>\s*)?(<svg [^>]*\bwidth="([\d.]+)pt".*?</svg>)')  # as matplotlib writes them
 
 
+GROUP = re.compile(r"<g((?: [\w-]+=\"[^\"]*\")*)>((?:<(?:use|path) [^>]*/>){2,})</g>")
+
+
+def lighter(svg):
+    "The same picture in fewer bytes: what all parts of a group say, the group says for them; no group that says nothing, no comment, no zero at the end of a number."
+    svg = re.sub(r"(?s)<!--.*?-->", "", shrink(svg))
+    svg = re.sub(r'(?<= d=")[^"]*|(?<= [xy]=")[^"]*', lambda m: re.sub(r"(\.\d*?)0+(?!\d)", lambda n: n[1].rstrip("."), m[0]), svg)
+
+    def share(m):
+        head, parts = m[1] or "", m[2]
+        for said in dict.fromkeys(re.findall(r' (?:style|clip-path)="[^"]*"', parts)):
+            name = said.partition("=")[0]
+            own = re.search('[";](?:opacity|stroke-line)', said)  # means another thing for a group; matplotlib's style sheet gives it to every part
+            if own or name in head or parts.count(said) < parts.count("/>"): continue
+            head, parts = head + said, parts.replace(said, "")
+        return f"<g{head}>{parts}</g>"
+
+    svg, more = re.sub(r'\s+(?=")', "", GROUP.sub(share, svg)), True
+    while more: svg, more = re.subn(r"(?s)<g>((?:(?!</?g[ >]).)*)</g>", r"\1", svg)
+    return svg
+
+
 def write_pictures(site, name, html):
     "Pictures as files of their own, 100 pixels to an inch, with their caption as alternative text, and a link to see them alone."
     count = 0
@@ -162,7 +186,7 @@ def write_pictures(site, name, html):
         alt = escape(unescape(re.sub(r"<[^>]+>", "", caption[1])).strip()) if caption else ""
         picture = f"pictures/{name[:-5].replace('/', '_')}-{count}.svg"
         (site/picture).parent.mkdir(exist_ok=True)
-        (site/picture).write_text(shrink(m[1]), encoding="utf-8")
+        (site/picture).write_text(lighter(m[1]), encoding="utf-8")
         place = "../" * name.count("/") + picture
         later = ' loading="lazy"' if html[:m.start()].endswith("<figure hidden>") else ""  # a frame that a slider may ask for
         return f'<a href="{place}"><img src="{place}" alt="{alt}" width="{round(float(m[2]) / .72)}" class="img-fluid"{later}></a>'
@@ -213,19 +237,43 @@ def search_offline(site, cfg):
     shutil.rmtree(site/"site_libs"/"fuse")
 
 
+def keep_used(css, used):
+    "The rules of a style sheet whose classes are all in use."
+    licence = re.match(r"(?s)(@charset[^;]*;)?(/\*!.*?\*/\s*)*", css)[0]
+
+    def rule(m):
+        kept = [s for s in re.split(r",(?![^(]*\))", m[1]) if set(re.findall(r"\.(-?[A-Za-z_][\w-]*)", s)) <= used]
+        return f"{','.join(kept)}{{{m[2]}}}" if kept else ""
+
+    rules = re.sub(r"([^{}@;]+)\{([^{}]*)\}", rule, re.sub(r"(?s)/\*.*?\*/", "", css[len(licence):]))
+    return licence + re.sub(r"@media[^{}]*\{\}", "", rules)
+
+
 def lighten(site):
-    "Ask for no font that is not there, and keep the icons that are used."
-    for css in site.rglob("*.css"):
-        text = css.read_text(encoding="utf-8")
+    "Ask for no font that is not there, and keep the rules and the icons that are used: on some page, or by a script."
+    libs = site/"site_libs"
+    used = {word for p in site.rglob("*.html") for names in re.findall(r'class="([^"]*)"', p.read_text(encoding="utf-8")) for word in names.split()}
+    icons = libs/"bootstrap-icons"/"bootstrap-icons.min.css"
+    text = keep_used(icons.read_text(encoding="utf-8"), used)
+    icons.write_text(re.sub(r"src:[^;}]*", 'src:url("fonts/bootstrap-icons.woff") format("woff")', text), encoding="utf-8")
+    for p in libs.rglob("*.js"): used |= set(re.findall(r"[\w-]+", p.read_text(encoding="utf-8")))
+    for css in (*(libs/"themes").glob("*.css"), libs/"smalldocs.css"):
+        text = keep_used(css.read_text(encoding="utf-8"), used)
         text = re.sub(r"""@import\s*(?:url\()?["']?https://fonts\.[^"')]*["']?\)?;""", "", text)
-        text = re.sub(r"""(?:"Source Sans Pro"|"?\bLato\b"?)\s*,\s*""", "", text)
-        css.write_text(text, encoding="utf-8")
-    used = set(re.findall(r"\bbi-[a-z0-9-]+", "".join(p.read_text(encoding="utf-8") for p in site.rglob("*.html"))))
-    icons = site/"site_libs"/"bootstrap-icons"/"bootstrap-icons.min.css"
-    text = icons.read_text(encoding="utf-8")
-    icons.write_text(re.sub(r"\.(bi-[a-z0-9-]+)::before\{[^}]*\}", lambda m: m[0] if m[1] in used else "", text), encoding="utf-8")
-    for p in (site/"site_libs"/"bootstrap-icons").rglob("*.woff"): p.unlink()  # every browser that reads KaTeX's fonts reads woff2
-    icons.write_text(re.sub(r""",\s*url\([^)]*\.woff\?[^)]*\)\s*format\("woff"\)""", "", icons.read_text(encoding="utf-8")), encoding="utf-8")
+        css.write_text(re.sub(r"""(?:"Source Sans Pro"|"?\bLato\b"?)\s*,\s*""", "", text), encoding="utf-8")
+    shown = {int(code, 16) for css in libs.rglob("*.css") for code in re.findall(r'content:\s*"\\(f[0-9a-f]{3})"', css.read_text(encoding="utf-8"))}
+    keep_icons(icons.parent/"fonts"/"bootstrap-icons.woff", shown)
+    (icons.parent/"fonts"/"bootstrap-icons.woff2").unlink()
+
+
+def keep_icons(path, codes):
+    "Leave these characters alone in a font."
+    options = subset.Options(flavor="woff")
+    logging.getLogger("fontTools").setLevel("ERROR")  # the font of the icons has two bytes too many
+    font, subsetter = subset.load_font(path, options), subset.Subsetter(options)
+    subsetter.populate(unicodes=codes)
+    subsetter.subset(font)
+    subset.save_font(font, path, options)
 
 
 def fetch_katex():
@@ -265,6 +313,30 @@ def name_parts(html):
     return re.sub(r"(?s)<(thead|tbody)>.*?</\1>", scoped, html)
 
 
+STACKED = "parameter method name claim task framework symbol".split() + ["it holds that", "you want"]  # the first heads of tables of sentences
+UNSAID = {"type", "meaning", "what it does", "what it is"}
+
+
+def stack_tables(html):
+    "Mark tables of sentences, whose cells a phone shows below each other, and write to the cells what they are."
+    def row(m, heads):
+        left = iter(heads)
+
+        def cell(_):
+            head = next(left, "")
+            return "<td" if head in (heads[0], *UNSAID, "") else f'<td data-head="{head}{"" if head[-1] == "." else ":"}"'
+
+        return re.sub(r"<td\b", cell, m[0])
+
+    def table(m):
+        heads = [unescape(re.sub(r"<[^>]+>", "", head)).strip() for head in re.findall(r"(?s)<th\b[^>]*>(.*?)</th>", m[0].partition("</thead>")[0])]
+        if not heads or heads[0] not in STACKED: return m[0]
+        rows = re.sub(r"(?s)<tr\b.*?</tr>", lambda found: row(found, heads), m[0])
+        return re.sub(r"<table[^>]*>", f'<table class="caption-top table stacked {heads[0].split()[0]}s">', rows, count=1)
+
+    return re.sub(r"(?s)<table\b.*?</table>", table, html)
+
+
 def finish(site, cfg):
     "Make the pages stand alone: relative links between them, no link to an address that doesn't exist, KaTeX beside them."
     docs = f"{cfg.doc_host}{cfg.doc_baseurl}/"
@@ -277,9 +349,13 @@ def finish(site, cfg):
         up = "../"*name.count("/")
 
         def local(m):
-            page, anchor = m[1], m[2]
-            while anchor and anchor not in ids.get(page, ()): anchor = anchor.rpartition(".")[0]  # a method without a heading: its class
-            return f'href="{up}{page}{"#" + anchor if anchor else ""}"'
+            page, anchor, text = m[1], m[2], m[3]
+            while anchor and anchor not in ids.get(page, ()) | ids[name]: anchor = anchor.rpartition(".")[0]  # a method without a heading: its class
+            if anchor in ids[name]: return f'<a href="#{anchor}">{text}</a>'
+            folder, here = page.rpartition("/")[0], name.rpartition("/")[0]
+            others = [other for other in ids if other != page and other.rpartition("/")[0] == folder and anchor in ids[other]]
+            meant = not folder or (folder == here and not others)  # else a word that happens to be a helper's name
+            return f'<a href="{up}{page}#{anchor}">{text}</a>' if anchor and meant else text
 
         def source(m):
             place = places.get((name, m[2].rpartition(".")[2]))
@@ -287,9 +363,9 @@ def finish(site, cfg):
 
         html = re.sub(rf'<a [^>]*href="{re.escape(cfg.git_url)}(/([\w.]+)")?[^>]*>.*?</a>', lambda m: source(m) if m[2] else "", html)
         html = re.sub(r'(<div class="sidebar-title[^>]*><a href=")[./]*"', rf'\1{up}index.html"', html)  # a folder is no page on a disk
-        html = re.sub(rf'href="{re.escape(docs)}([^"#]*)#?([^"]*)"', local, html)
+        html = re.sub(rf'(?s)<a href="{re.escape(docs)}([^"#]*)#?([^"]*)"[^>]*>(.*?)</a>', local, html)
         html = re.sub(r"(?s)<td.*?</td>", lambda m: re.sub(r"<code>[^<]*", lambda code: re.sub(r"([_.])(?=\w)", r"\1<wbr>", code[0]), m[0]), html)  # a phone breaks long names there
-        html = write_pictures(site, name, name_parts(html))
+        html = write_pictures(site, name, stack_tables(name_parts(html)))
         if katex: html = CDN.sub(f"{up}site_libs/katex", html)
         (site/name).write_text(html, encoding="utf-8")
     if not katex: print("without npm, the pages load KaTeX from its usual address")

@@ -23,7 +23,7 @@ work = Path(sys.argv[1])
 (sdist,), (wheel,) = ((work/"dist").glob(pattern) for pattern in ("*.tar.gz", "*.whl"))
 inside = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
 packed = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-ours = {p.relative_to(work/"source").as_posix() for p in (work/"source"/"samsde").rglob("*") if p.suffix == ".py" or p.name == "py.typed"}
+ours = {p.relative_to(work/"source").as_posix() for p in (work/"source"/"samsde").rglob("*") if p.suffix in (".py", ".csv") or p.name == "py.typed"}
 if packed != ours: sys.exit(f"the wheel lacks {sorted(ours - packed)}, and has {sorted(packed - ours)} beside the library")
 if missing := (ours | {"settings.ini", "constraints.txt", "README.md", "LICENSE", "setup.py", "pyproject.toml"}) - inside: sys.exit(f"the sdist lacks {sorted(missing)}")
 EOF

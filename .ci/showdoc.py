@@ -7,7 +7,8 @@ from textwrap import wrap
 
 from fastcore.docments import ShowDocRenderer, docments, empty
 from nbdev.config import get_config
-from nbdev.doclinks import NbdevLookup
+
+from samsde import _modidx
 
 OWN = ("self", "cls")  # not given by a caller
 
@@ -51,6 +52,15 @@ def fields(named):
     return {name: dict(anno=p.annotation, default=p.default, docment=comment(name)) for name, p in inspect.signature(named).parameters.items()}
 
 
+def home(sym):
+    "The module that exports a class: two may export one of the same name, with other bases"
+    names = [base.__name__ for base in sym.__mro__]
+    for path in _modidx.d["syms"]:
+        module = import_module(path)
+        there = getattr(module, sym.__name__, None)
+        if inspect.isclass(there) and [base.__name__ for base in there.__mro__] == names and sym.__name__ in module.__all__: return module
+
+
 class Shown:
     "A default that prints as it was written"
     def __init__(self, default): self.default = default
@@ -65,8 +75,7 @@ class Renderer(ShowDocRenderer):
         "Rows of the table of parameters; none where there is nothing to say but a name"
         sym = self.sym
         if is_dataclass(sym) or hasattr(sym, "_fields"):  # the comments are found in the module alone, not in a notebook's cell
-            _, path, _ = NbdevLookup()[self.nm]
-            sym = getattr(import_module(path.removesuffix(".py").replace("/", ".")), self.nm)
+            sym = getattr(home(sym), self.nm)
         try: found = fields(sym) if hasattr(sym, "_fields") else docments(sym, full=True, args_kwargs=True)
         except (TypeError, OSError): return []
         if not any(p.get("docment") for p in found.values()): return []
@@ -83,14 +92,20 @@ class Renderer(ShowDocRenderer):
                 rows.append([shown, type_ + ("" if default is empty else f" = `{value(default)}`"), meaning])
         return rows
 
+    def bases(self):
+        "A class and those of its bases that have no table of their own, and the name of the base that has one"
+        if not inspect.isclass(self.sym): return [], None
+        public = home(self.sym).__all__
+        ours = [base for base in self.sym.__mro__[1:] if base.__module__ == self.sym.__module__]
+        shown = next((base for base in ours if base.__name__ in public), None)
+        there = shown.__mro__ if shown else ()
+        return [self.sym, *(base for base in ours if base not in there)], shown and shown.__name__
+
     def methods(self):
         "Rows of the table of a class's methods and properties that have a docstring: its own, and those of bases that are no public name"
-        if not inspect.isclass(self.sym): return []
-        _, path, _ = NbdevLookup()[self.nm]
-        public = import_module(path.removesuffix(".py").replace("/", ".")).__all__
-        bases = [base for base in self.sym.__mro__[1:] if base.__module__ == self.sym.__module__ and base.__name__ not in public]
+        bases, _ = self.bases()
         found = {}
-        for kind in [*reversed(bases), self.sym]: found |= vars(kind)
+        for kind in reversed(bases): found |= vars(kind)
         for name, member in found.items():
             fn = getattr(member, "fget", None) or getattr(member, "__func__", member)
             if name[0] == "_" or not inspect.isfunction(fn) or not fn.__doc__: continue
@@ -105,4 +120,6 @@ class Renderer(ShowDocRenderer):
         if self.docs and self.sym.__doc__: parts.append(plain(self.docs))
         if rows: parts.append(table(["parameter", "type", "meaning"], rows))
         if methods: parts.append(table(["method", "what it does"], methods))
+        _, base = self.bases()
+        if base: parts.append(f"It has the methods of `{base}`" + (" too." if methods else "."))
         return "\n\n".join(part for part in parts if part)

@@ -12,22 +12,20 @@ from samsde.cli import EXPERIMENTS
 from samsde.experiments import flat_minima, micro_batches, training
 from samsde.experiments.experiment import VERDICTS
 
-MEASURED = Path(__file__).parent.parent/"nbs"/"experiments"/"measured"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_results_are_judged(name):
     """Every experiment has a table of its full setting, whose verdicts name numbers and nothing that is none."""
-    verdicts = EXPERIMENTS[name].verdicts(pd.read_csv(MEASURED/f"{name}.csv"))
+    verdicts = EXPERIMENTS[name].verdicts(EXPERIMENTS[name].measured())
     assert len(verdicts) and all(v.verdict in VERDICTS for v in verdicts)
     for v in verdicts: assert "nan" not in v.measured.split() and any(c.isdigit() for c in v.measured), v
 
 
-def test_the_site_says_so(monkeypatch):
+def test_the_site_says_so():
     """The page `what holds` shows what its cells make of the tables."""
-    nbs = MEASURED.parent.parent
-    monkeypatch.chdir(nbs)
-    cells = [c for c in json.loads((nbs/"what_holds.ipynb").read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    cells = [c for c in json.loads((ROOT/"nbs"/"what_holds.ipynb").read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     names, shown = {}, 0
     for cell in cells[1:]:
         *body, last = ast.parse("".join(cell["source"])).body
@@ -42,7 +40,7 @@ def test_the_site_says_so(monkeypatch):
 
 
 def test_no_result_without_an_experiment():
-    assert {p.stem for p in MEASURED.glob("*.csv")} == set(EXPERIMENTS)
+    assert {p.stem for p in (ROOT/"samsde"/"experiments"/"measured").glob("*.csv")} == set(EXPERIMENTS)
 
 
 def test_flat_minima_in_short():

@@ -1,9 +1,8 @@
 "What holds for the package as a whole."
+import ast
 import json
-import os
 import pkgutil
 import re
-import shutil
 import subprocess
 import sys
 import warnings
@@ -112,6 +111,15 @@ def test_changes_begin_with_this_version_or_what_is_to_come():
     assert re.findall(r"^## (.*)", text, re.M)[:2] in (["Unreleased", samsde.__version__], [samsde.__version__])
 
 
+def test_outputs_hold_no_warning_and_no_address():
+    for path in notebooks():
+        for cell in cells_of(path):
+            for out in cell.get("outputs", []):
+                said = "".join([*out.get("text", ()), *out.get("data", {}).get("text/plain", ())])
+                rich = {"text/html", "text/markdown", "image/svg+xml", "image/png"} & out.get("data", {}).keys()
+                assert not re.search(r"Warning:|/tmp/|/home/" if rich else r"Warning:|/tmp/|/home/|<matplotlib| at 0x", said), (path.name, cell["id"], said)
+
+
 INSTALL = """#| hide
 # where the package is missing, on Colab say, it is installed
 try: import samsde
@@ -131,7 +139,7 @@ def label(path):
     return number[1] if number else path.stem.replace("_", "-")
 
 
-def sources(path): return ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+def sources(path, kind=""): return ["".join(c["source"]) for c in cells_of(path) if c["cell_type"].startswith(kind)]
 
 
 def test_equations_and_theorems_are_numbered_once():
@@ -150,25 +158,25 @@ def test_equations_and_theorems_are_numbered_once():
     assert not missing, missing
 
 
-ALONE = """
-import json, sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"pytest", "nbdev", "fastcore", "execnb", "torchsde"}: raise ImportError(f"{name} is a tool for developers")
-
-sys.meta_path.insert(0, Blocked())
-names = {"__name__": "__main__"}
-for cell in json.load(open(sys.argv[1], encoding="utf-8"))["cells"]:
-    source = "".join(cell["source"])
-    if cell["cell_type"] == "code" and "%pip" not in source: exec(compile(source, cell["id"], "exec"), names)
-"""
+WITH_THE_LIBRARY = {"samsde", "IPython", "sympy", *sys.stdlib_module_names}  # torch needs sympy
 
 
-def test_recipes_need_the_library_alone(tmp_path):
-    "In an empty folder, with a copy of the package and no tool for developers."
-    shutil.copytree(ROOT/"samsde", tmp_path/"library"/"samsde", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path/"empty").mkdir()
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | dict(PYTHONPATH=str(tmp_path/"library"), MPLBACKEND="agg", TQDM_DISABLE="1")
-    done = subprocess.run([sys.executable, "-c", ALONE, ROOT/"nbs"/"how_to.ipynb"], cwd=tmp_path/"empty", env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not list((tmp_path/"empty").iterdir())
+def imported(statement):
+    if isinstance(statement, ast.Import): return [alias.name.partition(".")[0] for alias in statement.names]
+    return [statement.module.partition(".")[0]] if isinstance(statement, ast.ImportFrom) else []
+
+
+def strangers(source, requirements):
+    "What a cell imports at its top level that does not come with the library, unless it does without (`if find_spec(…)`)."
+    return {name for statement in ast.parse(source).body for name in imported(statement)} - WITH_THE_LIBRARY - requirements
+
+
+def test_notebooks_import_what_comes_with_the_library():
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT/"settings.ini", encoding="utf-8")
+    requirements = {name.replace("scikit-learn", "sklearn") for name in re.findall(r"([\w-]+)>=", settings["DEFAULT"]["requirements"])}
+    assert strangers("import torch, pytest", requirements) == {"pytest"}
+    for path in notebooks():
+        cells = [source for source in sources(path, "code") if source != INSTALL and "#| eval: false" not in source]
+        found = {name for source in cells for name in strangers(source, requirements)}
+        assert not found, f"{path.name} imports {found}"

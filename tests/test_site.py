@@ -79,6 +79,11 @@ def sources(page, pages):
         if not any(re.match(rf"\s*{line}\s*(def|class) {name}\b", text) for text in code): yield f"{name} is not at {link}"
 
 
+def words(page, pages):
+    "Words in code that lead to a page and to nothing on it: helpers that happen to have that name."
+    yield from re.findall(r'<a href="[^"#]*\.html"><code>\w+</code></a>', page.html)
+
+
 def alternatives(page, pages):
     "Pictures without alternative text."
     yield from (f"no alternative text, for want of `#| fig-cap`: {source}" for source, alt in page.alts if not alt.strip())
@@ -90,7 +95,7 @@ def vectors(page, pages):
     yield from (f"no vector image: {figure[:80]}" for figure in re.findall(r"<img[^>]*>|<svg", outputs) if not re.search(r'src="[^":]*\.svg"', figure))
 
 
-FILES = {check.__name__: check for check in (markup, widgets, links, sources, alternatives, vectors)}
+FILES = {check.__name__: check for check in (markup, widgets, links, sources, words, alternatives, vectors)}
 
 
 # --- seen in a browser ---
@@ -167,6 +172,7 @@ LOOK = r"""(() => {
     bad: [...all(".katex-error"), ...all(".katex [style]").filter(red)].map((e) => e.title || e.textContent),
     broken: all("img").filter((e) => !e.naturalWidth && !e.closest("[hidden]")).map((e) => e.getAttribute("src").slice(0, 80)),
     small: all("main img").filter((e) => e.getBoundingClientRect().width < .57 * e.naturalWidth).map((e) => e.getAttribute("src").slice(0, 80)), // 10 points in the figure are then under 8 pixels
+    cramped: all("main td").filter((e) => e.textContent.length > 40 && e.clientHeight > 1.5 * e.clientWidth).map((e) => e.textContent.slice(0, 50)),
     page: document.scrollingElement.scrollWidth,
     wide: all("main *, body > *").filter((e) => e.getBoundingClientRect().right > width + 1 && e.getBoundingClientRect().width > 1)
       .filter((e) => !e.closest(".katex-mathml, .katex svg") && !boxed(e.parentElement))
@@ -203,13 +209,13 @@ def look(browser, path):
     browser.resize(1400)
     found |= browser.js(WIDE) if not path.is_relative_to(SITE/"source") else {"code": [], "formulas": []}
     few = found["shown"] + len(found["bad"]) < found["maths"]
-    return {"console": console, "elsewhere": elsewhere, "pictures": found["broken"], "letters": found["small"],
+    return {"console": console, "elsewhere": elsewhere, "pictures": found["broken"], "letters": found["small"], "tables": found["cramped"],
             "names": found["nameless"], "code": found["code"], "formulas": found["formulas"],
             "equations": found["bad"] + [f"{found['shown']} of {found['maths']} are rendered"] * few,
             "overflow": found["wide"] + [f"the page is {found['page']} pixels wide"] * (found["page"] > 400)}, found["shown"]
 
 
-KINDS = ("console", "elsewhere", "pictures", "letters", "equations", "overflow", "names", "code", "formulas")
+KINDS = ("console", "elsewhere", "pictures", "letters", "tables", "equations", "overflow", "names", "code", "formulas")
 
 
 # --- what is there to look at ---
@@ -311,17 +317,34 @@ def test_version_and_icon(pages):
         assert f"samsde {samsde.__version__}" in page.html and "favicon.svg" in page.html and "changelog.html" in page.html, name
 
 
-LARGE = {"experiments/error_vs_rho.html"}  # pages of more than a megabyte with their pictures: 42 panels
+def weight(page):
+    "The bytes of a page and of its pictures"
+    pictures = {(SITE/page.name).parent/unquote(link) for link in page.links if link.endswith((".svg", ".png"))}
+    return len(page.html.encode()) + sum(p.stat().st_size for p in pictures if p.is_file())
 
 
 def test_pages_are_light(pages):
-    heavy = {}
-    for name, page in pages.items():
-        pictures = {(SITE/name).parent/unquote(link) for link in page.links if link.endswith(".svg")}
-        size = len(page.html.encode()) + sum(p.stat().st_size for p in pictures if p.is_file())
-        if size > 1e6: heavy[name] = size
-    assert set(heavy) <= LARGE, heavy
+    heavy = {name: size for name, page in pages.items() if (size := weight(page)) > 1e6}
+    assert not heavy and weight(pages["experiments/error_vs_rho.html"]) > 2 * len(pages["experiments/error_vs_rho.html"].html), heavy
     assert (SITE/"search.js").stat().st_size < 1e6 and not (SITE/"search.json").exists()
+
+
+def test_what_every_page_loads_is_light(smalldocs):
+    "Both themes, since the one that is not seen holds up no page; the icons."
+    themes = [p.stat().st_size for p in (SITE/"site_libs"/"themes").glob("*.css")]
+    assert len(themes) == 2 and sum(themes) < 1e5
+    assert sum(p.stat().st_size for p in (SITE/"site_libs"/"bootstrap-icons").rglob("*.*") if p.is_file()) < 1e4
+
+
+def test_icons_are_seen(browser, smalldocs):
+    "The font has the icons that the style sheet asks for; the control is a character that it has not."
+    browser.open(SITE/"sde.html", width=400)
+    browser.js("document.fonts.load('16px bootstrap-icons', '\\uf461').then(() => 0)")
+    wide = "(c) => { const g = document.createElement('canvas').getContext('2d'); g.font = '100px bootstrap-icons'; const a = g.measureText(c); return [a.width, a.actualBoundingBoxAscent]; }"
+    asked = re.findall(r'content:"\\(f[0-9a-f]{3})"', (SITE/"site_libs"/"bootstrap-icons"/"bootstrap-icons.min.css").read_text(encoding="utf-8"))
+    seen = [browser.js(f"({wide})(String.fromCharCode(0x{code}))") for code in asked]
+    absent = browser.js(f"({wide})(String.fromCharCode(0xf001))")
+    assert len(asked) > 3 and all(abs(width - 100) < .01 for width, _ in seen) and abs(absent[0] - 100) > 1, (seen, absent)
 
 
 @pytest.mark.parametrize("page, name, words", [
@@ -341,12 +364,13 @@ def test_in_the_browser(kind, looks):
 
 
 BREAKS = {"markup": "<p>**bold**</p>", "widgets": "<pre>interactive(children=(FloatSlider(value=0.1</pre>", "sources": None,
+          "words": '<a href="sweep.html"><code>loss</code></a>',
           "alternatives": '<img src="pictures/index-1.svg">',
           "vectors": '<div class="cell-output cell-output-display"><img src="data:image/png;base64,iVBORw0KGgo=" alt="x"></div>',
           "links": '<a href="nowhere.html">x</a>', "console": "<script>console.error('broken')</script>",
           "elsewhere": '<img src="http://127.0.0.1:9/x.png" alt="x">', "pictures": '<img src="nowhere.png" alt="x">',
           "letters": '<img style="width: 100%" alt="x" src="data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 width=%22900%22 height=%229%22/%3E">',
-          "names": "<nav>x</nav>", "code": f"<pre>{'x' * 300}</pre>", "formulas": f"<div>\\[{'x+' * 99}x\\]</div>",
+          "tables": f"<table><tr><td style='max-width: 40px'>{'word ' * 20}</td></tr></table>", "names": "<nav>x</nav>", "code": f"<pre>{'x' * 300}</pre>", "formulas": f"<div>\\[{'x+' * 99}x\\]</div>",
           "equations": '<span class="math inline">\\(\\nosuchcommand\\)</span>', "overflow": '<p style="width: 900px">wide</p>'}
 
 

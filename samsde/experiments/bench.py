@@ -540,7 +540,8 @@ def draw_targets(figure, table:pd.DataFrame, question:str, label:str, relative:b
                 bbox=dict(facecolor="w", edgecolor="none", pad=.5))
         ax.plot([r.min(), r.max()], [k, k], color="0.4", lw=1)
         ax.plot(1 if relative else t.bound, k, "|", color="k", ms=10)
-        ax.plot(r.median(), k, "o", color=colours["SAM" if t.met(t.measured(table)) else "DNSAM"])
+        fill = "k" if t.met(t.measured(table)) else "w"
+        ax.plot(r.median(), k, "o", mfc=fill, mec="k", mew=1.5, zorder=4) # over the text's ground
     ax.set(xscale="log", yticks=[], ylim=(-.5, len(found)), xlabel=label)
     plain_numbers(ax.xaxis)
     ax.spines.left.set_visible(False)

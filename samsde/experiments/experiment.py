@@ -8,6 +8,7 @@ __all__ = ['VERDICTS', 'Verdict', 'Verdicts', 'plus_minus', 'exponent', 'jackkni
 # %% ../../nbs/experiments/experiment.ipynb #0824d6e6
 import math, os
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Callable
 
@@ -92,6 +93,11 @@ class Experiment:
         with replacing(png) as f: figure.savefig(f, dpi=150, format="png")
         plt.close(figure)
         return csv, png
+
+    def measured(self) -> pd.DataFrame:
+        "The table of its full setting. Raises FileNotFoundError where samsde comes with none."
+        file = files("samsde.experiments") / "measured" / f"{self.name}.csv"
+        with file.open(encoding="utf-8") as f: return pd.read_csv(f)
 
 # %% ../../nbs/experiments/experiment.ipynb #58d99334
 def picture(parts:dict, # name -> draw(figure, table), and how many rows of panels it draws

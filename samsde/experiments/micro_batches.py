@@ -109,7 +109,7 @@ def with_whole(table:pd.DataFrame # from measure
     return pd.concat([table, sizes.merge(whole.drop(columns="m").assign(model=WHOLE))])
 
 # %% ../../nbs/experiments/micro_batches.ipynb #36b8c1ad
-LOOKS = {OWN: dict(fmt="s-", color=colours["SAM"]), WHOLE: dict(fmt="o--", color=colours["DNSAM"])}
+LOOKS = {OWN: dict(fmt="s-", color=colours["SAM"]), WHOLE: dict(fmt="o--", color="k")}
 
 def draw_network(network:str):
     "A part of the picture: how far both SDEs are off at the end, against m"
