@@ -211,7 +211,7 @@ class Drawn:
     sums: dict # name -> Sums: of g, c, G − c, and c − g
     push: float # c, in E u = c ḡ along ḡ
     push_error: float
-    kept: list # G of each γ, (1, d), or its sketch, where there is room for them
+    kept: list # G of the first γ, (1, d), or their sketches, as many as there is room for
     pushed: Tensor|None=None # the mean of c − g, (d,), where the sums are of sketches
 
     @cached_property
@@ -247,6 +247,8 @@ def sketch_of(x:Tensor) -> Callable|None:
     return Sketch(x) if len(x) >= LARGE else None
 
 # %% ../nbs/08b_diagnosis.ipynb #2cf1ae63
+ROOM = 2**24 # numbers in all G that are kept
+
 def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,)
           V:Tensor, # (m, d)
           draws:int, seed:int, bar=iter,
@@ -260,7 +262,7 @@ def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,
     pushes, kept, room = [], [], None
     pushed = torch.zeros_like(x) if sketch else None
     size = BUCKETS if sketch else len(x)
-    keep = is_fused(algorithm, objective) and draws * size <= 2**26
+    keep = ROOM // size if is_fused(algorithm, objective) else 0
     for s in bar(chunks(gammas, x, chunk=getattr(objective, "chunk", None))):
         g, u, c, G = step_parts(algorithm, objective, x, gammas[s], grad)
         for name, value in {"g": g, "c": c, "G": G}.items(): projections[name].append(value @ V.T)
@@ -273,7 +275,7 @@ def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,
         for name, value in {"g": g, "c": c}.items(): sums[name].add(value, room)
         sums["gap"].add(G - c, room)
         sums["push"].add(c - g, room)
-        if keep: kept.append(G)
+        if len(kept) < keep: kept.append(G)
         if done(sums["g"].n): break
     projections = {name: torch.cat(parts).double() for name, parts in projections.items()}
     pushes = torch.cat(pushes).double() / norm(grad)**2
@@ -382,7 +384,7 @@ def change_in_a_step(algorithm, objective, x:Tensor, eta:float, here:Tensor, ste
     decays = bool(torch.any(torch.as_tensor(decay)))
     rest = found((decay * (moved - x))[None]) if decays else None
     for k, gamma in enumerate(bar(step.gammas)):
-        before = step.kept[k] if step.kept else G(x, gamma)
+        before = step.kept[k] if k < len(step.kept) else G(x, gamma)
         change = before - G(moved, gamma)
         changes.add(change if rest is None else change - rest)
         if done(changes.n): break
@@ -407,12 +409,56 @@ def along_directions(V:Tensor, curvature:Tensor, names:list, eta:float, here:Ten
     columns = {name: value.cpu().numpy() for name, value in table.items()}
     return pd.DataFrame(columns, index=names)
 
-# %% ../nbs/08b_diagnosis.ipynb #2dd5b38e
-def bar_of(progress:bool) -> Callable:
-    "What shows how much of a loop is done, and how long the rest will take"
-    def bar(things): return tqdm(things, desc="diagnosis", leave=False, disable=not progress)
-    return bar
+# %% ../nbs/08b_diagnosis.ipynb #3a5b1e67
+SHOWN = 3 # seconds, from which on a bar is shown that nobody asked for
+PRODUCTS = 30 # with the Hessian, that SciPy's Lanczos iteration takes for three eigenvectors
 
+def is_shown(progress:bool|None, seconds:float) -> bool:
+    return seconds > SHOWN if progress is None else progress
+
+def timed(job:Callable) -> float: # seconds, of a second time where the first took few
+    for _ in range(2):
+        start = time.monotonic()
+        job()
+        found = time.monotonic() - start
+        if found > .05: break
+    return found
+
+def seconds_of(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, draws:int) -> dict:
+    "About how long the parts of a diagnosis take, by a product with the Hessian and the first γ"
+    generator = torch.Generator(x.device).manual_seed(0)
+    def step():
+        for s in chunks(gammas, x, chunk=getattr(objective, "chunk", None)):
+            step_parts(algorithm, objective, x, gammas[s], grad)
+    for n in (2, 16):
+        gammas = algorithm.draw(objective, (n,), generator, dtype=x.dtype, device=x.device)
+        single = timed(step) / n
+        if n * single > .05: break
+    curvature = PRODUCTS * timed(lambda: objective.hvp(x, grad))
+    # of its two gradients and a product a draw has about half in the change
+    return dict(curvature=curvature, draws=draws * single, change=draws * single / 2)
+
+# %% ../nbs/08b_diagnosis.ipynb #a08f7788
+class Bar:
+    "Shows how much of a diagnosis is done, in the seconds that its parts are taken to last"
+    def __init__(self, progress:bool|None, seconds_of:Callable): # () -> dict, name of a part -> seconds
+        self.seconds = {} if progress is False else seconds_of()
+        total = sum(self.seconds.values())
+        self.bar = tqdm(total=total, desc=f"diagnosis, about {total:.0f} s", leave=False,
+                        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+                        disable=not is_shown(progress, total))
+    def over(self, part:str) -> Callable:
+        "What counts the things of a loop, which are that part"
+        def each(things):
+            things = [*things]
+            for thing in things:
+                yield thing
+                self.bar.update(self.seconds.get(part, 0.) / len(things))
+        return each
+    def done(self, part:str): self.bar.update(self.seconds.get(part, 0.))
+    def close(self): self.bar.close()
+
+# %% ../nbs/08b_diagnosis.ipynb #2dd5b38e
 def drift_of(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, step:Drawn,
              seed:int) -> Tensor: # (d,)
     "b(x); from the drawn γ where it would be the mean over the same ones"
@@ -480,7 +526,7 @@ def diagnose(algorithm:Algorithm, # with one radius
              draws:int=512, # of γ, for one step's moments and what has no closed form; at least 4
              seed:int=0, # of γ and directions
              tolerance:float=.1, # part of the drift that may be neglected
-             progress:bool=False # show a bar?
+             progress:bool|None=None # show a bar? If None, where it will take more than 3 s
             ) -> Diagnosis:
     """Is the SDE of an algorithm a fair model at a point? The terms:
     "gradient", ‖ḡ‖; "regulariser", ρ‖E[Hu]‖/‖ḡ‖;
@@ -494,6 +540,8 @@ def diagnose(algorithm:Algorithm, # with one radius
     An SDE has the noise of independent minibatches; where they are reshuffled, `epoch_terms` along
     the steepest direction tell what part of that noise's variance there is.
     False where a neglected part is more than `tolerance`, or that number is 1 or more.
+    A draw costs two gradients and a product with the Hessian, and up to two gradients more for the
+    change in η; the eigenvectors cost some 30 products with ∇²f. A bar says how long that takes.
     Raises ValueError or TypeError on bad input."""
     eta = check_scalar("eta", eta)
     draws = check_int("draws", draws, least=4)
@@ -502,14 +550,17 @@ def diagnose(algorithm:Algorithm, # with one radius
     if isinstance(rho, Tensor) and rho.ndim:
         raise ValueError(f"the algorithm must have one radius, got shape {tuple(rho.shape)}")
     check_positive("tolerance", tolerance)
-    lam, V, names = directions_at(objective, x, top, directions, seed)
     grad = objective.grad(x)
-    step = drawn(algorithm, objective, x, grad, V, draws, seed, bar_of(progress))
+    bar = Bar(progress, lambda: seconds_of(algorithm, objective, x, grad, draws))
+    lam, V, names = directions_at(objective, x, top, directions, seed)
+    bar.done("curvature")
+    step = drawn(algorithm, objective, x, grad, V, draws, seed, bar.over("draws"))
     here = drift_of(algorithm, objective, x, grad, step, seed)
     size = norm(here)
     if size == 0 or norm(grad) == 0:
         raise ValueError("the drift is exactly zero at x, and nothing is small against it")
-    in_eta = neglected_in_eta(algorithm, objective, x, eta, here, step, seed, bar_of(progress))
+    in_eta = neglected_in_eta(algorithm, objective, x, eta, here, step, seed, bar.over("change"))
+    bar.close()
     push, push_error = push_of(algorithm, step, norm(grad))
     largest = lam[0].item()
     sums = step.sums
@@ -830,7 +881,7 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
                       top:int=3, # Hessian eigenvectors
                       seed:int=0, # of γ
                       tolerance:float=.1, # part of the drift that may be neglected
-                      progress:bool=True # show a bar?
+                      progress:bool|None=None # show a bar? If None, where it takes more than 3 s
                      ) -> Diagnosis:
     """Is the SDE a fair model of a training run, where it is now? Terms are those of `diagnose`,
     with momentum and weight decay as the optimizer has them, and what `coarse` says; and more of
@@ -846,7 +897,8 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
     how = plan(objective, algorithm, clock, effort)
     steps = how["batches"] + how["curved"] * how["steps"] + int(2.5 * how["draws"])
     told = f"diagnosis, about {how['seconds']:.0f} s"
-    with tqdm(total=steps, desc=told, leave=False, disable=not progress) as bar:
+    shown = is_shown(progress, how["seconds"])
+    with tqdm(total=steps, desc=told, leave=False, disable=not shown) as bar:
         found = diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance,
                              clock, bar)
     found.coarse += unlike_drawn(data)

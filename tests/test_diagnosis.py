@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from samsde import optim
+from samsde import diagnosis, optim
 from samsde.algorithm import DNSAM, SAM, SGD, USAM
 from samsde.diagnosis import (
     Sketch, change_in_a_step, diagnose, diagnose_training, drift_of, drawn, lanczos, momentum_terms, noise_in_push, noise_in_run, products_at, products_of, read_optimizer, step_parts, top_eigenvectors)
@@ -508,3 +508,44 @@ def test_a_sketch_in_place_of_long_vectors():
     off = (found / exact - 1).abs().max()
     coarse = (numbers(Sketch(o.x0, 251))[0] / exact - 1).abs().max()
     assert off < 4 * (2 / 4099)**.5 < coarse
+
+
+class Slow(nn.Linear):
+    def forward(self, z):
+        time.sleep(.01)
+        return super().forward(z)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    "What bars say that are shown"
+    said = []
+
+    class Noted(diagnosis.tqdm):
+        def __init__(self, *args, **how):
+            super().__init__(*args, **how)
+            if not self.disable: said.append(self.desc)
+
+    monkeypatch.setattr(diagnosis, "tqdm", Noted)
+    return said
+
+
+def test_says_how_long_it_takes(shown):
+    """Before it starts: as long as it then takes, to a factor of two. Without being asked only where that is more than three seconds."""
+    def seconds(net, draws, **how):
+        o = MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), (X, y), 30, replace=False)
+        o.loss(o.x0)
+        start = time.monotonic()
+        diagnose(SAM(.1), o, o.x0, .1, draws=draws, top=1, directions=0, **how)
+        return time.monotonic() - start
+
+    quick, slow = make(0., norm=False), Slow(5, 3).double()
+    seconds(quick, 8)
+    assert not shown
+    seconds(quick, 8, progress=True), seconds(slow, 8, progress=False)
+    assert len(shown) == 1
+    took = seconds(slow, 128)
+    number = float(shown[1].removeprefix("diagnosis, about ").removesuffix(" s"))
+    assert took / 2 < number < 2 * took and number > 3 and len(shown) == 2
+    look(quick, of(quick), progress=None, budget_s=1), look(quick, of(quick), progress=True, budget_s=1)
+    assert len(shown) == 3
