@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from tqdm.auto import tqdm
 
@@ -480,6 +481,26 @@ def noise_in_push(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tenso
     u = quiet.ascent(objective, x, torch.zeros_like(x))
     return push - algorithm.rho * objective.hvp(x, u)
 
+# %% ../nbs/08b_diagnosis.ipynb #52274f3b
+PASS = 2**20 # numbers that the layers give for all samples of a pass, which caches hold
+
+def numbers_of(network) -> int: # from samsde.machinery.network
+    "How many numbers the layers of a network give for one sample"
+    module, found = copy.deepcopy(network.module), []
+    def numbers(value): return value.numel() if isinstance(value, Tensor) else 0
+    def note(layer, given, out): found.extend(map(numbers, tree_leaves(out)))
+    for layer in module.modules(): layer.register_forward_hook(note)
+    with torch.no_grad(): module(network.data(slice(1))[0])
+    return sum(found)
+
+def in_passes(objective:Objective) -> Objective:
+    "The same, with as many samples in a pass over drawn minibatches as are fastest on a CPU"
+    known = type(objective) is FiniteSum and hasattr(objective, "network")
+    if not known or objective.chunk is not None or objective.network.x0.is_cuda: return objective
+    found = copy.copy(objective)
+    found.chunk = max(objective.law.batch_size, PASS // numbers_of(objective.network))
+    return found
+
 # %% ../nbs/08b_diagnosis.ipynb #7c094102
 def neglected_in_eta(algorithm:Algorithm, objective:Objective, x:Tensor, eta:float, here:Tensor,
                      step:Drawn, seed:int, bar) -> float:
@@ -554,12 +575,13 @@ def diagnose(algorithm:Algorithm, # with one radius
     bar = Bar(progress, lambda: seconds_of(algorithm, objective, x, grad, draws))
     lam, V, names = directions_at(objective, x, top, directions, seed)
     bar.done("curvature")
-    step = drawn(algorithm, objective, x, grad, V, draws, seed, bar.over("draws"))
-    here = drift_of(algorithm, objective, x, grad, step, seed)
+    passes = in_passes(objective)
+    step = drawn(algorithm, passes, x, grad, V, draws, seed, bar.over("draws"))
+    here = drift_of(algorithm, passes, x, grad, step, seed)
     size = norm(here)
     if size == 0 or norm(grad) == 0:
         raise ValueError("the drift is exactly zero at x, and nothing is small against it")
-    in_eta = neglected_in_eta(algorithm, objective, x, eta, here, step, seed, bar.over("change"))
+    in_eta = neglected_in_eta(algorithm, passes, x, eta, here, step, seed, bar.over("change"))
     bar.close()
     push, push_error = push_of(algorithm, step, norm(grad))
     largest = lam[0].item()
