@@ -495,10 +495,11 @@ def numbers_of(network) -> int: # from samsde.machinery.network
 
 def in_passes(objective:Objective) -> Objective:
     "The same, with as many samples in a pass over drawn minibatches as are fastest on a CPU"
-    known = type(objective) is FiniteSum and hasattr(objective, "network")
-    if not known or objective.chunk is not None or objective.network.x0.is_cuda: return objective
+    network = getattr(objective, "network", None)
+    known = type(objective) is FiniteSum and network is not None
+    if not known or objective.chunk is not None or network.x0.is_cuda: return objective
     found = copy.copy(objective)
-    found.chunk = max(objective.law.batch_size, PASS // numbers_of(objective.network))
+    found.chunk = max(objective.law.batch_size, PASS // numbers_of(network))
     return found
 
 # %% ../nbs/08b_diagnosis.ipynb #7c094102
