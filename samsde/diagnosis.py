@@ -537,6 +537,12 @@ def directions_at(objective:Objective, x:Tensor, top:int|None, random:int, seed:
     names = [f"eigenvector {i + 1}" for i in range(top)]
     return lam, torch.cat([vectors, drawn]), names + [f"random {i + 1}" for i in range(random)]
 
+def curvatures(objective:Objective, x:Tensor, lam:Tensor, V:Tensor) -> Tensor: # (m,)
+    "vᵀ∇²f v of each direction: of the eigenvectors, which are the first, their eigenvalues"
+    if len(V) == len(lam): return lam
+    times = products_of(objective, x)
+    return torch.cat([lam, torch.stack([v @ times(v) for v in V[len(lam):]])])
+
 # %% ../nbs/08b_diagnosis.ipynb #7e662a83
 def diagnose(algorithm:Algorithm, # with one radius
              objective:Objective, # any
@@ -594,7 +600,7 @@ def diagnose(algorithm:Algorithm, # with one radius
               "largest eigenvalue": largest, "c": push,
               "stability number": stability(eta, largest, push, float(rho))}
     terms |= epoch_terms(objective.law, eta, largest * (1 + float(rho) * push * largest))
-    curvature = (V * objective.hvp(x, V)).sum(1)
+    curvature = curvatures(objective, x, lam, V)
     return Diagnosis(terms, along_directions(V, curvature, names, eta, here, step), tolerance)
 
 # %% ../nbs/08b_diagnosis.ipynb #2b7af531

@@ -11,7 +11,7 @@ from torch import nn
 from samsde import diagnosis, optim
 from samsde.algorithm import DNSAM, SAM, SGD, USAM
 from samsde.diagnosis import (
-    Sketch, change_in_a_step, diagnose, diagnose_training, drift_of, drawn, lanczos, momentum_terms, noise_in_push, noise_in_run, products_at, products_of, read_optimizer, step_parts, top_eigenvectors)
+    Sketch, change_in_a_step, curvatures, diagnose, directions_at, diagnose_training, drift_of, drawn, lanczos, momentum_terms, noise_in_push, noise_in_run, products_at, products_of, read_optimizer, step_parts, top_eigenvectors)
 from samsde.implicit_regularizer import drift
 from samsde.epochs import epoch_noise
 from samsde.moments import hessian_perturbation
@@ -551,3 +551,12 @@ def test_says_how_long_it_takes(shown):
     assert took / 2 < number < 2 * took and number > 3 and len(shown) == 2
     look(quick, of(quick), progress=None, budget_s=1), look(quick, of(quick), progress=True, budget_s=1)
     assert len(shown) == 3
+
+
+def test_curvature_along_directions():
+    "That of products with the Hessian, without those along the eigenvectors"
+    small = FiniteSum.from_module(make(0., norm=False), nn.CrossEntropyLoss(), X, y, 10)
+    lam, V, _ = directions_at(small, small.x0, 2, 3, 0)
+    known = (V * small.hvp(small.x0, V)).sum(1)
+    torch.testing.assert_close(curvatures(small, small.x0, lam, V), known, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(curvatures(small, small.x0, lam, V.roll(1, 0)), known, rtol=1e-2)
