@@ -226,6 +226,7 @@ class Drawn:
 
 # %% ../nbs/08b_diagnosis.ipynb #a18c7973
 BUCKETS = 2**18 - 5 # a prime, so that no layer's rows fall together
+ROOM = 2**24 # numbers in all G that are kept
 
 class Sketch:
     "A linear map of long vectors to `buckets` numbers, with norms to √(2/buckets) of their squares"
@@ -248,8 +249,6 @@ def sketch_of(x:Tensor) -> Callable|None:
     return Sketch(x) if len(x) >= LARGE else None
 
 # %% ../nbs/08b_diagnosis.ipynb #2cf1ae63
-ROOM = 2**24 # numbers in all G that are kept
-
 def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,)
           V:Tensor, # (m, d)
           draws:int, seed:int, bar=iter,
@@ -442,7 +441,9 @@ def seconds_of(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, 
 # %% ../nbs/08b_diagnosis.ipynb #a08f7788
 class Bar:
     "Shows how much of a diagnosis is done, in the seconds that its parts are taken to last"
-    def __init__(self, progress:bool|None, seconds_of:Callable): # () -> dict, name of a part -> seconds
+    def __init__(self, progress:bool|None,
+                 seconds_of:Callable # () -> dict, name of a part -> seconds
+                ):
         self.seconds = {} if progress is False else seconds_of()
         total = sum(self.seconds.values())
         self.bar = tqdm(total=total, desc=f"diagnosis, about {total:.0f} s", leave=False,
@@ -731,7 +732,7 @@ def rotate(Q:list, S:Tensor): # n vectors (d,), which change, and (n, k)
         for part, new in zip(parts, S.T @ torch.stack(parts)): part.copy_(new)
     del Q[S.shape[1]:]
 
-# %% ../nbs/08b_diagnosis.ipynb #2235ed94
+# %% ../nbs/08b_diagnosis.ipynb #e935e5a6
 BASIS = 6 # long vectors that Lanczos' method keeps
 
 def orthogonalise(w:Tensor, Q:list) -> tuple[list, float]: # (d,), which changes
@@ -747,6 +748,7 @@ def orthogonalise(w:Tensor, Q:list) -> tuple[list, float]: # (d,), which changes
         if left > .7 * before: break
     return along, left
 
+# %% ../nbs/08b_diagnosis.ipynb #2235ed94
 def lanczos(product, start:Tensor, # (d,) -> (d,), and (d,)
             steps:int, top:int,
             share:float=0., # of the largest value that the errors may be; then it ends
@@ -965,7 +967,7 @@ def top_of_run(objective:MinibatchLoss, x:Tensor, grad:Tensor, how:dict, top:int
 # %% ../nbs/08b_diagnosis.ipynb #0f4817f0
 def sampled(algorithm, objective, x, grad, V, how:dict, seed:int, clock:Timed, bar,
             sketch:Callable|None) -> Drawn:
-    "As many draws as there is time for, with as much left as the noise in u and the change in η take"
+    "As many draws as there is time for; of it the noise in u and the change in η have a part"
     begin = clock.spent
     def done(n): return n >= clock.least and clock.left < (1 + 2 / n) * (clock.spent - begin)
     return drawn(algorithm, objective, x, grad, V, how["draws"], seed, counted(bar), done, sketch)
@@ -1014,6 +1016,23 @@ def noise_in_run(algorithm:Algorithm, objective:MinibatchLoss, x:Tensor, grad:Te
         if done(sums.n): break
     return ratio_free_of_noise(sums, size)
 
+# %% ../nbs/08b_diagnosis.ipynb #8ba25a5e
+def terms_of_draws(step:Drawn, size:float) -> dict:
+    "What drawn minibatches say of a step, over the drift"
+    in_rho, error = ratio_free_of_noise(step.sums["gap"], size)
+    return {"error of the regulariser": step.push_sem / size,
+            "neglected in ρ": in_rho, "error of that": error,
+            "noise": step.sums["c"].power**.5 / size,
+            "noise, SGD": step.sums["g"].power**.5 / size}
+
+def terms_of_edge(settings:dict, lam:Tensor, errors:Tensor, push:float, push_error:float,
+                  rho:float, decay:float) -> dict:
+    "The largest eigenvalue, c, and the stability number, with errors"
+    number = stability(settings["η"], lam[0].item(), push, rho, settings["momentum"],
+                       settings["dampening"], settings["nesterov"], decay)
+    return {"largest eigenvalue": lam[0].item(), "error of the eigenvalue": errors[0].item(),
+            "c": push, "error of c": push_error, "stability number": number}
+
 # %% ../nbs/08b_diagnosis.ipynb #fb3effaf
 def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance, clock,
                  bar) -> Diagnosis:
@@ -1041,25 +1060,17 @@ def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, toler
     def done(n): return n >= clock.least and clock.left < 1.5 * (clock.spent - begin) / n
     changes = change_in_a_step(algorithm, objective, x, eta, here, step, decay, counted(bar), done,
                                sketch)
-    push, push_error = push_of(algorithm, step, size_of_grad)
+    push = push_of(algorithm, step, size_of_grad)
     lag = (1 - mu + 2 * mu**2 if settings["nesterov"] else 1 + mu) / (1 - mu)
-    in_rho, rho_error = ratio_free_of_noise(step.sums["gap"], size)
     in_eta, eta_error = ratio_free_of_noise(changes, 2 * size)
     largest, rho = lam[0].item(), float(algorithm.rho)
-    number = stability(settings["η"], largest, push, rho, mu, damped, settings["nesterov"],
-                       decay.max().item())
-    A = largest * (1 + rho * push * largest)
+    A = largest * (1 + rho * push[0] * largest)
     terms = {"gradient": size_of_grad, "error of the gradient": full_error,
              "regulariser": parts["of the drift, regulariser"] * size / size_of_grad, **parts,
-             "of the drift, noise in it": noise,
-             "error of the regulariser": step.push_sem / size,
-             "error of the noise in it": noise_error,
-             "neglected in ρ": in_rho, "error of that": rho_error,
+             "of the drift, noise in it": noise, "error of the noise in it": noise_error,
+             **terms_of_draws(step, size),
              "neglected in η": lag * in_eta, "error of that, η": lag * eta_error,
-             "noise": step.sums["c"].power**.5 / size,
-             "noise, SGD": step.sums["g"].power**.5 / size,
-             "largest eigenvalue": largest, "error of the eigenvalue": errors[0].item(), "c": push,
-             "error of c": push_error, "stability number": number}
+             **terms_of_edge(settings, lam, errors, *push, rho, decay.max().item())}
     terms |= momentum_terms(settings, A, lag * in_eta, tolerance)
     said = coarseness(how, used, full_error / size_of_grad, errors, lam, step, changes.n, clock)
     return Diagnosis(terms, table, tolerance, settings, said)
