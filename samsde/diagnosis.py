@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from tqdm.auto import tqdm
 
@@ -156,6 +157,12 @@ def with_product(objective:Objective, x:Tensor, gammas:Tensor, # (k, d) and (k, 
     return *seen, Hu
 
 # %% ../nbs/08b_diagnosis.ipynb #3742a98d
+def drawn_gammas(algorithm:Algorithm, objective:Objective, n:int, generator, x:Tensor) -> Tensor:
+    "The γ of n steps; with those of the steps before behind them, where these perturb"
+    late = algorithm.source == "previous"
+    drawer = with_source(algorithm, "independent") if late else algorithm
+    return drawer.draw(objective, (n,), generator, dtype=x.dtype, device=x.device)
+
 def late_parts(algorithm:Algorithm, objective:Objective, x:Tensor,
                pairs:Tensor, # of γ and the one before it, (k, 2b)
                mean:Tensor # E u, (d,)
@@ -244,48 +251,80 @@ class Drawn:
     sums: dict # name -> Sums: of g, c, G − c, and c − g
     push: float # c, in E u = c ḡ along ḡ
     push_error: float
-    kept: list # G of each γ, (1, d), where there is room for them
+    kept: list # G of the first γ, (1, d), or their sketches, as many as there is room for
+    pushed: Tensor|None=None # the mean of c − g, (d,), where the sums are of sketches
 
     @cached_property
     def mean_push(self) -> Tensor:
         "ρ E[Hu], (d,)"
-        return self.sums["push"].mean
+        return self.sums["push"].mean if self.pushed is None else self.pushed
     @property
     def push_sem(self) -> float:
         "The standard error of its norm"
         return (self.sums["push"].power / len(self.gammas))**.5
 
+# %% ../nbs/08b_diagnosis.ipynb #a18c7973
+BUCKETS = 2**18 - 5 # a prime, so that no layer's rows fall together
+ROOM = 2**24 # numbers in all G that are kept
+
+class Sketch:
+    "A linear map of long vectors to `buckets` numbers, with norms to √(2/buckets) of their squares"
+    def __init__(self, like:Tensor, # (d,), of the dtype and device of what it will map
+                 buckets:int=BUCKETS):
+        generator = torch.Generator().manual_seed(0)
+        signs = 2 * torch.randint(2, (2 * buckets,), generator=generator) - 1
+        self.buckets, self.signs = buckets, signs.to(like)
+        rows = -(-len(like) // buckets)
+        self.starts = torch.randint(buckets, (rows,), generator=generator).tolist()
+    def __call__(self, v:Tensor) -> Tensor: # (k, d) -> (k, buckets)
+        out = v.new_zeros(len(v), self.buckets)
+        for start, part in zip(self.starts, v.split(self.buckets, -1)):
+            width = part.shape[-1]
+            out[:, :width].addcmul_(part, self.signs[start:start + width])
+        return out
+
+def sketch_of(x:Tensor) -> Callable|None:
+    "That of vectors like `x`, if they are long"
+    return Sketch(x) if len(x) >= LARGE else None
+
 # %% ../nbs/08b_diagnosis.ipynb #2cf1ae63
 def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,)
           V:Tensor, # (m, d)
           draws:int, seed:int, bar=iter,
-          done:Callable=lambda n: False # is it time to end, after n draws?
+          done:Callable=lambda n: False, # is it time to end, after n draws?
+          sketch:Callable|None=None # (k, d) -> (k, m), of which sums are taken
          ) -> Drawn:
     generator = torch.Generator(x.device).manual_seed(seed)
-    late = algorithm.source == "previous" # then with the γ before
-    drawer = with_source(algorithm, "independent") if late else algorithm
-    gammas = drawer.draw(objective, (draws,), generator, dtype=x.dtype, device=x.device)
+    gammas = drawn_gammas(algorithm, objective, draws, generator, x)
     mean_u = None
-    if late: mean_u = mean_perturbation(with_source(algorithm, "own"), objective, x, draws)
+    if algorithm.source == "previous":
+        mean_u = mean_perturbation(with_source(algorithm, "own"), objective, x, draws)
     projections = {n: [] for n in ("g", "c", "G")}
     sums = {n: Sums() for n in ("g", "c", "gap", "push")}
     pushes, kept, room = [], [], None
-    keep = is_fused(algorithm, objective) and draws * len(x) <= 2**26
+    pushed = torch.zeros_like(x) if sketch else None
+    size = BUCKETS if sketch else len(x)
+    keep = ROOM // size if is_fused(algorithm, objective) else 0
     for s in bar(chunks(gammas, x, chunk=getattr(objective, "chunk", None))):
         g, u, c, G = step_parts(algorithm, objective, x, gammas[s], grad, mean_u)
-        if len(x) >= LARGE and room is None: room = torch.empty_like(g)
         for name, value in {"g": g, "c": c, "G": G}.items(): projections[name].append(value @ V.T)
+        pushes.append(u @ grad)
+        del u
+        if sketch:
+            pushed.add_(c.sum(0)).sub_(g.sum(0))
+            g, c, G = sketch(g), sketch(c), sketch(G)
+        elif len(x) >= LARGE and room is None: room = torch.empty_like(g)
         for name, value in {"g": g, "c": c}.items(): sums[name].add(value, room)
         sums["gap"].add(G - c, room)
         sums["push"].add(c - g, room)
-        pushes.append(u @ grad)
-        if keep: kept.append(G)
+        if len(kept) < keep: kept.append(G)
         if done(sums["g"].n): break
     projections = {name: torch.cat(parts).double() for name, parts in projections.items()}
     pushes = torch.cat(pushes).double() / norm(grad)**2
     n = sums["g"].n
+    if sketch: pushed.div_(n)
     return Drawn(gammas[:n], projections, sums, pushes.mean().item(),
-                 (pushes.var() / n).sqrt().item(), kept)
+                 (pushes.var() / n).sqrt().item(), kept, pushed)
 
 # %% ../nbs/08b_diagnosis.ipynb #cbcd5d9c
 def moments(eta:float, b:Tensor, # (m,), the drift along the directions
@@ -376,14 +415,18 @@ def ratio_free_of_noise(sums:Sums, size:float) -> tuple[float, float]:
     return max(0., norm(sums.mean)**2 - noise)**.5 / size, noise**.5 / size
 
 def change_in_a_step(algorithm, objective, x:Tensor, eta:float, here:Tensor, step:Drawn,
-                     decay, bar=iter, done:Callable=lambda n: False) -> Sums:
+                     decay, bar=iter, done:Callable=lambda n: False,
+                     sketch:Callable|None=None) -> Sums:
     """b(x + ηb) − b(x) by the difference of G for the same γ, one after another"""
     moved = x + eta * here
     changes = Sums()
-    rest = decay * (moved - x) if torch.any(torch.as_tensor(decay)) else None
+    def found(value): return sketch(value) if sketch else value
+    def G(point, gamma): return found(algorithm.direction(objective, point, gamma[None]))
+    decays = bool(torch.any(torch.as_tensor(decay)))
+    rest = found((decay * (moved - x))[None]) if decays else None
     for k, gamma in enumerate(bar(step.gammas)):
-        before = step.kept[k] if step.kept else algorithm.direction(objective, x, gamma[None])
-        change = before - algorithm.direction(objective, moved, gamma[None])
+        before = step.kept[k] if k < len(step.kept) else G(x, gamma)
+        change = before - G(moved, gamma)
         changes.add(change if rest is None else change - rest)
         if done(changes.n): break
     return changes
@@ -407,12 +450,58 @@ def along_directions(V:Tensor, curvature:Tensor, names:list, eta:float, here:Ten
     columns = {name: value.cpu().numpy() for name, value in table.items()}
     return pd.DataFrame(columns, index=names)
 
-# %% ../nbs/08b_diagnosis.ipynb #2dd5b38e
-def bar_of(progress:bool) -> Callable:
-    "What shows how much of a loop is done, and how long the rest will take"
-    def bar(things): return tqdm(things, desc="diagnosis", leave=False, disable=not progress)
-    return bar
+# %% ../nbs/08b_diagnosis.ipynb #3a5b1e67
+SHOWN = 3 # seconds, from which on a bar is shown that nobody asked for
+PRODUCTS = 30 # with the Hessian, that SciPy's Lanczos iteration takes for three eigenvectors
 
+def is_shown(progress:bool|None, seconds:float) -> bool:
+    return seconds > SHOWN if progress is None else progress
+
+def timed(job:Callable) -> float: # seconds, of a second time where the first took few
+    for _ in range(2):
+        start = time.monotonic()
+        job()
+        found = time.monotonic() - start
+        if found > .05: break
+    return found
+
+def seconds_of(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, draws:int) -> dict:
+    "About how long the parts of a diagnosis take, by a product with the Hessian and the first γ"
+    generator = torch.Generator(x.device).manual_seed(0)
+    def step():
+        for s in chunks(gammas, x, chunk=getattr(objective, "chunk", None)):
+            step_parts(algorithm, objective, x, gammas[s], grad, grad)
+    for n in (2, 16):
+        gammas = drawn_gammas(algorithm, objective, n, generator, x)
+        single = timed(step) / n
+        if n * single > .05: break
+    curvature = PRODUCTS * timed(lambda: objective.hvp(x, grad))
+    # of its two gradients and a product a draw has about half in the change
+    return dict(curvature=curvature, draws=draws * single, change=draws * single / 2)
+
+# %% ../nbs/08b_diagnosis.ipynb #a08f7788
+class Bar:
+    "Shows how much of a diagnosis is done, in the seconds that its parts are taken to last"
+    def __init__(self, progress:bool|None,
+                 seconds_of:Callable # () -> dict, name of a part -> seconds
+                ):
+        self.seconds = {} if progress is False else seconds_of()
+        total = sum(self.seconds.values())
+        self.bar = tqdm(total=total, desc=f"diagnosis, about {total:.0f} s", leave=False,
+                        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+                        disable=not is_shown(progress, total))
+    def over(self, part:str) -> Callable:
+        "What counts the things of a loop, which are that part"
+        def each(things):
+            things = [*things]
+            for thing in things:
+                yield thing
+                self.bar.update(self.seconds.get(part, 0.) / len(things))
+        return each
+    def done(self, part:str): self.bar.update(self.seconds.get(part, 0.))
+    def close(self): self.bar.close()
+
+# %% ../nbs/08b_diagnosis.ipynb #2dd5b38e
 def drift_of(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, step:Drawn,
              seed:int) -> Tensor: # (d,)
     "b(x); from the drawn γ where it would be the mean over the same ones"
@@ -433,6 +522,27 @@ def noise_in_push(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tenso
     quiet.source, quiet.micro_batch = "full", None
     u = quiet.ascent(objective, x, torch.zeros_like(x))
     return push - algorithm.rho * objective.hvp(x, u)
+
+# %% ../nbs/08b_diagnosis.ipynb #52274f3b
+PASS = 2**20 # numbers that the layers give for all samples of a pass, which caches hold
+
+def numbers_of(network) -> int: # from samsde.machinery.network
+    "How many numbers the layers of a network give for one sample"
+    module, found = copy.deepcopy(network.module), []
+    def numbers(value): return value.numel() if isinstance(value, Tensor) else 0
+    def note(layer, given, out): found.extend(map(numbers, tree_leaves(out)))
+    for layer in module.modules(): layer.register_forward_hook(note)
+    with torch.no_grad(): module(network.data(slice(1))[0])
+    return sum(found)
+
+def in_passes(objective:Objective) -> Objective:
+    "The same, with as many samples in a pass over drawn minibatches as are fastest on a CPU"
+    network = getattr(objective, "network", None)
+    known = type(objective) is FiniteSum and network is not None
+    if not known or objective.chunk is not None or network.x0.is_cuda: return objective
+    found = copy.copy(objective)
+    found.chunk = max(objective.law.batch_size, PASS // numbers_of(network))
+    return found
 
 # %% ../nbs/08b_diagnosis.ipynb #7c094102
 def neglected_in_eta(sde:SDE, x:Tensor, here:Tensor, step:Drawn, seed:int, bar) -> float:
@@ -473,6 +583,12 @@ def directions_at(objective:Objective, x:Tensor, top:int|None, random:int, seed:
     names = [f"eigenvector {i + 1}" for i in range(top)]
     return lam, torch.cat([vectors, drawn]), names + [f"random {i + 1}" for i in range(random)]
 
+def curvatures(objective:Objective, x:Tensor, lam:Tensor, V:Tensor) -> Tensor: # (m,)
+    "vᵀ∇²f v of each direction: of the eigenvectors, which are the first, their eigenvalues"
+    if len(V) == len(lam): return lam
+    times = products_of(objective, x)
+    return torch.cat([lam, torch.stack([v @ times(v) for v in V[len(lam):]])])
+
 # %% ../nbs/08b_diagnosis.ipynb #8952c7e0
 def momentum_terms(mu:float, rate:float, A:float, in_eta:float, tolerance:float) -> dict:
     """Which of the SDEs of order 1, order 2 and with a velocity is fair, at η_e and a curvature A.
@@ -506,7 +622,7 @@ def diagnose(algorithm:Algorithm, # with one radius
              draws:int=512, # of γ, for one step's moments and what has no closed form; at least 4
              seed:int=0, # of γ and directions
              tolerance:float=.1, # part of the drift that may be neglected
-             progress:bool=False, # show a bar?
+             progress:bool|None=None, # show a bar? If None, where it will take more than 3 s
              **training # as of a Chain: momentum, nesterov, weight_decay, ...; no schedule
             ) -> Diagnosis:
     """Is the SDE of an algorithm a fair model at a point? The terms:
@@ -524,6 +640,8 @@ def diagnose(algorithm:Algorithm, # with one radius
     An SDE has the noise of independent minibatches; where they are reshuffled, `epoch_terms` along
     the steepest direction tell what part of that noise's variance there is.
     False where a neglected part is more than `tolerance`, or that number is 1 or more.
+    A draw costs two gradients and a product with the Hessian, and up to two gradients more for the
+    change in η; the eigenvectors cost some 30 products with ∇²f. A bar says how long that takes.
     Raises ValueError or TypeError on bad input."""
     eta = check_scalar("eta", eta)
     draws = check_int("draws", draws, least=4)
@@ -534,14 +652,18 @@ def diagnose(algorithm:Algorithm, # with one radius
     check_positive("tolerance", tolerance)
     sde = sde_of_run(algorithm, objective, eta, training)
     objective = sde.objective # in micro-batches, if they are batches of their own
-    lam, V, names = directions_at(objective, x, top, directions, seed)
     grad = objective.grad(x)
-    step = drawn(algorithm, objective, x, grad, V, draws, seed, bar_of(progress))
-    here = drift_of(algorithm, objective, x, grad, step, seed) - sde.decay * x
+    bar = Bar(progress, lambda: seconds_of(algorithm, objective, x, grad, draws))
+    lam, V, names = directions_at(objective, x, top, directions, seed)
+    bar.done("curvature")
+    passes = sde.objective = in_passes(objective)
+    step = drawn(algorithm, passes, x, grad, V, draws, seed, bar.over("draws"))
+    here = drift_of(algorithm, passes, x, grad, step, seed) - sde.decay * x
     size = norm(here)
     if size == 0 or norm(grad) == 0:
         raise ValueError("the drift is exactly zero at x, and nothing is small against it")
-    in_eta = neglected_in_eta(sde, x, here, step, seed, bar_of(progress))
+    in_eta = neglected_in_eta(sde, x, here, step, seed, bar.over("change"))
+    bar.close()
     push, push_error = push_of(algorithm, step, norm(grad))
     largest = lam[0].item()
     sums = step.sums
@@ -555,7 +677,7 @@ def diagnose(algorithm:Algorithm, # with one radius
                                             sde.dampening, sde.nesterov, sde.decay)}
     terms |= momentum_terms(sde.momentum, float(sde.rate), A + sde.decay, in_eta, tolerance)
     if not sde.momentum: terms |= epoch_terms(objective.law, eta, A)
-    curvature = (V * objective.hvp(x, V)).sum(1)
+    curvature = curvatures(objective, x, lam, V)
     return Diagnosis(terms, along_directions(V, curvature, names, eta, here, step), tolerance)
 
 # %% ../nbs/08b_diagnosis.ipynb #2b7af531
@@ -672,44 +794,66 @@ def read_optimizer(model:nn.Module, optimizer, rho=None) -> tuple[Algorithm, dic
     return algorithm, found | {"weight decay": decay.max().item()}, decay
 
 # %% ../nbs/08b_diagnosis.ipynb #ce44f8df
-def ritz(diagonal:list, beside:list, top:int) -> tuple: # (k,), (steps, k) and (k,)
+def ritz(T:Tensor, left:float, top:int) -> tuple: # (k,), (n, k) and (k,)
     "The largest eigenvalues of Lanczos' matrix, its eigenvectors, and what they may be off by"
-    T = torch.diag(torch.stack(diagonal).double())
-    off = torch.stack(beside).double()
-    T = T + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
     values, S = torch.linalg.eigh(T)
-    best = [*range(len(T) - 1, max(len(T) - 1 - top, -1), -1)]
-    return values[best], S[:, best], (off[-1] * S[-1, best]).abs()
+    values, S = values.flip(0)[:top], S.flip(1)[:, :top]
+    return values, S, left * S[-1].abs()
+
+def rotate(Q:list, S:Tensor): # n vectors (d,), which change, and (n, k)
+    "Let the first k vectors be SᵀQ, in place, a piece at a time, and drop the others"
+    S = S.to(Q[0])
+    for start in range(0, len(Q[0]), LARGE):
+        parts = [q[start:start + LARGE] for q in Q]
+        for part, new in zip(parts, S.T @ torch.stack(parts)): part.copy_(new)
+    del Q[S.shape[1]:]
+
+# %% ../nbs/08b_diagnosis.ipynb #e935e5a6
+BASIS = 6 # long vectors that Lanczos' method keeps
+
+def orthogonalise(w:Tensor, Q:list) -> tuple[list, float]: # (d,), which changes
+    "Take off w what is along Q; gives that, and the norm of the rest"
+    along, left = [0.] * len(Q), norm(w)
+    for _ in range(3): # where much of w is taken off, what is left is not orthogonal yet
+        before = left
+        for i, q in enumerate(Q):
+            part = (q @ w).item()
+            along[i] += part
+            w.sub_(q, alpha=part)
+        left = norm(w)
+        if left > .7 * before: break
+    return along, left
 
 # %% ../nbs/08b_diagnosis.ipynb #2235ed94
 def lanczos(product, start:Tensor, # (d,) -> (d,), and (d,)
             steps:int, top:int,
             share:float=0., # of the largest value that the errors may be; then it ends
-            done:Callable=lambda n: False # is it time to end, after n steps?
+            done:Callable=lambda n: False, # is it time to end, after n steps?
+            basis:int|None=None # vectors at a time, more than `top`; as many as steps if None
            ) -> tuple[Tensor, Tensor, Tensor]: # (k,), (k, d), and errors (k,)
     """The largest eigenvalues and vectors, each with a bound on its distance to an eigenvalue, by
-    Lanczos' method with full orthogonalisation"""
-    Q = start.new_empty(min(steps, len(start)), len(start))
-    Q[0] = start / torch.linalg.vector_norm(start)
-    diagonal, beside = [], []
-    for k in range(len(Q)):
-        w = product(Q[k])
-        size = torch.linalg.vector_norm(w)
-        diagonal.append(w @ Q[k])
-        w.sub_(Q[k], alpha=diagonal[-1].item())
-        if k: w.sub_(Q[k - 1], alpha=beside[-1].item())
-        left = torch.linalg.vector_norm(w)
-        for _ in range(3): # where much of w is taken off, what is left is not orthogonal yet
-            before = left
-            w.addmv_(Q[:k + 1].T, Q[:k + 1] @ w, alpha=-1)
-            left = torch.linalg.vector_norm(w)
-            if left > .7 * before: break
-        beside.append(left)
-        values, S, errors = ritz(diagonal, beside, top)
-        found = k + 1 >= top and errors.max() <= share * values.abs().max()
-        if found or done(k + 1) or beside[-1] <= 1e-6 * size or k + 1 == len(Q): break
-        Q[k + 1] = w / beside[-1]
-    return values.to(start), S.T.to(start) @ Q[:k + 1], errors
+    Lanczos' method with full orthogonalisation. Where the basis is full it goes on from the best
+    half of it (thick restart; Wu and Simon, 2000)."""
+    last = min(steps, len(start))
+    size = min(last, basis or last)
+    T = torch.zeros(size, size, dtype=torch.float64)
+    Q = [start / norm(start)]
+    del start # it is long
+    for k in range(1, last + 1):
+        w, n = product(Q[-1]), len(Q)
+        scale = norm(w)
+        along, left = orthogonalise(w, Q)
+        T[n - 1, :n] = T[:n, n - 1] = torch.tensor(along, dtype=torch.float64)
+        values, S, errors = ritz(T[:n, :n], left, top)
+        found = k >= top and errors.max() <= share * values.abs().max()
+        if found or done(k) or left <= 1e-6 * scale or k == last: break
+        if n == size:
+            kept, vectors, _ = ritz(T, left, max(top, size // 2))
+            rotate(Q, vectors)
+            T[:len(Q), :len(Q)] = torch.diag(kept)
+        Q.append(w.div_(left))
+    rotate(Q, S)
+    return values.to(Q[0]), torch.stack(Q), errors
 
 # %% ../nbs/08b_diagnosis.ipynb #947b20a7
 LEAST = 4 # Lanczos steps, and drawn minibatches; 2 where the budget leaves no time for them
@@ -742,14 +886,15 @@ def plan(objective:MinibatchLoss, algorithm:Algorithm, clock:Timed, effort:float
     law = objective.law
     single = time_of_gradient(objective)
     product, further = PRODUCT * single, (PRODUCT - 1) * single # from a new graph, from the same
-    draw = 2 * single if algorithm.unperturbed else product + 4 * single
+    # g and Hu, G, another two for the change in η; and for half of the γ a product for the noise
+    draw = 2 * single if algorithm.unperturbed else 1.5 * product + 3 * single
     every = -(-law.n // law.batch_size)
     extra = max(3., effort * single)
     clock.limit = min(clock.budget, extra + every * single)
     wanted = max(every, min(16, int(.1 * extra / single)))
     batches = max(2, min(wanted, int(.4 * clock.left / single)))
     rest = max(0., min(clock.left - batches * single, extra - clock.spent))
-    steps = max(LEAST, min(20, int(.35 * rest / further)))
+    steps = max(LEAST, min(20, int(.3 * rest / further)))
     curved = max(1, min(batches, int(.3 * rest / (product * steps))))
     curvature = steps * further if curved == 1 else steps * curved * product
     draws = max(LEAST, min(256, int((rest - curvature) / draw)))
@@ -830,12 +975,12 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
                       top:int=3, # Hessian eigenvectors
                       seed:int=0, # of γ
                       tolerance:float=.1, # part of the drift that may be neglected
-                      progress:bool=True # show a bar?
+                      progress:bool|None=None # show a bar? If None, where it takes more than 3 s
                      ) -> Diagnosis:
     """Is the SDE a fair model of a training run, where it is now? Terms are those of `diagnose`,
-    with momentum and weight decay as the optimizer has them, and what `coarse` says. A DataLoader
-    that shuffles adds `epoch_terms`, where there is no momentum. Nothing in
-    the model, the optimizer or the random state is changed.
+    with momentum and weight decay as the optimizer has them, and what `coarse` says; and more of
+    them have an error. A DataLoader that shuffles adds `epoch_terms`, where there is no momentum.
+    Nothing in the model, the optimizer or the random state is changed.
     Raises ValueError or TypeError on bad input, and for an optimizer that is none of these."""
     check_scalar("budget_s", budget_s), check_scalar("effort", effort)
     check_scalar("tolerance", tolerance), check_int("top", top), check_int("seed", seed, least=0)
@@ -844,9 +989,10 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
     objective = run_objective(model, loss, data, batch_size, collate_fn, batch_loss)
     x = objective.x0
     how = plan(objective, algorithm, clock, effort)
-    steps = how["batches"] + how["curved"] * how["steps"] + 2 * how["draws"]
+    steps = how["batches"] + how["curved"] * how["steps"] + int(2.5 * how["draws"])
     told = f"diagnosis, about {how['seconds']:.0f} s"
-    with tqdm(total=steps, desc=told, leave=False, disable=not progress) as bar:
+    shown = is_shown(progress, how["seconds"])
+    with tqdm(total=steps, desc=told, leave=False, disable=not shown) as bar:
         found = diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance,
                              clock, bar)
     found.coarse += unlike_drawn(data)
@@ -863,34 +1009,40 @@ def counted(bar):
             bar.update()
     return each
 
+def first_vector(grad:Tensor) -> Tensor: # (d,)
+    "The direction of ∇f, with a random one"
+    start = torch.randn(len(grad), generator=torch.Generator().manual_seed(0), dtype=grad.dtype)
+    start = start.to(grad)
+    return start.mul_(.3 / norm(start)).add_(grad, alpha=1 / norm(grad))
+
 def top_of_run(objective:MinibatchLoss, x:Tensor, grad:Tensor, how:dict, top:int, clock:Timed,
                bar) -> tuple:
     "Eigenvalues and vectors of the Hessian of some batches, and their errors"
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(len(x), generator=generator, dtype=x.dtype).to(x)
-    start = grad / norm(grad) + .3 * start / norm(start)
     top = min(top, max(1, how["steps"] // 2), len(x))
     ends = clock.spent + .45 * max(0., clock.left)
     def done(n):
         bar.update(how["curved"])
         return n >= clock.least and clock.spent > ends
+    basis = max(BASIS, top + 2) if len(x) >= LARGE else None
     with products_at(objective, x, how["curved"]) as product:
-        values, V, errors = lanczos(product, start, how["steps"], top, SHARE, done)
-    return values, V, errors
+        return lanczos(product, first_vector(grad), how["steps"], top, SHARE, done, basis)
 
 # %% ../nbs/08b_diagnosis.ipynb #0f4817f0
-def sampled(algorithm, objective, x, grad, V, how:dict, seed:int, clock:Timed, bar) -> Drawn:
-    "As many draws as there is time for, with as much left as the change within a step takes"
+def sampled(algorithm, objective, x, grad, V, how:dict, seed:int, clock:Timed, bar,
+            sketch:Callable|None) -> Drawn:
+    "As many draws as there is time for; of it the noise in u and the change in η have a part"
     begin = clock.spent
-    def done(n): return n >= clock.least and clock.left < (.5 + 1.5 / n) * (clock.spent - begin)
-    return drawn(algorithm, objective, x, grad, V, how["draws"], seed, counted(bar), done)
+    def done(n): return n >= clock.least and clock.left < (1 + 2 / n) * (clock.spent - begin)
+    return drawn(algorithm, objective, x, grad, V, how["draws"], seed, counted(bar), done, sketch)
 
 # %% ../nbs/08b_diagnosis.ipynb #d0c78170
 def full_gradient(objective:MinibatchLoss, x:Tensor, how:dict, bar) -> tuple[Tensor, float]:
     "∇f and its error. Raises ValueError if it is zero."
     drawn = how["batches"] < how["every"] or objective.full == "drawn"
     if drawn: set_batches(objective, how["batches"])
-    grad, error = objective.grad(x), objective.full_error(x)[1]
+    found = objective.all_of(x) # not copied, as `grad` would
+    grad, error = found.slope, found.of_slope
+    objective.known = [(x, *known[1:]) for known in objective.known[:1]] # nor is x
     if norm(grad) == 0:
         raise ValueError("the gradient is exactly zero here, and nothing is small against it")
     bar.update(how["batches"])
@@ -898,13 +1050,51 @@ def full_gradient(objective:MinibatchLoss, x:Tensor, how:dict, bar) -> tuple[Ten
 
 def parts_of_drift(grad:Tensor, step:Drawn, decay:Tensor, x:Tensor) -> tuple[Tensor, dict]:
     "b, and how large its parts are in it, by name"
-    pulled = decay * x
-    here = -(grad + step.mean_push.to(x) + pulled)
-    parts = {"gradient": grad, "regulariser": step.mean_push, "weight decay": pulled}
+    push = step.mean_push.to(x)
+    here = grad + push
+    parts = {"gradient": norm(grad), "regulariser": norm(push), "weight decay": norm(decay * x)}
+    here.addcmul_(decay, x).neg_()
     size = norm(here)
     if size == 0:
         raise ValueError("the drift is exactly zero here, and nothing is small against it")
-    return here, {f"of the drift, {name}": norm(part) / size for name, part in parts.items()}
+    return here, {f"of the drift, {name}": part / size for name, part in parts.items()}
+
+# %% ../nbs/08b_diagnosis.ipynb #caeb296b
+def noise_in_run(algorithm:Algorithm, objective:MinibatchLoss, x:Tensor, grad:Tensor,
+                 gammas:Tensor, size:float=1., bar=iter, done:Callable=lambda n: False,
+                 sketch:Callable|None=None) -> tuple[float, float]:
+    """The norm of ρE[H_γ(u_γ − u)] over `size`, with u that of the full gradient, and the error
+    that is left by the draws: what noise adds to ρE[Hu]"""
+    if algorithm.unperturbed: return 0., 0.
+    point, sums = x[None], Sums()
+    def u(g, gamma):
+        known = KnownGradient(objective, point, gamma, g[None], grad)
+        return algorithm.perturbation(known, point, gamma)[0]
+    of_full = u(grad, gammas[:1])
+    for gamma in bar(gammas):
+        Hv = objective.along(x, gamma, lambda g: u(g, gamma[None]) - of_full)[2]
+        Hv = Hv.mul_(float(algorithm.rho))[None]
+        sums.add(sketch(Hv) if sketch else Hv)
+        del Hv # it may be long
+        if done(sums.n): break
+    return ratio_free_of_noise(sums, size)
+
+# %% ../nbs/08b_diagnosis.ipynb #8ba25a5e
+def terms_of_draws(step:Drawn, size:float) -> dict:
+    "What drawn minibatches say of a step, over the drift"
+    in_rho, error = ratio_free_of_noise(step.sums["gap"], size)
+    return {"error of the regulariser": step.push_sem / size,
+            "neglected in ρ": in_rho, "error of that": error,
+            "noise": step.sums["c"].power**.5 / size,
+            "noise, SGD": step.sums["g"].power**.5 / size}
+
+def terms_of_edge(settings:dict, lam:Tensor, errors:Tensor, push:float, push_error:float,
+                  rho:float, decay:float) -> dict:
+    "The largest eigenvalue, c, and the stability number, with errors"
+    number = stability(settings["η"], lam[0].item(), push, rho, settings["momentum"],
+                       settings["dampening"], settings["nesterov"], decay)
+    return {"largest eigenvalue": lam[0].item(), "error of the eigenvalue": errors[0].item(),
+            "c": push, "error of c": push_error, "stability number": number}
 
 # %% ../nbs/08b_diagnosis.ipynb #fb3effaf
 def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance, clock,
@@ -913,35 +1103,38 @@ def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, toler
     eta = settings["η"] * (1 - damped) / (1 - mu)
     settings = settings | {"effective η": eta}
     grad, full_error = full_gradient(objective, x, how, bar)
-    used, size_of_grad = objective.full, norm(grad)
+    used, size_of_grad, sketch = objective.full, norm(grad), sketch_of(x)
     lam, V, errors = top_of_run(objective, x, grad, how, top, clock, bar)
-    step = sampled(algorithm, objective, x, grad, V, how, seed, clock, bar)
+    begin = clock.spent
+    step = sampled(algorithm, objective, x, grad, V, how, seed, clock, bar, sketch)
+    drawing = clock.spent - begin
     here, parts = parts_of_drift(grad, step, decay, x)
     size = norm(here)
-    begin = clock.spent
-    def done(n): return n >= clock.least and clock.left < 1.5 * (clock.spent - begin) / n
-    changes = change_in_a_step(algorithm, objective, x, eta, here, step, decay, counted(bar), done)
-    push, push_error = push_of(algorithm, step, size_of_grad)
-    lag = (1 - mu + 2 * mu**2 if settings["nesterov"] else 1 + mu) / (1 - mu)
-    in_rho, rho_error = ratio_free_of_noise(step.sums["gap"], size)
-    in_eta, eta_error = ratio_free_of_noise(changes, 2 * size)
-    largest, rho = lam[0].item(), float(algorithm.rho)
-    number = stability(settings["η"], largest, push, rho, mu, damped, settings["nesterov"],
-                       decay.max().item())
-    A = largest * (1 + rho * push * largest) + decay.max().item()
-    terms = {"gradient": size_of_grad, "error of the gradient": full_error,
-             "regulariser": norm(step.mean_push) / size_of_grad, **parts,
-             "error of the regulariser": step.push_sem / size,
-             "neglected in ρ": in_rho, "error of that": rho_error,
-             "neglected in η": lag * in_eta, "error of that, η": lag * eta_error,
-             "noise": step.sums["c"].power**.5 / size,
-             "noise, SGD": step.sums["g"].power**.5 / size,
-             "largest eigenvalue": largest, "error of the eigenvalue": errors[0].item(), "c": push,
-             "error of c": push_error, "stability number": number}
-    terms |= momentum_terms(mu, eta, A, lag * in_eta, tolerance)
     names = [f"eigenvector {i + 1}" for i in range(len(V))]
     table = along_directions(V, lam, names, settings["η"], here, step)
     table.insert(1, "error of curvature", errors.cpu().numpy())
+    del V, step.mean_push # they are long, and needed no more
+    step.pushed = None
+    def late(n): return n >= 2 and clock.left < .5 * drawing
+    some = step.gammas[:max(2, len(step.gammas) // 2)]
+    noise, noise_error = noise_in_run(algorithm, objective, x, grad, some, size, counted(bar),
+                                      late, sketch)
+    begin = clock.spent
+    def done(n): return n >= clock.least and clock.left < 1.5 * (clock.spent - begin) / n
+    changes = change_in_a_step(algorithm, objective, x, eta, here, step, decay, counted(bar), done,
+                               sketch)
+    push = push_of(algorithm, step, size_of_grad)
+    lag = (1 - mu + 2 * mu**2 if settings["nesterov"] else 1 + mu) / (1 - mu)
+    in_eta, eta_error = ratio_free_of_noise(changes, 2 * size)
+    largest, rho = lam[0].item(), float(algorithm.rho)
+    A = largest * (1 + rho * push[0] * largest) + decay.max().item()
+    terms = {"gradient": size_of_grad, "error of the gradient": full_error,
+             "regulariser": parts["of the drift, regulariser"] * size / size_of_grad, **parts,
+             "of the drift, noise in it": noise, "error of the noise in it": noise_error,
+             **terms_of_draws(step, size),
+             "neglected in η": lag * in_eta, "error of that, η": lag * eta_error,
+             **terms_of_edge(settings, lam, errors, *push, rho, decay.max().item())}
+    terms |= momentum_terms(mu, eta, A, lag * in_eta, tolerance)
     said = coarseness(how, used, full_error / size_of_grad, errors, lam, step, changes.n, clock)
     return Diagnosis(terms, table, tolerance, settings, said)
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from samsde import optim
+from samsde import diagnosis, optim
 from samsde.algorithm import DNSAM, SAM, SGD, USAM
 from samsde.diagnosis import (
-    diagnose, diagnose_training, drift_of, drawn, lanczos, momentum_terms, products_at, products_of, read_optimizer, step_parts, top_eigenvectors)
+    Sketch, change_in_a_step, curvatures, diagnose, directions_at, diagnose_training, drift_of, drawn, lanczos, momentum_terms, noise_in_push, noise_in_run, products_at, products_of, read_optimizer, step_parts, top_eigenvectors)
 from samsde.implicit_regularizer import drift
 from samsde.epochs import epoch_noise
 from samsde.moments import hessian_perturbation
@@ -269,7 +269,8 @@ def test_on_a_quadratic_by_hand(momentum, dampening, nesterov):
     effective = eta * (1 - dampening) / (1 - momentum)
     lag = (1 - momentum + 2 * momentum**2 if nesterov else 1 + momentum) / (1 - momentum)
     assert found.terms["gradient"] == pytest.approx((H @ x).norm().item(), rel=1e-9)
-    assert found.terms["regulariser"] == pytest.approx((rho * (H @ H @ x).norm() / (H @ x).norm()).item(), rel=.1)
+    off = 4 * found.terms["error of the regulariser"] / found.terms["of the drift, gradient"]
+    assert found.terms["regulariser"] == pytest.approx((rho * (H @ H @ x).norm() / (H @ x).norm()).item(), abs=off)
     assert found.terms["neglected in ρ"] < 1e-9
     known = lag * effective / 2 * ((A @ A @ x).norm() / (A @ x).norm()).item()
     assert found.terms["neglected in η"] == pytest.approx(known, rel=.1)
@@ -480,3 +481,127 @@ def test_momentum_says_which_model():
     assert run["model"] == ours["model"]
     with pytest.raises(TypeError, match="training takes momentum, .*, got schedule: a point of a scheduled run"):
         diagnose(USAM(.1), plane, x, .1, schedule=lambda t: 1.)
+
+
+@pytest.mark.parametrize("kind", [SAM, USAM, DNSAM])
+def test_noise_in_the_regulariser(kind):
+    """‖ρE[Hu] less ρHu of the full gradient‖ from drawn minibatches is that of the finite sum, which is exact for USAM and DNSAM,
+    within its error. The control is the norm of the mean of few, which noise has made too long."""
+    net = make(0., norm=False)
+    a, o = kind(.1), MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), (X, y), 10, replace=False)
+    finite = FiniteSum.from_module(net, nn.CrossEntropyLoss(), X, y, 10, replace=False)
+    grad, gammas = finite.grad(o.x0), o.draw((600,), torch.Generator().manual_seed(0))
+    b, sem = drift(a, finite, o.x0, draws=20_000, return_sem=True)
+    known = noise_in_push(a, finite, o.x0, grad, -b - grad).norm().item()
+    found, error = noise_in_run(a, o, o.x0, grad, gammas)
+    assert abs(found - known) < 3 * (error**2 + sem.norm().item()**2)**.5 and found > 3 * error
+    few, wide = noise_in_run(a, o, o.x0, grad, gammas[:4])
+    assert abs(few - known) < 3 * wide and (few**2 + wide**2)**.5 - known > 6 * error
+
+
+def test_noise_in_the_regulariser_of_a_run():
+    """That term and its error beside those of `diagnose`. Of a batch of all data it is none, and of SGD exactly none."""
+    net = make(0., norm=False)
+    finite = FiniteSum.from_module(net, nn.CrossEntropyLoss(), X, y, 10, replace=False)
+    terms = look(net, of(net, optim.USAM), budget_s=20).terms
+    known = diagnose(USAM(.1), finite, finite.x0, .1, draws=8, directions=0, top=1).terms["of the drift, noise in it"]
+    assert abs(terms["of the drift, noise in it"] - known) < 3 * terms["error of the noise in it"] < 6 * known
+    every = look(net, of(net, optim.USAM), batch_size=60).terms
+    assert every["of the drift, noise in it"] < 1e-9 and every["error of the noise in it"] < 1e-9 < .01 < every["of the drift, regulariser"]
+    assert diagnose(USAM(.1, source="full"), finite, finite.x0, .1, draws=8, top=1).terms["of the drift, noise in it"] < 1e-12
+    plain = look(net, torch.optim.SGD(net.parameters(), lr=.1)).terms
+    assert plain["of the drift, noise in it"] == plain["error of the noise in it"] == 0
+
+
+@pytest.mark.parametrize("basis", [5, 8])
+def test_lanczos_with_few_vectors(basis):
+    """Restarted it has the same eigenvalues and vectors to their bounds, which hold; on the way too. The control has no restart."""
+    small = FiniteSum.from_module(make(0., norm=False), nn.CrossEntropyLoss(), X, y, 10)
+    known = torch.linalg.eigvalsh(small.hessian(small.x0))
+    start = torch.randn(small.dim, generator=torch.Generator().manual_seed(4), dtype=F64)
+    for steps in (6, 12, 30, 60):
+        lam, V, bound = lanczos(lambda v: small.hvp(small.x0, v), start, steps, 3, basis=basis)
+        torch.testing.assert_close(V @ V.T, torch.eye(3, dtype=F64), rtol=0, atol=1e-10)
+        residual = (small.hvp(small.x0, V) - lam[:, None] * V).norm(dim=1)
+        torch.testing.assert_close(residual, bound, rtol=1e-6, atol=1e-10)
+        assert ((known[:, None] - lam).abs().min(0).values <= bound + 1e-10).all()
+    torch.testing.assert_close(lam, known.flip(0)[:3], rtol=1e-3, atol=0)
+    short = lanczos(lambda v: small.hvp(small.x0, v), start, basis, 3)[0]
+    assert (short[1:] / known.flip(0)[1:3] - 1).abs().max() > .005
+
+
+def test_a_sketch_in_place_of_long_vectors():
+    """Squared norms of a step's parts and of its change are the same within four times √(2/buckets), the mean of ρHu exactly.
+    The control has 251 buckets."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        a, wide = SAM(.3), nn.Sequential(nn.Linear(5, 900), nn.Tanh(), nn.Linear(900, 3)).double()
+    o = MinibatchLoss.from_module(wide, nn.CrossEntropyLoss(), (X, y), 10, replace=False)
+    grad = o.grad(o.x0)
+    V = grad[None] / grad.norm()
+
+    def numbers(sketch):
+        step = drawn(a, o, o.x0, grad, V, 12, 0, sketch=sketch)
+        here = -(grad + step.mean_push)
+        changes = change_in_a_step(a, o, o.x0, .1, here, step, torch.full((1,), .1, dtype=F64), sketch=sketch)
+        noise = noise_in_run(a, o, o.x0, grad, step.gammas, sketch=sketch)
+        powers = [s.power for s in step.sums.values()] + [changes.power, changes.mean.norm()**2, noise[0]**2, noise[1]**2]
+        return torch.tensor(powers), step
+
+    exact, step = numbers(None)
+    found, other = numbers(Sketch(o.x0, 4099))
+    assert other.sums["g"].first.shape == (4099,) and other.kept[0].shape == (1, 4099)
+    torch.testing.assert_close(other.mean_push, step.mean_push, rtol=1e-9, atol=1e-12)
+    off = (found / exact - 1).abs().max()
+    coarse = (numbers(Sketch(o.x0, 251))[0] / exact - 1).abs().max()
+    assert off < 4 * (2 / 4099)**.5 < coarse
+
+
+class Slow(nn.Linear):
+    def forward(self, z):
+        time.sleep(.01)
+        return super().forward(z)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    "What bars say that are shown"
+    said = []
+
+    class Noted(diagnosis.tqdm):
+        def __init__(self, *args, **how):
+            super().__init__(*args, **how)
+            if not self.disable: said.append(self.desc)
+
+    monkeypatch.setattr(diagnosis, "tqdm", Noted)
+    return said
+
+
+def test_says_how_long_it_takes(shown):
+    """Before it starts: as long as it then takes, to a factor of two. Without being asked only where that is more than three seconds."""
+    def seconds(net, draws, **how):
+        o = MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), (X, y), 30, replace=False)
+        o.loss(o.x0)
+        start = time.monotonic()
+        diagnose(SAM(.1), o, o.x0, .1, draws=draws, top=1, directions=0, **how)
+        return time.monotonic() - start
+
+    quick, slow = make(0., norm=False), Slow(5, 3).double()
+    seconds(quick, 8)
+    assert not shown
+    seconds(quick, 8, progress=True), seconds(slow, 8, progress=False)
+    assert len(shown) == 1
+    took = seconds(slow, 128)
+    number = float(shown[1].removeprefix("diagnosis, about ").removesuffix(" s"))
+    assert took / 2 < number < 2 * took and number > 3 and len(shown) == 2
+    look(quick, of(quick), progress=None, budget_s=1), look(quick, of(quick), progress=True, budget_s=1)
+    assert len(shown) == 3
+
+
+def test_curvature_along_directions():
+    "That of products with the Hessian, without those along the eigenvectors"
+    small = FiniteSum.from_module(make(0., norm=False), nn.CrossEntropyLoss(), X, y, 10)
+    lam, V, _ = directions_at(small, small.x0, 2, 3, 0)
+    known = (V * small.hvp(small.x0, V)).sum(1)
+    torch.testing.assert_close(curvatures(small, small.x0, lam, V), known, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(curvatures(small, small.x0, lam, V.roll(1, 0)), known, rtol=1e-2)

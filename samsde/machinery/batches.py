@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOCK', 'states', 'same_states', 'set_states', 'seed_all', 'seeded', 'rows_of', 'as_tree', 'by_tensors', 'batch_of',
            'of_loader', 'check_reshuffles', 'run', 'own_loss', 'LossOfOutput', 'check_parameters', 'differentiable',
-           'slopes_of', 'product_of', 'BatchNetwork']
+           'slopes_of', 'drained', 'product_of', 'BatchNetwork']
 
 # %% ../../nbs/machinery/batches.ipynb #047f4038
 import random, threading
@@ -195,7 +195,16 @@ def differentiable(module:nn.Module):
 def slopes_of(f:Tensor, params:list, again:bool) -> list: # of None where f does not depend
     "The derivatives of f by each parameter"
     if not f.requires_grad: return [None] * len(params)
-    return torch.autograd.grad(f, params, create_graph=again, allow_unused=True)
+    return [*torch.autograd.grad(f, params, create_graph=again, allow_unused=True)]
+
+def drained(found:list, params:list) -> Tensor: # (d,)
+    "Gradients as one vector; the list loses each as soon as it is there, for memory"
+    sizes = [p.numel() for p in params]
+    v = torch.zeros(sum(sizes), dtype=params[0].dtype, device=params[0].device)
+    for part in reversed(v.split(sizes)):
+        g = found.pop()
+        if g is not None: part.view_as(g).copy_(g.detach().to_dense())
+    return v
 
 # %% ../../nbs/machinery/batches.ipynb #a297fe24
 def product_of(slopes:list, params:list, v:Tensor, again:bool=False) -> Tensor: # (d,)
@@ -204,9 +213,9 @@ def product_of(slopes:list, params:list, v:Tensor, again:bool=False) -> Tensor: 
     pairs = [(s, part.to(s).view_as(s)) for s, part in zip(slopes, parts)
              if s is not None and s.requires_grad]
     if not pairs: return flat([None] * len(params), params)
-    found = torch.autograd.grad([s for s, _ in pairs], params, [part for _, part in pairs],
-                                retain_graph=again, allow_unused=True)
-    return flat(found, params)
+    found = [*torch.autograd.grad([s for s, _ in pairs], params, [part for _, part in pairs],
+                                  retain_graph=again, allow_unused=True)]
+    return drained(found, params)
 
 # %% ../../nbs/machinery/batches.ipynb #c0667bab
 class BatchNetwork:
@@ -302,7 +311,7 @@ class BatchNetwork:
         with self.at(x, seed) as drew:
             f = self.loss_of(numbers)
             slopes = slopes_of(f, params, again=v is not None)
-            g = flat(slopes, params).detach()
+            g = (drained if v is None else flat)(slopes, params).detach()
             Hv = None
             if callable(v): v = v(g)
             if v is not None: Hv = product_of(slopes, params, v)
