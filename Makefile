@@ -26,7 +26,7 @@ reproduce: $(RUN) ## the main job: how well each SDE tracks its algorithm (ARGS=
 	$(BIN)/samsde reproduce $(ARGS)
 
 test: $(DEV) ## run every notebook and tests/ (ARGS="--slow" for the slow cells too)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 frameworks: $(FRAMEWORKS) ## run the recipes of "SAM in your framework" with the real packages
 	.venv-frameworks/bin/python -m pytest tests/test_frameworks.py $(ARGS)

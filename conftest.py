@@ -1,31 +1,33 @@
 """pytest runs each notebook as one item, in a process of its own, and leaves out the cells that settings.ini's tst_flags name.
-While the tests run, notebooks are run beside them, from the last to the first: two processes, of one thread each."""
+`make test` has as many processes as cores, of one thread each, through pytest-xdist; `pytest` alone has one."""
+import multiprocessing
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 ROOT = Path(__file__).parent
-RUN = """
-import sys
-from pathlib import Path
-from nbdev.config import get_config
-from nbdev.test import test_nb
-cfg = get_config()
-sys.modules["pytest"] = None  # a reader may have the library alone
-passed, _ = test_nb(Path(sys.argv[1]), skip_flags=cfg.tst_flags.split(), force_flags=sys.argv[2:], basepath=cfg.config_path)
-sys.exit(not passed)
-"""
+# A new process is a copy of one that has imported what is slow to import, where the system has such copies.
+PROCESSES = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+PROCESSES.set_forkserver_preload([
+    "pytest", "nbdev.test", "sympy", "matplotlib.pyplot", "seaborn", "sklearn.datasets", "samsde.sweep", "samsde.experiments.networks",
+    "torch._dynamo", "torch.distributed.tensor", "torch.fx.experimental.symbolic_shapes"])  # the last three: what torch imports at its first use
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the notebooks' slow cells too")
     parser.addoption("--site", action="store_true", help="fail where the tests of the built site would be skipped")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    "The cores that this program may use; a process takes up to a gigabyte."
+    from joblib import cpu_count
+    return min(cpu_count(), 8)
 
 
 def pytest_collect_file(file_path, parent):
@@ -34,20 +36,18 @@ def pytest_collect_file(file_path, parent):
         return NotebookFile.from_parent(parent, path=file_path)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: isinstance(item, Notebook))  # the tests first
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtestloop(session):
-    notebooks = [item for item in session.items if isinstance(item, Notebook)]
-    with ThreadPoolExecutor(1) as pool:
-        if not session.config.option.collectonly:
-            for item in reversed(notebooks): item.beside = pool.submit(item.execute)
-        try: return (yield)
-        finally:
-            for item in notebooks: item.stop()
+def run(path, flags, log):
+    "What a notebook's process does: all that is printed goes to the file `log`"
+    file = os.open(log, os.O_WRONLY)
+    for stream in (1, 2): os.dup2(file, stream)
+    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, encoding="utf-8", closefd=False) for stream in (1, 2))
+    os.chdir(ROOT)
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    cfg = get_config()
+    sys.modules["pytest"] = None  # a reader may have the library alone
+    passed, _ = test_nb(path, skip_flags=cfg.tst_flags.split(), force_flags=flags, basepath=cfg.config_path)
+    sys.exit(not passed)
 
 
 class NotebookFile(pytest.File):
@@ -56,24 +56,16 @@ class NotebookFile(pytest.File):
 
 
 class Notebook(pytest.Item):
-    beside = process = None
-
-    def execute(self):
-        "The exit status, and all that was printed"
-        flags = ["slow"] if self.config.getoption("slow") else []
-        command = [sys.executable, "-c", RUN, str(self.path), *flags]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        text, _ = self.process.communicate()
-        return self.process.returncode, text
-
     def runtest(self):
-        here = self.beside is None or self.beside.cancel()  # nobody has begun with it
-        status, text = self.execute() if here else self.beside.result()
-        if status: raise NotebookError(text)
-
-    def stop(self):
-        if self.beside: self.beside.cancel()
-        if self.process and self.process.poll() is None: self.process.kill()
+        with TemporaryDirectory() as folder:
+            log = Path(folder)/"log"
+            log.touch()
+            flags = ["slow"] if self.config.getoption("slow") else []
+            process = PROCESSES.Process(target=run, args=(self.path, flags, log))
+            process.start()
+            try: process.join()
+            finally: process.kill()  # where it is interrupted
+            if process.exitcode: raise NotebookError(log.read_text(encoding="utf-8", errors="replace") or f"exit status {process.exitcode}")
 
     def repr_failure(self, excinfo, style=None):
         return str(excinfo.value) if excinfo.errisinstance(NotebookError) else super().repr_failure(excinfo, style)

@@ -12,7 +12,7 @@ works "$python" || python=.venv/bin/python
 oldest=$(mktemp -d); trap 'rm -rf "$oldest"' EXIT
 
 "$python" -m venv "$oldest"
-install() { "$oldest/bin/python" -m pip install -q --no-compile --no-cache-dir --disable-pip-version-check -c "$1" -e . pytest hypothesis; }
+install() { "$oldest/bin/python" -m pip install -q --no-compile --no-cache-dir --disable-pip-version-check -c "$1" -e . pytest pytest-xdist hypothesis; }
 # torch's old releases carry CUDA, 3 GB: where those cannot be had, the rest is tested with the torch of constraints.txt, and that is said
 if ! install constraints-oldest.txt; then
   { grep -v '^torch==' constraints-oldest.txt; grep '^torch==' constraints.txt; } >"$oldest/constraints.txt"

@@ -77,8 +77,7 @@ def heard():
 @pytest.fixture(scope="module")
 def fork():
     "Starts a child in a process that is a copy of one which has torch, and what torch loads late, in memory already"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "sympy", "samsde.sde", "samsde.ensemble"])
+    context = multiprocessing.get_context("forkserver") # conftest.py says what it has imported
     def start(name, out, **how):
         begun = context.Event()
         process = context.Process(target=child, args=(name, out, begun, how))
