@@ -15,12 +15,18 @@ ROOT = Path(__file__).parent
 PROCESSES = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
 PROCESSES.set_forkserver_preload([
     "pytest", "nbdev.test", "sympy", "matplotlib.pyplot", "seaborn", "sklearn.datasets", "samsde.sweep", "samsde.experiments.networks",
-    "torch._dynamo", "torch.distributed.tensor", "torch.fx.experimental.symbolic_shapes"])  # the last three: what torch imports at its first use
+    "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.fx.experimental.symbolic_shapes"])  # torch's: what it imports late
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the notebooks' slow cells too")
     parser.addoption("--site", action="store_true", help="fail where the tests of the built site would be skipped")
+
+
+@pytest.fixture(scope="session")
+def processes():
+    "As the module multiprocessing, but with quick starts."
+    return PROCESSES
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -75,12 +75,11 @@ def heard():
     signal.signal(signal.SIGINT, before)
 
 @pytest.fixture(scope="module")
-def fork():
+def fork(processes):
     "Starts a child in a process that is a copy of one which has torch, and what torch loads late, in memory already"
-    context = multiprocessing.get_context("forkserver") # conftest.py says what it has imported
     def start(name, out, **how):
-        begun = context.Event()
-        process = context.Process(target=child, args=(name, out, begun, how))
+        begun = processes.Event()
+        process = processes.Process(target=child, args=(name, out, begun, how))
         process.start()
         assert begun.wait(60)
         return process

@@ -1,5 +1,4 @@
 "Memory: of a network in chunks, and of a simulation with many records."
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -14,10 +13,12 @@ from samsde.objective import FiniteSum, Quadratic
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a program's peak from /proc")
 
 
-def alone(function, *arguments):
+@pytest.fixture
+def alone(processes):
     "What a function returns in a new process, of one thread"
-    context = multiprocessing.get_context("forkserver")  # conftest.py says what it has imported
-    with ProcessPoolExecutor(1, context, torch.set_num_threads, (1,)) as pool: return pool.submit(function, *arguments).result()
+    def run(function, *arguments):
+        with ProcessPoolExecutor(1, processes, torch.set_num_threads, (1,)) as pool: return pool.submit(function, *arguments).result()
+    return run
 
 
 def peak():
@@ -42,7 +43,7 @@ def network(chunk):
     return made, peak() - before
 
 
-def test_memory_of_a_network_in_chunks():
+def test_memory_of_a_network_in_chunks(alone):
     """8,000 samples and 99,010 parameters: under 250 MiB with chunk=50. The control has no chunk."""
     made, used = alone(network, 50)
     assert used < 250 and made < 250 < alone(network, None)[1]
@@ -57,7 +58,7 @@ def records(keep):
     return peak() - before
 
 
-def test_memory_of_records():
+def test_memory_of_records(alone):
     """The point of 3,000 paths at each of 1,000 steps, 240 MB of numbers: under 40 MiB beyond a run of 300 steps.
     The control keeps the numbers."""
     assert alone(records, False) < 40 and alone(records, True) > 150
