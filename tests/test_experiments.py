@@ -59,12 +59,12 @@ def test_flat_minima_in_short(monkeypatch):
     assert own.rho.nunique() > 1 and own.value.nunique() == len(own)
 
 
-SMALLER = {training: dict(cancer=dict(n=64, hidden=2)), micro_batches: dict(cancer=dict(n=64, hidden=2))}
+SMALLER = {training: dict(cancer=dict(n=64, hidden=2), diagnose_training=dict(effort=20)), micro_batches: dict(cancer=dict(n=64, hidden=2))}
 
 
 @pytest.mark.parametrize("module", SMALLER, ids=["training", "micro_batches"])
 def test_networks_in_short(module, monkeypatch):
-    """The quick setting, with one small network more: finite numbers, every model at every time, and verdicts and a picture from it."""
+    """The quick setting, smaller: finite numbers, every model at every time, and verdicts and a picture from it."""
     shorten(monkeypatch, module, **SMALLER[module])
     table = module.measure(quick=True)
     assert table["value"].map(math.isfinite).all() and not table.diverged.any()
