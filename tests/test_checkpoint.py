@@ -61,6 +61,7 @@ def stored(path) -> dict:
 def child(name, out, begun, how, pause=.01):
     "What runs in a process of its own: writes its numbers, and those of the partial ensemble if it is interrupted"
     warnings.simplefilter("ignore")
+    signal.signal(signal.SIGINT, signal.default_int_handler) # see heard
     RunState.pause = pause
     begun.set()
     try: result, status = RUNS[name](how), "done"
