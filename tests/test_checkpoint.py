@@ -61,6 +61,7 @@ def stored(path) -> dict:
 def child(name, out, begun, how, pause=.01):
     "What runs in a process of its own: writes its numbers, and those of the partial ensemble if it is interrupted"
     warnings.simplefilter("ignore")
+    signal.signal(signal.SIGINT, signal.default_int_handler) # see heard
     RunState.pause = pause
     begun.set()
     try: result, status = RUNS[name](how), "done"
@@ -75,13 +76,11 @@ def heard():
     signal.signal(signal.SIGINT, before)
 
 @pytest.fixture(scope="module")
-def fork():
+def fork(processes):
     "Starts a child in a process that is a copy of one which has torch, and what torch loads late, in memory already"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "sympy", "samsde.sde", "samsde.ensemble"])
     def start(name, out, **how):
-        begun = context.Event()
-        process = context.Process(target=child, args=(name, out, begun, how))
+        begun = processes.Event()
+        process = processes.Process(target=child, args=(name, out, begun, how))
         process.start()
         assert begun.wait(60)
         return process

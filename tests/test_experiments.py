@@ -43,16 +43,27 @@ def test_no_result_without_an_experiment():
     assert {p.stem for p in (ROOT/"samsde"/"experiments"/"measured").glob("*.csv")} == set(EXPERIMENTS)
 
 
-def test_flat_minima_in_short():
-    """Its SDEs with a radius for each path: a table without holes, and radii that differ."""
+def shorten(monkeypatch, module, **changes):
+    "What `module` calls by these names gets other arguments than it gives, where it gives any."
+    def with_changes(function, changed): return lambda *args, **given: function(*args, **given | changed)
+    for name, changed in changes.items(): monkeypatch.setattr(module, name, with_changes(getattr(module, name), changed))
+
+
+def test_flat_minima_in_short(monkeypatch):
+    """Its SDEs with a radius for each path: a table without holes, and radii that differ. The training is a sixth of the quick one."""
+    shorten(monkeypatch, flat_minima, Study=dict(t_end=3.), valleys=dict(points=151))
     table = flat_minima.measure(quick=True)
     own = table[(table.part == "network") & (table.algorithm == "USAM") & (table.quantity == "trace") & (table.model == flat_minima.OWN)]
     assert own.rho.nunique() > 1 and own.value.nunique() == len(own)
 
 
-@pytest.mark.parametrize("module", [training, micro_batches], ids=["training", "micro_batches"])
-def test_networks_in_short(module):
-    """The quick setting: finite numbers, every model at every time, and verdicts and a picture from it."""
+SMALLER = {training: dict(cancer=dict(n=64, hidden=2), diagnose_training=dict(effort=20)), micro_batches: dict(cancer=dict(n=64, hidden=2))}
+
+
+@pytest.mark.parametrize("module", SMALLER, ids=["training", "micro_batches"])
+def test_networks_in_short(module, monkeypatch):
+    """The quick setting, smaller: finite numbers, every model at every time, and verdicts and a picture from it."""
+    shorten(monkeypatch, module, **SMALLER[module])
     table = module.measure(quick=True)
     assert table["value"].map(math.isfinite).all() and not table.diverged.any()
     keys = [name for name in ("part", "network", "model", "statistic", "rho", "m", "epoch", "step") if name in table]

@@ -284,7 +284,7 @@ def judged(make, loss, X, y, rtol=1e-6, atol=1e-9, **settings):
     single = made(make, loss, X, y, **settings)
     if isinstance(single, str):
         return single, []
-    pair = made(make, loss, X, y, batch_size=2, **settings)
+    pair = single.with_batch(2)
     x0 = flat(trainable(make()))
     assert single.x0.equal(x0), "x0 is not the trainable parameters, in their order"
     s = Setting(len(X), x0)

@@ -5,10 +5,9 @@ import math
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import textwrap
 import time
+import traceback
 import weakref
 
 import numpy as np
@@ -465,10 +464,9 @@ def test_interval_in_two_phases(second):
 # --- several processes ---
 
 WORKER = """
-import copy, os, sys, warnings
+import copy, os, warnings
 import torch, torch.distributed as dist, torch.nn.functional as F
 from samsde.optim import SAM, USAM
-rank, folder = int(sys.argv[1]), sys.argv[2]
 X, y, net = torch.load(f"{folder}/data.pt", weights_only=False)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 def closure_of(net, optimizer):
@@ -487,13 +485,27 @@ os._exit(0)
 """
 
 
-def two_processes(tmp_path, body):
-    torch.save([X, y, make()], tmp_path/"data.pt")
-    code = WORKER.replace("BODY", textwrap.dedent(body))
-    workers = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in (0, 1)]
-    errors = [w.communicate(timeout=200)[1].decode() for w in workers]
-    assert not any(w.returncode for w in workers), errors
-    return torch.load(tmp_path/"out.pt", weights_only=False)
+def work(code, rank, folder):
+    try: exec(code, dict(rank=rank, folder=folder))
+    except Exception:
+        (folder/f"error{rank}.txt").write_text(traceback.format_exc())
+        raise
+
+
+@pytest.fixture
+def two_processes(processes, tmp_path):
+    "Runs some lines in two processes, and returns what they call `out` in the first"
+    def run(body):
+        torch.save([X, y, make()], tmp_path/"data.pt")
+        code = WORKER.replace("BODY", textwrap.dedent(body))
+        workers = [processes.Process(target=work, args=(code, rank, tmp_path)) for rank in (0, 1)]
+        for w in workers: w.start()
+        for w in workers: w.join(200)
+        ended = [w.exitcode for w in workers]
+        for w in workers: w.kill()
+        assert ended == [0, 0], [p.read_text() for p in tmp_path.glob("error*.txt")]
+        return torch.load(tmp_path/"out.pt", weights_only=False)
+    return run
 
 
 fsdp2 = pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="torch.distributed.fsdp.fully_shard came with torch 2.6")
@@ -502,8 +514,8 @@ fsdp2 = pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (
 @fsdp2
 @pytest.mark.parametrize("kind", ["SAM", "USAM"])
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_fsdp2_is_one_process(tmp_path, kind, adaptive):
-    length, end = two_processes(tmp_path, f"""
+def test_fsdp2_is_one_process(two_processes, kind, adaptive):
+    length, end = two_processes(f"""
         from torch.distributed.fsdp import fully_shard
         fully_shard(net[0]); fully_shard(net)
         whole = lambda: torch.cat([p.full_tensor().detach().flatten() for p in net.parameters()])
@@ -522,8 +534,8 @@ def test_fsdp2_is_one_process(tmp_path, kind, adaptive):
 
 
 @fsdp2
-def test_fsdp2_continues_from_a_distributed_checkpoint(tmp_path):
-    end = two_processes(tmp_path, """
+def test_fsdp2_continues_from_a_distributed_checkpoint(two_processes):
+    end = two_processes("""
         from torch.distributed.fsdp import fully_shard
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
         def build(net, **settings):
@@ -542,9 +554,9 @@ def test_fsdp2_continues_from_a_distributed_checkpoint(tmp_path):
 
 
 @fsdp2
-def test_fsdp2_with_a_parameter_that_is_not_sharded(tmp_path):
+def test_fsdp2_with_a_parameter_that_is_not_sharded(two_processes):
     "A plain parameter is the same in every process, and counts once."
-    length = two_processes(tmp_path, """
+    length = two_processes("""
         from torch.distributed.fsdp import fully_shard
         fully_shard(net[0])
         params = [*net[0].parameters(), *net[2].parameters()]
@@ -558,8 +570,8 @@ def test_fsdp2_with_a_parameter_that_is_not_sharded(tmp_path):
 
 
 @pytest.mark.parametrize("original", [False, True])
-def test_fsdp1_is_refused(tmp_path, original):
-    words = two_processes(tmp_path, f"""
+def test_fsdp1_is_refused(two_processes, original):
+    words = two_processes(f"""
         warnings.simplefilter("ignore")
         from torch.distributed.fsdp import FullyShardedDataParallel
         early = SAM(net.parameters(), torch.optim.SGD, lr=.1)
@@ -574,8 +586,8 @@ def test_fsdp1_is_refused(tmp_path, original):
     assert len(words) == 1 + original and all("fully_shard (FSDP2)" in w for w in words)
 
 
-def test_ddp_with_buckets_as_gradients(tmp_path):
-    end = two_processes(tmp_path, """
+def test_ddp_with_buckets_as_gradients(two_processes):
+    end = two_processes("""
         from torch.nn.parallel import DistributedDataParallel
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
         optimizer = SAM(net.parameters(), torch.optim.SGD, rho=.1, lr=.1)
