@@ -1,4 +1,5 @@
 "Memory: of a network in chunks, of a simulation with many records, and of a diagnosis beside training."
+
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -13,20 +14,26 @@ from samsde.ensemble import simulate
 from samsde.implicit_regularizer import drift
 from samsde.objective import FiniteSum, Quadratic
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a program's peak from /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads a program's peak from /proc"
+)
 
 
 @pytest.fixture
 def alone(processes):
     "What a function returns in a new process, of one thread"
+
     def run(function, *arguments):
-        with ProcessPoolExecutor(1, processes, torch.set_num_threads, (1,)) as pool: return pool.submit(function, *arguments).result()
+        with ProcessPoolExecutor(1, processes, torch.set_num_threads, (1,)) as pool:
+            return pool.submit(function, *arguments).result()
+
     return run
 
 
 def peak():
     "MiB, of this process alone, while ru_maxrss begins at that of the one that started it"
-    with open("/proc/self/status") as f: words = next(line for line in f if line.startswith("VmHWM")).split()
+    with open("/proc/self/status") as f:
+        words = next(line for line in f if line.startswith("VmHWM")).split()
     return int(words[1]) / 1024
 
 
@@ -34,13 +41,17 @@ def network(chunk):
     "MiB beyond the start: after construction, and after a drift with drawn minibatches, a gradient and a product"
     X, y = torch.randn(8000, 88), torch.randint(10, (8000,))
     net = torch.nn.Sequential(torch.nn.Linear(88, 1000), torch.nn.Tanh(), torch.nn.Linear(1000, 10))
-    small = FiniteSum.from_module(torch.nn.Linear(88, 10), torch.nn.CrossEntropyLoss(), X[:60], y[:60])
-    drift(SAM(.1), small, small.x0)  # what torch and the library load at their first use
+    small = FiniteSum.from_module(
+        torch.nn.Linear(88, 10), torch.nn.CrossEntropyLoss(), X[:60], y[:60]
+    )
+    drift(SAM(0.1), small, small.x0)  # what torch and the library load at their first use
     before = peak()
-    objective = FiniteSum.from_module(net, torch.nn.CrossEntropyLoss(), X, y, batch_size=100, chunk=chunk)
+    objective = FiniteSum.from_module(
+        net, torch.nn.CrossEntropyLoss(), X, y, batch_size=100, chunk=chunk
+    )
     assert objective.dim == 99_010
     made = peak() - before
-    drift(SAM(.1), objective, objective.x0, draws=8)
+    drift(SAM(0.1), objective, objective.x0, draws=8)
     objective.grad(objective.x0)
     objective.sample_hvp(objective.x0, torch.arange(100)[None], objective.x0)
     return made, peak() - before
@@ -54,10 +65,13 @@ def test_memory_of_a_network_in_chunks(alone):
 
 def records(keep):
     "MiB beyond a run of 300 steps"
-    chain, start = Chain(SAM(.1), Quadratic(torch.diag(torch.linspace(.5, 1.5, 20)), .1), .01), torch.ones(20)
-    simulate(chain, start, 3., 3_000)  # what is loaded at the first use, and a record of the step
+    chain, start = (
+        Chain(SAM(0.1), Quadratic(torch.diag(torch.linspace(0.5, 1.5, 20)), 0.1), 0.01),
+        torch.ones(20),
+    )
+    simulate(chain, start, 3.0, 3_000)  # what is loaded at the first use, and a record of the step
     before = peak()
-    simulate(chain, start, 10., 3_000, keep=keep)
+    simulate(chain, start, 10.0, 3_000, keep=keep)
     return peak() - before
 
 
@@ -75,7 +89,8 @@ class Block(nn.Module):
         short = nn.Conv2d(a, b, 1, stride, bias=False), nn.BatchNorm2d(b)
         self.short = nn.Identity() if a == b else nn.Sequential(*short)
 
-    def forward(self, x): return F.relu(self.path(x) + self.short(x))
+    def forward(self, x):
+        return F.relu(self.path(x) + self.short(x))
 
 
 def resnet18():
@@ -86,19 +101,24 @@ def resnet18():
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 
 
-def pictures(n): return torch.randn(n, 3, 16, 16), torch.arange(n) % 10
+def pictures(n):
+    return torch.randn(n, 3, 16, 16), torch.arange(n) % 10
 
 
-def sam(net): return optim.SAM(net.parameters(), torch.optim.SGD, rho=.05, lr=.05, momentum=.9)
+def sam(net):
+    return optim.SAM(net.parameters(), torch.optim.SGD, rho=0.05, lr=0.05, momentum=0.9)
 
 
 def times_of_training(whole):
     "The peak of a diagnosis over that of three steps of SAM"
+
     def look(net, optimizer, data, size):
         how = dict(batch_size=size, budget_s=600, effort=50, progress=False)
         return diagnosis.diagnose_training(net, F.cross_entropy, data, optimizer, **how)
 
-    small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(784, 10))
+    small = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(784, 10)
+    )
     look(small, sam(small), pictures(16), 4)  # what torch and the library load at their first use
     before = peak()
     net = resnet18()
@@ -112,9 +132,11 @@ def times_of_training(whole):
         loss.backward()
         return loss
 
-    for _ in range(3): optimizer.step(closure)
+    for _ in range(3):
+        optimizer.step(closure)
     training = peak() - before
-    if whole: diagnosis.LARGE = 10**9  # all vectors at their length, in double precision
+    if whole:
+        diagnosis.LARGE = 10**9  # all vectors at their length, in double precision
     look(net, optimizer, (X, y), 64)
     return (peak() - before) / training
 
@@ -122,5 +144,6 @@ def times_of_training(whole):
 def test_memory_of_a_diagnosis(request, alone):
     """A ResNet-18 with batch norm in training mode, in minibatches of 64 pictures of 16 × 16: at most 4 times what training by SAM with
     momentum takes. The control keeps the vectors whose sketches are enough."""
-    if not request.config.getoption("slow"): pytest.skip("a minute; run with --slow")
+    if not request.config.getoption("slow"):
+        pytest.skip("a minute; run with --slow")
     assert alone(times_of_training, False) < 4 < alone(times_of_training, True)
