@@ -25,8 +25,8 @@ help: ## list the targets
 reproduce: $(RUN) ## the main job: how well each SDE tracks its algorithm (ARGS="--quick" for a short one)
 	$(BIN)/samsde reproduce $(ARGS)
 
-test: $(DEV) ## run every notebook and tests/ (ARGS="--slow" for the slow cells too)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(DEV) ## run every notebook and tests/ on all cores (ARGS="--slow" for the slow cells too)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 frameworks: $(FRAMEWORKS) ## run the recipes of "SAM in your framework" with the real packages
 	.venv-frameworks/bin/python -m pytest tests/test_frameworks.py $(ARGS)

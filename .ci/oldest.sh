@@ -1,18 +1,34 @@
 #!/usr/bin/env bash
-# The tests with the oldest supported versions (constraints-oldest.txt), in an environment that is thrown away: `bash .ci/oldest.sh [PYTHON]`.
-# PYTHON is the oldest that settings.ini allows, if it is there, or else that of .venv; 3.10 and 3.11 have builds of all.
+# The tests with the oldest supported versions (constraints-oldest.txt), in an environment that is thrown away: `bash .ci/oldest.sh`;
+# `bash .ci/oldest.sh install FOLDER` makes the environment alone, and `bash .ci/oldest.sh test FOLDER` has the tests.
+# PYTHON=… picks the Python; without it that is the oldest that settings.ini allows, if it is there, or else that of .venv; 3.10 and 3.11 have builds of all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [[ $# == 0 ]]; then
+  oldest=$(mktemp -d); trap 'rm -rf "$oldest"' EXIT
+  bash .ci/oldest.sh install "$oldest"
+  bash .ci/oldest.sh test "$oldest"
+  exit
+fi
+oldest=$2
+
+if [[ $1 == test ]]; then
+  [[ -x $oldest/bin/python ]] || exit 0 # the installation said why
+  # what stands on files, processes and whole experiments does not depend on the versions of torch and numpy
+  left=(tests/test_{experiments,checkpoint,sweep,memory,cli,site,frameworks,real_networks}.py)
+  files=(); for file in tests/test_*.py; do [[ " ${left[*]} " == *" $file "* ]] || files+=("$file"); done
+  exec "$oldest/bin/python" -m pytest -n auto --dist worksteal -q -p no:cacheprovider -W ignore::DeprecationWarning "${files[@]}"
+fi
+
 least=$(sed -n 's/^min_python *= *//p' settings.ini)
 export PYENV_VERSION=$least # where pyenv keeps the Pythons
 works() { "$1" -c 'import ensurepip, venv' 2>/dev/null; }
-python=${1:-python$least}
+python=${PYTHON:-python$least}
 works "$python" || python=.venv/bin/python
 "$python" -c 'import sys; sys.exit(sys.version_info[:2] > (3, 11))' || { echo "no test of the oldest versions: they have no builds for $("$python" -V)"; exit 0; }
-oldest=$(mktemp -d); trap 'rm -rf "$oldest"' EXIT
 
 "$python" -m venv "$oldest"
-install() { "$oldest/bin/python" -m pip install -q --no-compile --no-cache-dir --disable-pip-version-check -c "$1" -e . pytest hypothesis; }
+install() { "$oldest/bin/python" -m pip install -q --no-compile --no-cache-dir --disable-pip-version-check -c "$1" -e . pytest pytest-xdist hypothesis; }
 # torch's old releases carry CUDA, 3 GB: where those cannot be had, the rest is tested with the torch of constraints.txt, and that is said
 if ! install constraints-oldest.txt; then
   { grep -v '^torch==' constraints-oldest.txt; grep '^torch==' constraints.txt; } >"$oldest/constraints.txt"
@@ -32,15 +48,3 @@ print("oldest versions: Python", sys.version.split()[0], *(f"{name} {v}" for nam
 for name, least in re.findall(r"(\S+?)>=([\d.]+)", settings["DEFAULT"]["requirements"]):
     if strip(found[name]) != strip(least) and name != "torch": raise SystemExit(f"settings.ini allows {name} {least}, but {found[name]} was installed")
 EOF2
-# in two processes of one thread each, as many as there are cores
-run() { OMP_NUM_THREADS=1 "$oldest/bin/python" -m pytest "$@" -q -p no:cacheprovider -W ignore::DeprecationWarning; }
-# what stands on files, processes and whole experiments does not depend on the versions of torch and numpy
-heavy=(tests/test_{networks,optim,sources}.py)
-left=(tests/test_{experiments,checkpoint,sweep,memory,cli,site,frameworks,real_networks}.py)
-rest=(); for file in tests/test_*.py; do [[ " ${heavy[*]} ${left[*]} " == *" $file "* ]] || rest+=("$file"); done
-run "${heavy[@]}" >"$oldest/heavy.log" 2>&1 & first=$!
-status=0
-run "${rest[@]}" || status=$?
-wait "$first" || status=$?
-cat "$oldest/heavy.log"
-exit "$status"

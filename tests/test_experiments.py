@@ -1,4 +1,5 @@
 "The experiments' committed results: there, readable, and judged the same as the site says."
+
 import ast
 import json
 import math
@@ -20,12 +21,19 @@ def test_results_are_judged(name):
     """Every experiment has a table of its full setting, whose verdicts name numbers and nothing that is none."""
     verdicts = EXPERIMENTS[name].verdicts(EXPERIMENTS[name].measured())
     assert len(verdicts) and all(v.verdict in VERDICTS for v in verdicts)
-    for v in verdicts: assert "nan" not in v.measured.split() and any(c.isdigit() for c in v.measured), v
+    for v in verdicts:
+        assert "nan" not in v.measured.split() and any(c.isdigit() for c in v.measured), v
 
 
 def test_the_site_says_so():
     """The page `what holds` shows what its cells make of the tables."""
-    cells = [c for c in json.loads((ROOT/"nbs"/"what_holds.ipynb").read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    cells = [
+        c
+        for c in json.loads((ROOT / "nbs" / "what_holds.ipynb").read_text(encoding="utf-8"))[
+            "cells"
+        ]
+        if c["cell_type"] == "code"
+    ]
     names, shown = {}, 0
     for cell in cells[1:]:
         *body, last = ast.parse("".join(cell["source"])).body
@@ -34,42 +42,85 @@ def test_the_site_says_so():
             exec(compile(ast.Module([last], []), "what_holds", "exec"), names)
             continue
         found = eval(compile(ast.Expression(last.value), "what_holds", "eval"), names).data
-        for said, measured in zip("".join(cell["outputs"][0]["data"]["text/markdown"]).splitlines(), found.splitlines(), strict=True): assert said == measured
+        for said, measured in zip(
+            "".join(cell["outputs"][0]["data"]["text/markdown"]).splitlines(),
+            found.splitlines(),
+            strict=True,
+        ):
+            assert said == measured
         shown += found.count("\n") - 1
     assert shown > 35
 
 
 def test_no_result_without_an_experiment():
-    assert {p.stem for p in (ROOT/"samsde"/"experiments"/"measured").glob("*.csv")} == set(EXPERIMENTS)
+    assert {p.stem for p in (ROOT / "samsde" / "experiments" / "measured").glob("*.csv")} == set(
+        EXPERIMENTS
+    )
 
 
-def test_flat_minima_in_short():
-    """Its SDEs with a radius for each path: a table without holes, and radii that differ."""
+def shorten(monkeypatch, module, **changes):
+    "What `module` calls by these names gets other arguments than it gives, where it gives any."
+
+    def with_changes(function, changed):
+        return lambda *args, **given: function(*args, **given | changed)
+
+    for name, changed in changes.items():
+        monkeypatch.setattr(module, name, with_changes(getattr(module, name), changed))
+
+
+def test_flat_minima_in_short(monkeypatch):
+    """Its SDEs with a radius for each path: a table without holes, and radii that differ. The training is a sixth of the quick one."""
+    shorten(monkeypatch, flat_minima, Study=dict(t_end=3.0), valleys=dict(points=151))
     table = flat_minima.measure(quick=True)
-    own = table[(table.part == "network") & (table.algorithm == "USAM") & (table.quantity == "trace") & (table.model == flat_minima.OWN)]
+    own = table[
+        (table.part == "network")
+        & (table.algorithm == "USAM")
+        & (table.quantity == "trace")
+        & (table.model == flat_minima.OWN)
+    ]
     assert own.rho.nunique() > 1 and own.value.nunique() == len(own)
 
 
-@pytest.mark.parametrize("module", [training, micro_batches], ids=["training", "micro_batches"])
-def test_networks_in_short(module):
-    """The quick setting: finite numbers, every model at every time, and verdicts and a picture from it."""
+SMALLER = {
+    training: dict(cancer=dict(n=64, hidden=2), diagnose_training=dict(effort=20)),
+    micro_batches: dict(cancer=dict(n=64, hidden=2)),
+}
+
+
+@pytest.mark.parametrize("module", SMALLER, ids=["training", "micro_batches"])
+def test_networks_in_short(module, monkeypatch):
+    """The quick setting, smaller: finite numbers, every model at every time, and verdicts and a picture from it."""
+    shorten(monkeypatch, module, **SMALLER[module])
     table = module.measure(quick=True)
     assert table["value"].map(math.isfinite).all() and not table.diverged.any()
-    keys = [name for name in ("part", "network", "model", "statistic", "rho", "m", "epoch", "step") if name in table]
+    keys = [
+        name
+        for name in ("part", "network", "model", "statistic", "rho", "m", "epoch", "step")
+        if name in table
+    ]
     assert not table.duplicated(keys).any()
     assert all(v.verdict in VERDICTS for v in module.verdicts(table))
-    assert len(module.plot(table, "cancer" if module is micro_batches else "cancer, forgetting").axes) > 4
+    assert (
+        len(module.plot(table, "cancer" if module is micro_batches else "cancer, forgetting").axes)
+        > 4
+    )
     plt.close("all")
 
 
 def test_training_goes_on_from_its_checkpoints(tmp_path):
     """Stopped after the third ensemble, the next call reads what there is and ends with the same numbers. The control is another seed."""
-    task = training.cancer(hidden=2, n=64, radii=(.1,), epochs=2)
-    def rows(seed, folder, tick=lambda: None): return training.modelled_rows(task, 3, seed, 1, folder, tick)
+    task = training.cancer(hidden=2, n=64, radii=(0.1,), epochs=2)
+
+    def rows(seed, folder, tick=lambda: None):
+        return training.modelled_rows(task, 3, seed, 1, folder, tick)
+
     def stop():
-        if len(list(tmp_path.iterdir())) == 3: raise KeyboardInterrupt
+        if len(list(tmp_path.iterdir())) == 3:
+            raise KeyboardInterrupt
+
     undisturbed = rows(0, None)
-    with pytest.raises(KeyboardInterrupt): rows(0, tmp_path, stop)
+    with pytest.raises(KeyboardInterrupt):
+        rows(0, tmp_path, stop)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert len(before) == 3 and rows(0, tmp_path) == undisturbed != rows(1, None)
     assert len(list(tmp_path.iterdir())) == 9

@@ -1,4 +1,5 @@
 """What runs through all modules: kinds of tensors, threads, progress, objectives of a user's own, the command line."""
+
 import itertools
 import math
 import subprocess
@@ -15,130 +16,282 @@ from samsde.implicit_regularizer import drift, regularized_loss
 from samsde.objective import FiniteSum, Minibatches, NoisyLoss, Objective, Quadratic
 from samsde.sde import SDE
 
-KINDS = [SGD(), USAM(.1), DNSAM(.1), SAM(.1), SignSAM(.1)]
+KINDS = [SGD(), USAM(0.1), DNSAM(0.1), SAM(0.1), SignSAM(0.1)]
+
 
 def objectives(dtype, device):
     generator = torch.Generator().manual_seed(0)
-    A, y, H = (torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in [(6, 3), (6,), (3, 3)])
-    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1)).to(device, dtype)
-    return {"quadratic": Quadratic(H @ H.T, .2), "quadratic with a covariance": Quadratic(H @ H.T, cov=H.T @ H),
-            "noisy": NoisyLoss(lambda x: torch.log1p(x.square().sum()) + x[0] * x[1], 3, .2),
-            "sum": FiniteSum(lambda x: torch.log1p(torch.exp(-y * (A @ x))), 6, 3), "sum, B=2": FiniteSum(lambda x: (A @ x - y)**2, 6, 3, 2, False),
-            "module": FiniteSum.from_module(net, torch.nn.MSELoss(), A, y[:, None], batch_size=2)}
+    A, y, H = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        for shape in [(6, 3), (6,), (3, 3)]
+    )
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1)).to(
+        device, dtype
+    )
+    return {
+        "quadratic": Quadratic(H @ H.T, 0.2),
+        "quadratic with a covariance": Quadratic(H @ H.T, cov=H.T @ H),
+        "noisy": NoisyLoss(lambda x: torch.log1p(x.square().sum()) + x[0] * x[1], 3, 0.2),
+        "sum": FiniteSum(lambda x: torch.log1p(torch.exp(-y * (A @ x))), 6, 3),
+        "sum, B=2": FiniteSum(lambda x: (A @ x - y) ** 2, 6, 3, 2, False),
+        "module": FiniteSum.from_module(net, torch.nn.MSELoss(), A, y[:, None], batch_size=2),
+    }
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here"))])
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+        ),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", objectives(torch.float32, "cpu"))
 def test_in_kind(name, dtype, device):
     """Tensors come back in the dtype and on the device of the point, with its leading axes, from every function."""
     objective = objectives(dtype, device)[name]
-    x = torch.randn(4, 2, objective.dim, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    x = torch.randn(4, 2, objective.dim, generator=torch.Generator().manual_seed(1)).to(
+        device, dtype
+    )
     for algorithm in KINDS:
-        sde = SDE(algorithm, objective, .1, draws=16)
+        sde = SDE(algorithm, objective, 0.1, draws=16)
         xi = torch.ones(4, 2, sde.noise_dim, dtype=dtype, device=device)
-        points = [drift(algorithm, objective, x, draws=16), drift(algorithm, objective, x, "exact", draws=16), sde.diffusion(x, xi), sde.step(x, xi, .05)]
-        matrices = [sgd_covariance(objective, x), cross_covariance(algorithm, objective, x, draws=16), noise_covariance(algorithm, objective, x, draws=16)]
-        numbers = [objective.loss(x)] + ([] if isinstance(algorithm, DNSAM) else [regularized_loss(algorithm, objective, x, draws=16)])
-        for group, shape in [(points, x.shape), (matrices, (*x.shape, objective.dim)), (numbers, x.shape[:-1])]:
-            for t in group: assert (t.shape, t.dtype, t.device.type) == (shape, dtype, device) and torch.isfinite(t).all()
-    end = simulate(Chain(SAM(.1), objective, .1), x[0, 0], .5, 6).final
+        points = [
+            drift(algorithm, objective, x, draws=16),
+            drift(algorithm, objective, x, "exact", draws=16),
+            sde.diffusion(x, xi),
+            sde.step(x, xi, 0.05),
+        ]
+        matrices = [
+            sgd_covariance(objective, x),
+            cross_covariance(algorithm, objective, x, draws=16),
+            noise_covariance(algorithm, objective, x, draws=16),
+        ]
+        numbers = [objective.loss(x)] + (
+            []
+            if isinstance(algorithm, DNSAM)
+            else [regularized_loss(algorithm, objective, x, draws=16)]
+        )
+        for group, shape in [
+            (points, x.shape),
+            (matrices, (*x.shape, objective.dim)),
+            (numbers, x.shape[:-1]),
+        ]:
+            for t in group:
+                assert (t.shape, t.dtype, t.device.type) == (
+                    shape,
+                    dtype,
+                    device,
+                ) and torch.isfinite(t).all()
+    end = simulate(Chain(SAM(0.1), objective, 0.1), x[0, 0], 0.5, 6).final
     assert (end.shape, end.dtype, end.device.type) == ((6, objective.dim), dtype, device)
+
 
 def test_sweeps_are_their_members():
     """rho and eta as tensors over the paths give what they give one by one."""
-    rho, eta = torch.tensor([.05, .1, .3], dtype=torch.float64), torch.tensor([[.1], [.05]], dtype=torch.float64)
+    rho, eta = (
+        torch.tensor([0.05, 0.1, 0.3], dtype=torch.float64),
+        torch.tensor([[0.1], [0.05]], dtype=torch.float64),
+    )
     for objective in objectives(torch.float64, "cpu").values():
         x = torch.ones(2, 3, objective.dim, dtype=torch.float64)
         for kind in (USAM, DNSAM, SAM, SignSAM):
             whole = SDE(kind(rho), objective, eta, draws=8)
             xi = whole.draw((2, 3), torch.Generator().manual_seed(0), dtype=torch.float64)
-            steps, covariances = whole.step(x, xi, .05), whole.covariance(x)
+            steps, covariances = whole.step(x, xi, 0.05), whole.covariance(x)
             for i in range(2):
                 for j in range(3):
                     one = SDE(kind(rho[j].item()), objective, eta[i].item(), draws=8)
-                    torch.testing.assert_close(one.step(x[i, j], xi[i, j], .05), steps[i, j], rtol=1e-9, atol=1e-11)
-                    torch.testing.assert_close(one.covariance(x[i, j]), covariances[i, j], rtol=1e-9, atol=1e-11)
+                    torch.testing.assert_close(
+                        one.step(x[i, j], xi[i, j], 0.05), steps[i, j], rtol=1e-9, atol=1e-11
+                    )
+                    torch.testing.assert_close(
+                        one.covariance(x[i, j]), covariances[i, j], rtol=1e-9, atol=1e-11
+                    )
+
 
 class Twice(USAM):
-    def perturbation(self, objective, x, gamma): return 2 * objective.sample_grad(x, gamma)
+    def perturbation(self, objective, x, gamma):
+        return 2 * objective.sample_grad(x, gamma)
+
 
 class TwiceSAM(SAM):
-    def perturbation(self, objective, x, gamma): return 2 * super().perturbation(objective, x, gamma)
+    def perturbation(self, objective, x, gamma):
+        return 2 * super().perturbation(objective, x, gamma)
+
 
 @pytest.mark.parametrize("name", ["noisy", "sum"])
 @pytest.mark.parametrize("kind", ["first", "exact"])
 def test_subclass_has_its_own_drift(name, kind):
     """A subclass that replaces the perturbation does not inherit its parent's drift: twice the perturbation is twice the radius."""
-    objective, x = objectives(torch.float64, "cpu")[name], torch.tensor([.5, .3, -.2], dtype=torch.float64)
+    objective, x = (
+        objectives(torch.float64, "cpu")[name],
+        torch.tensor([0.5, 0.3, -0.2], dtype=torch.float64),
+    )
     for twice, once in ((Twice, USAM), (TwiceSAM, SAM)):
-        b, sem = drift(twice(.1), objective, x, kind, draws=4_000, return_sem=True)
+        b, sem = drift(twice(0.1), objective, x, kind, draws=4_000, return_sem=True)
         of = lambda rho: drift(once(rho), objective, x, kind, draws=4_000, seed=1, return_sem=True)
-        within = lambda other: ((b - other[0]).abs() <= 4.5 * (sem**2 + other[1]**2).sqrt() + 1e-12).all()
-        assert within(of(.2)) and not within(of(.1))
+        within = lambda other: (
+            (b - other[0]).abs() <= 4.5 * (sem**2 + other[1] ** 2).sqrt() + 1e-12
+        ).all()
+        assert within(of(0.2)) and not within(of(0.1))
+
 
 def test_threads_share_a_module_safely():
     """A module's parameters are swapped while it runs; two threads must not see each other's."""
     objective = objectives(torch.float64, "cpu")["module"]
-    run = lambda threads: simulate(Chain(SAM(.1), objective, .1), objective.x0, 2., 4_000, chunk=100, threads=threads).final
+    run = lambda threads: (
+        simulate(
+            Chain(SAM(0.1), objective, 0.1), objective.x0, 2.0, 4_000, chunk=100, threads=threads
+        ).final
+    )
     assert run(2).equal(run(1))
 
+
 def test_progress_changes_nothing(capsys):
-    chain, x0 = Chain(SAM(.1), Quadratic(torch.eye(2), .1), .1), torch.ones(2)
-    assert simulate(chain, x0, 1., 10, progress=True).final.equal(simulate(chain, x0, 1., 10).final)
+    chain, x0 = Chain(SAM(0.1), Quadratic(torch.eye(2), 0.1), 0.1), torch.ones(2)
+    assert simulate(chain, x0, 1.0, 10, progress=True).final.equal(
+        simulate(chain, x0, 1.0, 10).final
+    )
     assert "100%" in capsys.readouterr().err
+
 
 class Rademacher(Minibatches):
     """A law of a user's own: Z = ±1, by a draw of one of two sample numbers."""
-    def __init__(self): super().__init__(2)
+
+    def __init__(self):
+        super().__init__(2)
+
 
 class Tilted(Objective):
     """f_γ(x) = ½|x|² ± x₀ x₁: neither additive noise nor a FiniteSum"""
+
     dim, law = 2, Rademacher()
-    def loss(self, x): return (x * x).sum(-1) / 2
-    def sample_loss(self, x, gamma): return self.loss(x) + (2 * gamma[..., 0] - 1) * x[..., 0] * x[..., 1]
+
+    def loss(self, x):
+        return (x * x).sum(-1) / 2
+
+    def sample_loss(self, x, gamma):
+        return self.loss(x) + (2 * gamma[..., 0] - 1) * x[..., 0] * x[..., 1]
+
 
 def test_objective_of_ones_own():
     """A law and a sample loss are enough: here ∇f_± = x ± Jx and ∇²f_± = I ± J with J the exchange, so E‖g‖² = 2‖x‖², E[Hg] = 2x."""
-    objective, x = Tilted(), torch.tensor([.5, -2.], dtype=torch.float64)
+    objective, x = Tilted(), torch.tensor([0.5, -2.0], dtype=torch.float64)
     Jx = x.flip(-1)
-    torch.testing.assert_close(drift(USAM(.1), objective, x), -1.2 * x)
-    torch.testing.assert_close(drift(DNSAM(.1), objective, x), -(1 + .2 / x.norm()) * x)
+    torch.testing.assert_close(drift(USAM(0.1), objective, x), -1.2 * x)
+    torch.testing.assert_close(drift(DNSAM(0.1), objective, x), -(1 + 0.2 / x.norm()) * x)
     torch.testing.assert_close(sgd_covariance(objective, x), torch.outer(Jx, Jx))
-    torch.testing.assert_close(cross_covariance(USAM(.1), objective, x), 2 * torch.outer(Jx, Jx))
-    torch.testing.assert_close(noise_covariance(USAM(.1), objective, x), 1.44 * torch.outer(Jx, Jx))
-    assert abs(regularized_loss(USAM(.1), objective, x).item() - objective.loss(x).item() * 1.2) < 1e-12
-    sde = SDE(USAM(.1), objective, .1)
-    step = sde.step(x, torch.tensor([1., -1.], dtype=torch.float64), .05)
-    torch.testing.assert_close(step, x - .05 * 1.2 * x + math.sqrt(.1 * .05) * math.sqrt(2) * 1.2 * Jx)
+    torch.testing.assert_close(cross_covariance(USAM(0.1), objective, x), 2 * torch.outer(Jx, Jx))
+    torch.testing.assert_close(
+        noise_covariance(USAM(0.1), objective, x), 1.44 * torch.outer(Jx, Jx)
+    )
+    assert (
+        abs(regularized_loss(USAM(0.1), objective, x).item() - objective.loss(x).item() * 1.2)
+        < 1e-12
+    )
+    sde = SDE(USAM(0.1), objective, 0.1)
+    step = sde.step(x, torch.tensor([1.0, -1.0], dtype=torch.float64), 0.05)
+    torch.testing.assert_close(
+        step, x - 0.05 * 1.2 * x + math.sqrt(0.1 * 0.05) * math.sqrt(2) * 1.2 * Jx
+    )
+
 
 def test_command_line_as_a_module(tmp_path):
-    command = [sys.executable, "-m", "samsde", "reproduce", "--quick", "--problem", "quadratic", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "samsde",
+        "reproduce",
+        "--quick",
+        "--problem",
+        "quadratic",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "The error of SGD's SDE is" in done.stdout, done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"error_vs_rho.csv", "error_vs_rho.png", "error_vs_rho.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "error_vs_rho.csv",
+        "error_vs_rho.png",
+        "error_vs_rho.txt",
+    }
 
-@pytest.mark.parametrize("n, B, replace", [(1, 1, True), (1, 1, False), (2, 1, True), (2, 2, False), (5, 1, False), (5, 2, True), (5, 3, False), (5, 4, True), (5, 5, False)])
+
+@pytest.mark.parametrize(
+    "n, B, replace",
+    [
+        (1, 1, True),
+        (1, 1, False),
+        (2, 1, True),
+        (2, 2, False),
+        (5, 1, False),
+        (5, 2, True),
+        (5, 3, False),
+        (5, 4, True),
+        (5, 5, False),
+    ],
+)
 def test_moments_by_enumeration(n, B, replace):
     """Drift and covariances of random quadratic samples against plain sums over all minibatches; another batch size is the control."""
     generator = torch.Generator().manual_seed(n)
-    g, H = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in [(n, 3), (n, 3, 3)])
+    g, H = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in [(n, 3), (n, 3, 3)]
+    )
     H = H + H.mT
     objective = lambda B: FiniteSum(lambda x: g @ x + (H @ x @ x) / 2, n, 3, B, replace)
-    batches = torch.tensor(list(itertools.product(range(n), repeat=B) if replace else itertools.combinations(range(n), B)))
+    batches = torch.tensor(
+        list(
+            itertools.product(range(n), repeat=B)
+            if replace
+            else itertools.combinations(range(n), B)
+        )
+    )
     gB, HB, x = g[batches].mean(1), H[batches].mean(1), torch.zeros(3, dtype=torch.float64)
     cov = lambda a, b: (a - a.mean(0)).T @ (b - b.mean(0)) / len(a)
-    for algorithm, u in {USAM(.3): gB, DNSAM(.3): gB / g.mean(0).norm(), SAM(.3): gB / gB.norm(dim=-1, keepdim=True)}.items():
+    for algorithm, u in {
+        USAM(0.3): gB,
+        DNSAM(0.3): gB / g.mean(0).norm(),
+        SAM(0.3): gB / gB.norm(dim=-1, keepdim=True),
+    }.items():
         Hu = (HB @ u[..., None])[..., 0]
-        def ours(o): return [-drift(algorithm, o, x), -drift(algorithm, o, x, "exact"), sgd_covariance(o, x), cross_covariance(algorithm, o, x),
-                             noise_covariance(algorithm, o, x, "exact")]
-        G = gB + .3 * Hu
+
+        def ours(o):
+            return [
+                -drift(algorithm, o, x),
+                -drift(algorithm, o, x, "exact"),
+                sgd_covariance(o, x),
+                cross_covariance(algorithm, o, x),
+                noise_covariance(algorithm, o, x, "exact"),
+            ]
+
+        G = gB + 0.3 * Hu
         expected = [G.mean(0), G.mean(0), cov(gB, gB), cov(gB, Hu), cov(G, G)]
-        for a, b in zip(ours(objective(B)), expected): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-        if n == 5: assert not any(torch.allclose(a, b, rtol=1e-3) for a, b in zip(ours(objective(B % 5 + 1))[2:], expected[2:]))
+        for a, b in zip(ours(objective(B)), expected):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        if n == 5:
+            assert not any(
+                torch.allclose(a, b, rtol=1e-3)
+                for a, b in zip(ours(objective(B % 5 + 1))[2:], expected[2:])
+            )
+
 
 def test_few_draws_in_pairs_are_unbiased():
     """The covariance from a few drawn pairs ±Z has the mean of that from many; divided as if all were independent, it would not."""
-    cubic, x = NoisyLoss(lambda x: (x**3).sum() / 6 + x.sum(), 2, sigma=1.), torch.ones(2, dtype=torch.float64)
-    few = torch.stack([noise_covariance(USAM(.3), cubic, x, "exact", draws=8, seed=s) for s in range(1_000)])
-    many, sem = noise_covariance(USAM(.3), cubic, x, "exact", draws=100_000), few.std(0) / len(few)**.5
-    assert ((few.mean(0) - many).abs() < 4.5 * sem).all() and ((few.mean(0) * 8 / 7 - many).abs() > 4.5 * sem).diag().all()
+    cubic, x = (
+        NoisyLoss(lambda x: (x**3).sum() / 6 + x.sum(), 2, sigma=1.0),
+        torch.ones(2, dtype=torch.float64),
+    )
+    few = torch.stack(
+        [noise_covariance(USAM(0.3), cubic, x, "exact", draws=8, seed=s) for s in range(1_000)]
+    )
+    many, sem = (
+        noise_covariance(USAM(0.3), cubic, x, "exact", draws=100_000),
+        few.std(0) / len(few) ** 0.5,
+    )
+    assert ((few.mean(0) - many).abs() < 4.5 * sem).all() and (
+        (few.mean(0) * 8 / 7 - many).abs() > 4.5 * sem
+    ).diag().all()

@@ -1,4 +1,5 @@
 """MinibatchLoss against torch called by hand, for losses that are no sums, and through every function of the library."""
+
 import copy
 import itertools
 import pickle
@@ -25,7 +26,7 @@ F64 = torch.float64
 generator = torch.Generator().manual_seed(0)
 X = torch.randn(12, 3, generator=generator, dtype=F64)
 y = torch.randint(3, (12,), generator=generator)
-weights = torch.tensor([1., 3., 8.], dtype=F64)
+weights = torch.tensor([1.0, 3.0, 8.0], dtype=F64)
 
 
 def seeded(make):
@@ -34,23 +35,34 @@ def seeded(make):
         return make().double()
 
 
-def plain_net(): return seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)))
+def plain_net():
+    return seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)))
 
 
 def batch_norm():
-    return seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)))
+    return seeded(
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+    )
 
 
 def dropout():
-    return seeded(lambda: nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(.5), nn.Linear(8, 3)))
+    return seeded(
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3))
+    )
 
 
 def spectral():
-    return seeded(lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3)))
+    return seeded(
+        lambda: nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3)
+        )
+    )
 
 
 def old_spectral():
-    return seeded(lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3)))
+    return seeded(
+        lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3))
+    )
 
 
 class Tuple(nn.Module):
@@ -58,12 +70,13 @@ class Tuple(nn.Module):
         super().__init__()
         self.net = plain_net()
 
-    def forward(self, x): return self.net(x), self.net[0].weight.square().sum()
+    def forward(self, x):
+        return self.net(x), self.net[0].weight.square().sum()
 
 
 def contrastive(output, target):
     z = F.normalize(output, dim=1)
-    near = (z @ z.T / .5).masked_fill(torch.eye(len(z), dtype=torch.bool), -1e9)
+    near = (z @ z.T / 0.5).masked_fill(torch.eye(len(z), dtype=torch.bool), -1e9)
     return F.cross_entropy(near, torch.arange(len(z)).roll(1))
 
 
@@ -77,14 +90,20 @@ CASES = {
     "class weights": (plain_net, nn.CrossEntropyLoss(weight=weights)),
     "ignored targets": (plain_net, nn.CrossEntropyLoss(ignore_index=2)),
     "a sum": (plain_net, nn.CrossEntropyLoss(reduction="sum")),
-    "RMSE": (plain_net, lambda output, target: (output - F.one_hot(target, 3)).square().mean().sqrt()),
+    "RMSE": (
+        plain_net,
+        lambda output, target: (output - F.one_hot(target, 3)).square().mean().sqrt(),
+    ),
     "contrastive": (plain_net, contrastive),
     "Dice": (plain_net, dice),
     "batch norm": (batch_norm, nn.CrossEntropyLoss()),
     "dropout": (dropout, nn.CrossEntropyLoss()),
     "spectral norm": (spectral, nn.CrossEntropyLoss()),
     "old spectral norm": (old_spectral, nn.CrossEntropyLoss()),
-    "a tuple": (Tuple, lambda output, target: F.cross_entropy(output[0], target) + .01 * output[1]),
+    "a tuple": (
+        Tuple,
+        lambda output, target: F.cross_entropy(output[0], target) + 0.01 * output[1],
+    ),
 }
 
 
@@ -111,7 +130,7 @@ def with_targets(o, shape, seed=1):
     "Drawn γ that have a target that is not ignored"
     drawn = o.draw((64,), torch.Generator().manual_seed(seed))
     good = drawn[(y[drawn[:, :-1]] != 2).any(1)]
-    return good[:int(np.prod(shape))].reshape(*shape, -1)
+    return good[: int(np.prod(shape))].reshape(*shape, -1)
 
 
 @pytest.mark.parametrize("replace", [True, False])
@@ -119,7 +138,7 @@ def with_targets(o, shape, seed=1):
 def test_by_hand(name, replace):
     o = objective(name, replace=replace)
     gen = torch.Generator().manual_seed(2)
-    x = o.x0 + .1 * torch.randn(2, o.dim, generator=gen, dtype=F64)
+    x = o.x0 + 0.1 * torch.randn(2, o.dim, generator=gen, dtype=F64)
     v = torch.randn(2, o.dim, generator=gen, dtype=F64)
     gamma = with_targets(o, (2,))
     for k in range(2):
@@ -129,7 +148,7 @@ def test_by_hand(name, replace):
         assert_close(o.sample_hvp(x, gamma, v)[k], Hv, rtol=1e-9, atol=1e-11)
         h = 1e-5
         up, down = (o.sample_grad(x[k] + s * h * v[k], gamma[k]) for s in (1, -1))
-        if "spectral" not in name: # whose power iteration torch does not differentiate
+        if "spectral" not in name:  # whose power iteration torch does not differentiate
             assert_close(Hv, (up - down) / (2 * h), rtol=1e-4, atol=1e-4 * Hv.abs().max().item())
     other = gamma.clone()
     other[:, -1] += 1
@@ -137,19 +156,23 @@ def test_by_hand(name, replace):
     assert changed == (name == "dropout") == o.law.random
 
 
-@pytest.mark.parametrize("name, wrong", [("class weights", "mean"), ("batch norm", None), ("dropout", None), ("a sum", "mean")])
+@pytest.mark.parametrize(
+    "name, wrong",
+    [("class weights", "mean"), ("batch norm", None), ("dropout", None), ("a sum", "mean")],
+)
 def test_full_by_hand(name, wrong):
     "Where f is drawn, it is the mean of many γ within what it says, and a sum over samples is not"
     o = objective(name, replace=False, full_batches=300)
     assert o.full == "drawn"
-    gammas = o.draw((3000,), torch.Generator().manual_seed(5))
+    gammas = o.draw((1000,), torch.Generator().manual_seed(5))
     values, slopes = o.sample_loss(o.x0, gammas), o.sample_grad(o.x0, gammas)
     f_error, g_error = o.full_error(o.x0)
-    assert abs(o.loss(o.x0) - values.mean()) < 4 * (f_error**2 + values.var() / 3000)**.5
-    spread = (slopes.var(0).sum() / 3000)**.5
+    assert abs(o.loss(o.x0) - values.mean()) < 4 * (f_error**2 + values.var() / 1000) ** 0.5
+    spread = (slopes.var(0).sum() / 1000) ** 0.5
     gap = (o.grad(o.x0) - slopes.mean(0)).norm()
-    assert gap < 3 * (g_error**2 + spread**2)**.5
-    if wrong: assert (objective(wrong).grad(o.x0) - slopes.mean(0)).norm() > 5 * g_error
+    assert gap < 3 * (g_error**2 + spread**2) ** 0.5
+    if wrong:
+        assert (objective(wrong).grad(o.x0) - slopes.mean(0)).norm() > 5 * g_error
     v = torch.ones_like(o.x0)
     up, down = (o.grad(o.x0 + s * 1e-5 * v) for s in (1, -1))
     assert_close(o.hvp(o.x0, v), (up - down) / 2e-5, rtol=1e-4, atol=1e-5)
@@ -159,7 +182,10 @@ def test_full_is_exact_where_it_can_be():
     sums = objective("mean")
     finite = FiniteSum.from_module(plain_net(), nn.CrossEntropyLoss(), X, y, 4)
     assert sums.full == "samples" and sums.full_error(sums.x0) == (0, 0)
-    for name in ("loss", "grad"): assert_close(getattr(sums, name)(sums.x0), getattr(finite, name)(sums.x0), rtol=1e-10, atol=1e-12)
+    for name in ("loss", "grad"):
+        assert_close(
+            getattr(sums, name)(sums.x0), getattr(finite, name)(sums.x0), rtol=1e-10, atol=1e-12
+        )
     single = objective("a sum", batch_size=1)
     assert single.full == "enumerated" and len(single.batches()) == 12
     assert_close(single.grad(single.x0), finite.grad(single.x0), rtol=1e-10, atol=1e-12)
@@ -167,7 +193,7 @@ def test_full_is_exact_where_it_can_be():
     assert whole.full == "enumerated" and whole.law.noiseless
     known = hand(*CASES["class weights"], whole.x0, torch.arange(13), whole.x0)
     assert_close(whole.grad(whole.x0), known[1], rtol=1e-10, atol=1e-12)
-    assert not torch.allclose(whole.grad(whole.x0), finite.grad(whole.x0), rtol=.05)
+    assert not torch.allclose(whole.grad(whole.x0), finite.grad(whole.x0), rtol=0.05)
     assert objective("mean", batch_size=12, replace=False).full == "enumerated"
 
 
@@ -176,16 +202,23 @@ def test_drift_and_noise_are_those_of_the_finite_sum(kind):
     "The same f_γ, in both ways: same γ, same numbers"
     ours = objective("mean", batch_size=2)
     finite = FiniteSum.from_module(plain_net(), nn.CrossEntropyLoss(), X, y, 2)
-    gammas = torch.cat([torch.cartesian_prod(torch.arange(12), torch.arange(12)), torch.zeros(144, 1, dtype=torch.long)], 1)
+    gammas = torch.cat(
+        [
+            torch.cartesian_prod(torch.arange(12), torch.arange(12)),
+            torch.zeros(144, 1, dtype=torch.long),
+        ],
+        1,
+    )
     from samsde.moments import GammaMoments, Support
-    a = kind(.1)
+
+    a = kind(0.1)
     exact = GammaMoments(a, ours, ours.x0, seed=Support(gammas, True))
     exact.size = 144
-    assert_close(-exact.combine(1., None, .1), drift(a, finite, ours.x0), rtol=1e-8, atol=1e-10)
+    assert_close(-exact.combine(1.0, None, 0.1), drift(a, finite, ours.x0), rtol=1e-8, atol=1e-10)
     assert_close(exact.cross()[0], cross_covariance(a, finite, ours.x0), rtol=1e-7, atol=1e-10)
-    G = exact.columns(0.)
+    G = exact.columns(0.0)
     assert_close(G.T @ G, sgd_covariance(finite, ours.x0), rtol=1e-7, atol=1e-10)
-    assert not torch.allclose(drift(SGD(), finite, ours.x0), drift(a, finite, ours.x0), rtol=.01)
+    assert not torch.allclose(drift(SGD(), finite, ours.x0), drift(a, finite, ours.x0), rtol=0.01)
     drawn, sem = drift(a, ours, ours.x0, draws=400, return_sem=True)
     assert ((drawn - drift(a, finite, ours.x0)).abs() < 5 * sem + 1e-9).all()
 
@@ -197,7 +230,7 @@ def test_step_is_the_optimizers(name, kind):
     make, loss = CASES[name]
     o, net = objective(name), make()
     gamma = o.draw((), torch.Generator().manual_seed(3))
-    sam = getattr(optim, kind)(net.parameters(), torch.optim.SGD, rho=.3, lr=.2)
+    sam = getattr(optim, kind)(net.parameters(), torch.optim.SGD, rho=0.3, lr=0.2)
 
     def closure():
         sam.zero_grad()
@@ -207,54 +240,60 @@ def test_step_is_the_optimizers(name, kind):
         return f
 
     sam.step(closure)
-    ends = Chain(dict(SAM=SAM, USAM=USAM)[kind](.3), o, .2).step(o.x0, gamma)
-    assert_close(ends, nn.utils.parameters_to_vector(net.parameters()).detach(), rtol=1e-10, atol=1e-12)
-    assert not torch.allclose(ends, Chain(SGD(), o, .2).step(o.x0, gamma), rtol=1e-3)
+    ends = Chain(dict(SAM=SAM, USAM=USAM)[kind](0.3), o, 0.2).step(o.x0, gamma)
+    assert_close(
+        ends, nn.utils.parameters_to_vector(net.parameters()).detach(), rtol=1e-10, atol=1e-12
+    )
+    assert not torch.allclose(ends, Chain(SGD(), o, 0.2).step(o.x0, gamma), rtol=1e-3)
 
 
 def test_everything_takes_it():
     o = objective("batch norm", full_batches=8)
-    a = SAM(.05)
-    for process in (Chain(a, o, .1), SDE(a, o, .1, draws=4), SDE(a, o, .1, draws=4, seed=None)):
-        runs = [simulate(process, o.x0, .3, 4, observe={"loss": o.loss}, seed=1) for _ in range(2)]
+    a = SAM(0.05)
+    for process in (Chain(a, o, 0.1), SDE(a, o, 0.1, draws=4), SDE(a, o, 0.1, draws=4, seed=None)):
+        runs = [simulate(process, o.x0, 0.3, 4, observe={"loss": o.loss}, seed=1) for _ in range(2)]
         assert runs[0].final.equal(runs[1].final) and runs[0].n_diverged == 0
         assert torch.isfinite(runs[0].mean["loss"]).all() and runs[0].std["loss"][-1] > 0
     assert torch.isfinite(noise_covariance(a, o, o.x0, draws=8)).all()
     value, sem = regularized_loss(a, o, o.x0, draws=16, return_sem=True)
     assert value > o.loss(o.x0) and sem > 0
-    found = diagnose(a, o, o.x0, .1, top=1, directions=1, draws=8)
+    found = diagnose(a, o, o.x0, 0.1, top=1, directions=1, draws=8)
     assert np.isfinite(found.directions.to_numpy(float)).all()
-    second = SDE(a, o, .1, expansion="exact", order=2, draws=4)
+    second = SDE(a, o, 0.1, expansion="exact", order=2, draws=4)
     h = 1e-5
-    field = SDE(a, o, .1, expansion="exact", draws=4).drift
+    field = SDE(a, o, 0.1, expansion="exact", draws=4).drift
     b = field(o.x0)
     slope = (field(o.x0 + h * b) - field(o.x0 - h * b)) / (2 * h)
-    assert_close(second.drift(o.x0), b - .05 * slope, rtol=1e-3, atol=3e-5)
+    assert_close(second.drift(o.x0), b - 0.05 * slope, rtol=1e-3, atol=3e-5)
     assert not torch.allclose(second.drift(o.x0), b, rtol=1e-3, atol=3e-5)
 
 
 def test_sweep_takes_it():
     o = objective("dropout", full_batches=4)
-    table = sweep([SAM(.1)], {"net": o}, [.1], t_end=.2, n_paths=3)
+    table = sweep([SAM(0.1)], {"net": o}, [0.1], t_end=0.2, n_paths=3)
     assert len(table)
 
 
 def test_one_path_after_another_and_threads_give_the_same():
     o = objective("dropout")
-    chain = Chain(SAM(.1), o, .1)
-    many = simulate(chain, o.x0, .2, 6, seed=2)
+    chain = Chain(SAM(0.1), o, 0.1)
+    many = simulate(chain, o.x0, 0.2, 6, seed=2)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert simulate(chain, o.x0, .2, 6, seed=2).final.equal(many.final)
-    finally: torch.set_num_threads(threads)
+        assert simulate(chain, o.x0, 0.2, 6, seed=2).final.equal(many.final)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Pictures(Dataset):
     "Read one by one, with a crop that is drawn"
-    def __init__(self, augment=False): self.augment, self.read = augment, []
 
-    def __len__(self): return 12
+    def __init__(self, augment=False):
+        self.augment, self.read = augment, []
+
+    def __len__(self):
+        return 12
 
     def __getitem__(self, i):
         self.read.append(i)
@@ -269,7 +308,9 @@ def test_data_sets_are_read_lazily():
     gamma = torch.tensor([1, 5, 5, 7, 0])
     assert_close(o.sample_grad(o.x0, gamma), objective("mean").sample_grad(o.x0, gamma))
     assert set(data.read) == {1, 5, 7}
-    random = MinibatchLoss.from_module(plain_net(), nn.CrossEntropyLoss(), Pictures(augment=True), 4)
+    random = MinibatchLoss.from_module(
+        plain_net(), nn.CrossEntropyLoss(), Pictures(augment=True), 4
+    )
     assert random.law.random and random.full == "drawn"
     state = np.random.get_state()[1].copy()
     once, twice = (random.sample_grad(o.x0, gamma) for _ in range(2))
@@ -298,7 +339,9 @@ def test_leaves_the_module_alone():
     after = net.state_dict()
     assert all(before[k].equal(after[k]) for k in before) and net.training
     assert all(p.grad is None for p in net.parameters()) and state.equal(torch.get_rng_state())
-    twin = pickle.loads(pickle.dumps(MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), (X, y), 4)))
+    twin = pickle.loads(
+        pickle.dumps(MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), (X, y), 4))
+    )
     gamma = o.draw((), torch.Generator().manual_seed(0))
     assert twin.sample_grad(o.x0, gamma).equal(o.sample_grad(o.x0, gamma))
 
@@ -308,10 +351,12 @@ def test_draws_follow_their_law():
     drawn = o.draw((6000,), torch.Generator().manual_seed(0))[:, :-1]
     assert all(len(set(row)) == 3 for row in drawn.tolist())
     firsts = torch.bincount(drawn[:, 0], minlength=12) / 6000
-    assert (firsts - 1 / 12).abs().max() < 5 * (1 / 12 / 6000)**.5
+    assert (firsts - 1 / 12).abs().max() < 5 * (1 / 12 / 6000) ** 0.5
     assert o.law.count == 12 * 11 * 10
     every = o.law.support(2000).gammas
-    assert sorted(map(tuple, every[:, :-1].tolist())) == sorted(itertools.permutations(range(12), 3))
+    assert sorted(map(tuple, every[:, :-1].tolist())) == sorted(
+        itertools.permutations(range(12), 3)
+    )
 
 
 def test_the_gradient_is_computed_once_per_point():
@@ -325,9 +370,9 @@ def test_the_gradient_is_computed_once_per_point():
     o = MinibatchLoss.from_module(plain_net(), Counting(), (X, y), 4)
     o.grad(o.x0)
     calls.clear()
-    o.grad(o.x0), o.loss(o.x0), DNSAM(.1).perturbation(o, o.x0, torch.tensor([0, 1, 2, 3, 0]))
+    o.grad(o.x0), o.loss(o.x0), DNSAM(0.1).perturbation(o, o.x0, torch.tensor([0, 1, 2, 3, 0]))
     assert calls == [4]
-    o.network.data[0].mul_(1.) # written to: the gradient is another one
+    o.network.data[0].mul_(1.0)  # written to: the gradient is another one
     o.grad(o.x0)
     assert len(calls) == 4
 
@@ -345,7 +390,9 @@ def test_a_loss_that_is_a_mean_at_x0_alone():
     def plain(output, target):
         return (output - target).square().mean()
 
-    kinds = [MinibatchLoss.from_module(net, f, (X, y), 4, replace=False).full for f in (loss, plain)]
+    kinds = [
+        MinibatchLoss.from_module(net, f, (X, y), 4, replace=False).full for f in (loss, plain)
+    ]
     assert kinds == ["drawn", "samples"]
 
 
@@ -354,28 +401,40 @@ def test_a_loss_that_is_a_mean_at_x0_alone():
 def test_micro_batches_of_a_sum(kind, source):
     """Of a loss that is a sum, everything is that of the finite sum; that of whole batches must differ."""
     rows, replace = slice(0, 4), False
-    few, sum_ = (cls.from_module(plain_net(), nn.CrossEntropyLoss(), *data, batch_size=2, replace=replace)
-                 for cls, data in ((MinibatchLoss, ((X[rows], y[rows]),)), (FiniteSum, (X[rows], y[rows]))))
-    a, whole, how = kind(.3, micro_batch=1, source=source), kind(.3, source=source), dict(draws=200)
+    few, sum_ = (
+        cls.from_module(plain_net(), nn.CrossEntropyLoss(), *data, batch_size=2, replace=replace)
+        for cls, data in ((MinibatchLoss, ((X[rows], y[rows]),)), (FiniteSum, (X[rows], y[rows])))
+    )
+    a, whole, how = (
+        kind(0.3, micro_batch=1, source=source),
+        kind(0.3, source=source),
+        dict(draws=200),
+    )
     for expansion in ("first", "exact"):
-        found, known, other = (drift(*pair, few.x0, expansion, **how) for pair in ((a, few), (a, sum_), (whole, sum_)))
+        found, known, other = (
+            drift(*pair, few.x0, expansion, **how) for pair in ((a, few), (a, sum_), (whole, sum_))
+        )
         assert_close(found, known, rtol=1e-9, atol=1e-12)
         if source == "own":
             assert not torch.allclose(found, other, rtol=1e-3)
     for form in ("factor", "exact"):
         if source in ("own", "independent") and form == "factor":
             continue  # of a finite sum the columns are those of batches of m
-        found, known = (noise_covariance(a, objective, few.x0, form, **how) for objective in (few, sum_))
+        found, known = (
+            noise_covariance(a, objective, few.x0, form, **how) for objective in (few, sum_)
+        )
         assert_close(found, known, rtol=1e-8, atol=1e-12)
     if source == "own":
-        found, known, other = (regularized_loss(*pair, few.x0) for pair in ((a, few), (a, sum_), (whole, sum_)))
+        found, known, other = (
+            regularized_loss(*pair, few.x0) for pair in ((a, few), (a, sum_), (whole, sum_))
+        )
         assert_close(found, known) and abs(found - other) > 1e-3
 
 
 @pytest.mark.parametrize("B", [4, 5])
 def test_micro_batches_that_are_normalised_alone(B):
     """Batch normalisation by micro-batch: a step, drift and noise by hand over all orders; whole batches must differ."""
-    net, loss, rho, data = batch_norm(), nn.CrossEntropyLoss(), .2, (X[:B], y[:B])
+    net, loss, rho, data = batch_norm(), nn.CrossEntropyLoss(), 0.2, (X[:B], y[:B])
     B -= B % 2  # B = N = 4, or 4 out of 5
     objective = MinibatchLoss.from_module(net, loss, data, B, replace=False)
     a, x = SAM(rho, micro_batch=2), objective.x0
@@ -383,7 +442,7 @@ def test_micro_batches_that_are_normalised_alone(B):
     def grad(z, rows):
         z, parts, i = z.clone().requires_grad_(), {}, 0
         for name, p in net.named_parameters():
-            parts[name], i = z[i:i + p.numel()].view_as(p), i + p.numel()
+            parts[name], i = z[i : i + p.numel()].view_as(p), i + p.numel()
         f = loss(torch.func.functional_call(net, parts, (data[0][rows],)), data[1][rows])
         return torch.autograd.grad(f, z)[0]
 
@@ -394,35 +453,51 @@ def test_micro_batches_that_are_normalised_alone(B):
             every.append(grad(x + rho * g / g.norm(), part))
         return torch.stack(every).mean(0)
 
-    chain = Chain(a, objective, .1)
+    chain = Chain(a, objective, 0.1)
     gamma = chain.draw((), torch.Generator().manual_seed(0))
-    assert_close(chain.step(x, gamma), x - .1 * direction(gamma[:-1].tolist()), rtol=1e-9, atol=1e-12)
+    assert_close(
+        chain.step(x, gamma), x - 0.1 * direction(gamma[:-1].tolist()), rtol=1e-9, atol=1e-12
+    )
     G = torch.stack([direction([*rows]) for rows in itertools.permutations(range(len(data[0])), B)])
-    sde = SDE(a, objective, .1, "exact", "exact", draws=200)
+    sde = SDE(a, objective, 0.1, "exact", "exact", draws=200)
     assert_close(sde.drift(x), -G.mean(0), rtol=1e-9, atol=1e-12)
-    assert_close(sde.covariance(x), .1 * torch.cov(G.T, correction=0), rtol=1e-9, atol=1e-12)
-    assert (drift(SAM(rho), objective, x, "exact", draws=200) + G.mean(0)).abs().max() > .01
-    f = torch.stack([loss(net(data[0][list(rows)]), data[1][list(rows)])
-                     for rows in itertools.permutations(range(len(data[0])), 2)]).mean().item()
+    assert_close(sde.covariance(x), 0.1 * torch.cov(G.T, correction=0), rtol=1e-9, atol=1e-12)
+    assert (drift(SAM(rho), objective, x, "exact", draws=200) + G.mean(0)).abs().max() > 0.01
+    f = (
+        torch.stack(
+            [
+                loss(net(data[0][list(rows)]), data[1][list(rows)])
+                for rows in itertools.permutations(range(len(data[0])), 2)
+            ]
+        )
+        .mean()
+        .item()
+    )
     single = chain.objective.single  # f is a mean over drawn micro-batches
     assert abs(chain.objective.loss(x).item() - f) < 4 * single.full_error(x)[0]
-    runs = [simulate(chain, x, .3, 4, chunk=chunk).final for chunk in (None, 3)]
+    runs = [simulate(chain, x, 0.3, 4, chunk=chunk).final for chunk in (None, 3)]
     assert runs[0].equal(runs[1]) and runs[0].std(0).max() > 0
 
 
 def test_micro_batches_have_masks_of_their_own():
     """Of one row twice, dropout's masks differ in two micro-batches, and are the same in both gradients of a step."""
     objective = MinibatchLoss.from_module(dropout(), nn.CrossEntropyLoss(), (X, y), 2, replace=True)
-    chain = Chain(SAM(1e-9, micro_batch=1), objective, 1.)
+    chain = Chain(SAM(1e-9, micro_batch=1), objective, 1.0)
     gamma = torch.tensor([3, 3, 17])
     parts = chain.objective.law.cut(gamma, 1)
     single = torch.stack([objective.sample_grad(objective.x0, part) for part in parts])
     assert not torch.allclose(single[0], single[1], rtol=1e-2)
-    assert_close(objective.x0 - chain.step(objective.x0, gamma), single.mean(0), rtol=1e-5, atol=1e-7)
+    assert_close(
+        objective.x0 - chain.step(objective.x0, gamma), single.mean(0), rtol=1e-5, atol=1e-7
+    )
 
 
 def test_a_micro_batch_that_does_not_fit():
     objective = MinibatchLoss.from_module(plain_net(), nn.CrossEntropyLoss(), (X, y), 4)
-    for use in (lambda a: Chain(a, objective, .1), lambda a: drift(a, objective, objective.x0), lambda a: SDE(a, objective, .1)):
+    for use in (
+        lambda a: Chain(a, objective, 0.1),
+        lambda a: drift(a, objective, objective.x0),
+        lambda a: SDE(a, objective, 0.1),
+    ):
         with pytest.raises(ValueError, match="micro_batch must divide batch_size=4, got 3"):
-            use(SAM(.1, micro_batch=3))
+            use(SAM(0.1, micro_batch=3))

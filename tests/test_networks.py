@@ -284,7 +284,7 @@ def judged(make, loss, X, y, rtol=1e-6, atol=1e-9, **settings):
     single = made(make, loss, X, y, **settings)
     if isinstance(single, str):
         return single, []
-    pair = made(make, loss, X, y, batch_size=2, **settings)
+    pair = single.with_batch(2)
     x0 = flat(trainable(make()))
     assert single.x0.equal(x0), "x0 is not the trainable parameters, in their order"
     s = Setting(len(X), x0)
@@ -344,9 +344,9 @@ PLAIN = (
 
 def assert_refused(words, pattern=PLAIN, name=None):
     assert isinstance(words, str) and words, "accepted"
-    assert re.search(pattern, words, re.I) or (
-        name and name in words
-    ), f"refused in other words: {words}"
+    assert re.search(pattern, words, re.I) or (name and name in words), (
+        f"refused in other words: {words}"
+    )
 
 
 def assert_right_or_refused(make, loss, X, y, pattern=PLAIN, name=None, **settings):
@@ -429,7 +429,8 @@ def test_table_has_every_class_of_torch():
 
 @pytest.mark.parametrize("row", LAYERS, ids=lambda row: row.name)
 def test_layer(row):
-    if not hasattr(nn, row.cls): pytest.skip(f"this torch has no {row.cls}")
+    if not hasattr(nn, row.cls):
+        pytest.skip(f"this torch has no {row.cls}")
     X, y = row.data()
     if row.refused:
         assert_right_or_refused(row.network, nn.MSELoss(), X, y, name=row.cls)
@@ -475,7 +476,8 @@ def batch_gap(row):
 
 @pytest.mark.parametrize("row", LOSSES, ids=lambda row: row.name)
 def test_loss(row):
-    if row.cls and not hasattr(nn, row.cls): pytest.skip(f"this torch has no {row.cls}")
+    if row.cls and not hasattr(nn, row.cls):
+        pytest.skip(f"this torch has no {row.cls}")
     X, y = row.data()
     assert (batch_gap(row) < 1e-9) == (row.refused in ("", "smooth")), "the table is wrong"
     if not row.refused:
@@ -563,8 +565,8 @@ def test_weight_decay_in_the_loss():
     """It reads the parameters of the network given: they move with x, or it is refused"""
 
     def penalised(net):
-        return lambda out, y: F.mse_loss(out, y) + 0.1 * sum(
-            p.square().sum() for p in net.parameters()
+        return lambda out, y: (
+            F.mse_loss(out, y) + 0.1 * sum(p.square().sum() for p in net.parameters())
         )
 
     net, X, y = classifier(), normal(1, 5, 3), normal(2, 5, 3)
@@ -600,8 +602,9 @@ class LoRA(nn.Linear):
 
     def __init__(self, *sizes, frozen=True):
         super().__init__(*sizes)
-        self.A, self.B = nn.Parameter(torch.randn(2, sizes[0])), nn.Parameter(
-            torch.zeros(sizes[1], 2)
+        self.A, self.B = (
+            nn.Parameter(torch.randn(2, sizes[0])),
+            nn.Parameter(torch.zeros(sizes[1], 2)),
         )
         self.weight.requires_grad_(not frozen)
 
@@ -1682,9 +1685,7 @@ BENT = [("spectral norm", 1), ("bilinear", 1), ("bilinear", 1), ("bilinear", 1)]
 
 def random_network(words, layers):
     first = (
-        nn.Sequential(nn.Embedding(7, 1, padding_idx=0), nn.Flatten())
-        if words
-        else nn.Linear(3, 4)
+        nn.Sequential(nn.Embedding(7, 1, padding_idx=0), nn.Flatten()) if words else nn.Linear(3, 4)
     )
     return nn.Sequential(first, *(DEEP[name](a) for name, a in layers), nn.Linear(4, 3))
 

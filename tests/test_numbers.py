@@ -12,7 +12,14 @@ from samsde.implicit_regularizer import drift
 from samsde.objective import FiniteSum, Quadratic
 from samsde.random_direction import gaussian_direction
 from samsde.sde import SDE
-from samsde.weak_errors import exact_error, mean_of_chain, mean_of_sde, periodic_examples, stationary_covariance, torus_nodes
+from samsde.weak_errors import (
+    exact_error,
+    mean_of_chain,
+    mean_of_sde,
+    periodic_examples,
+    stationary_covariance,
+    torus_nodes,
+)
 
 F64 = torch.float64
 origin = torch.zeros(2, dtype=F64)
@@ -21,7 +28,9 @@ EXACT = SECOND | dict(noise="exact")
 
 
 def close(found, known, rel=1e-9):
-    assert_close(torch.as_tensor(found, dtype=F64), torch.tensor(known, dtype=F64), rtol=rel, atol=rel)
+    assert_close(
+        torch.as_tensor(found, dtype=F64), torch.tensor(known, dtype=F64), rtol=rel, atol=rel
+    )
 
 
 def mean_Hu(algorithm, objective):
@@ -62,9 +71,18 @@ MICRO = {  # kind, replace, m: E[Hu] and S, at B = 2
     (USAM, False, 1): ((11 / 3, -1 / 3), [[1 / 3, 5 / 12], [4 / 9, 31 / 36]]),
     (USAM, True, 2): ((2.5, -0.5), [[25 / 36, 35 / 36], [41 / 36, 71 / 36]]),
     (USAM, False, 2): ((23 / 12, -7 / 12), [[0.375, 0.625], [59 / 72, 89 / 72]]),
-    (SAM, True, 1): ((1.7101650562, -0.0351909363), [[0.3550825281, 0.3157378652], [0.5918042135, 0.6373408864]]),
-    (SAM, False, 1): ((1.7101650562, -0.0351909363), [[0.1775412640, 0.1578689326], [0.2959021067, 0.3186704432]]),
-    (SAM, True, 2): ((1.4030763927, -0.2659798245), [[0.3948355684, 0.4740150485], [0.7317496738, 0.9488489923]]),
+    (SAM, True, 1): (
+        (1.7101650562, -0.0351909363),
+        [[0.3550825281, 0.3157378652], [0.5918042135, 0.6373408864]],
+    ),
+    (SAM, False, 1): (
+        (1.7101650562, -0.0351909363),
+        [[0.1775412640, 0.1578689326], [0.2959021067, 0.3186704432]],
+    ),
+    (SAM, True, 2): (
+        (1.4030763927, -0.2659798245),
+        [[0.3948355684, 0.4740150485], [0.7317496738, 0.9488489923]],
+    ),
 }
 
 
@@ -78,7 +96,9 @@ def test_micro_batches_of_two(case):
     close(cross_covariance(algorithm, objective, origin), S, 2e-9)
     other = kind(0.1, micro_batch=3 - m)
     assert (mean_Hu(other, objective) - torch.tensor(mean, dtype=F64)).abs().max() > 0.1
-    assert (cross_covariance(other, objective, origin) - torch.tensor(S, dtype=F64)).abs().max() > 0.02
+    assert (
+        cross_covariance(other, objective, origin) - torch.tensor(S, dtype=F64)
+    ).abs().max() > 0.02
 
 
 def test_micro_batches_of_constant_noise():
@@ -89,10 +109,14 @@ def test_micro_batches_of_constant_noise():
     close(found.mean.norm(), 0.557179468382, 1e-11)
     close([v.item() / K for v in found[2:]], [0.108553380947, 0.139294867096], 1e-11)
     close(found[2], 0.434213523787, 1e-11)  # s√K in front
-    assert abs(gaussian_direction(torch.tensor([1.0, 0.0], dtype=F64), s).norm - 1.548572460551) > 0.1
+    assert (
+        abs(gaussian_direction(torch.tensor([1.0, 0.0], dtype=F64), s).norm - 1.548572460551) > 0.1
+    )
 
 
-@pytest.mark.parametrize("replace, known", [(True, (3.2829033e-3, 6.13844e-6)), (False, (4.8806567e-3, 9.37770e-6))])
+@pytest.mark.parametrize(
+    "replace, known", [(True, (3.2829033e-3, 6.13844e-6)), (False, (4.8806567e-3, 9.37770e-6))]
+)
 def test_whole_batches_for_micro_batches_on_the_circle(replace, known):
     """Their drift has order ½, their noise in the second-order SDE, Cov(g + ρHu), 3/2."""
 
@@ -147,7 +171,10 @@ class ESAM(SAM):
     """SAM with each coordinate of u kept with probability ½, and doubled; the mask is that of the sample number"""
 
     def perturbation(self, objective, x, gamma):
-        u, number = super().perturbation(objective, x, gamma), torch.div(gamma, 3, rounding_mode="floor")
+        u, number = (
+            super().perturbation(objective, x, gamma),
+            torch.div(gamma, 3, rounding_mode="floor"),
+        )
         return 2 * u * torch.cat([number % 2, number // 2], -1)
 
 
@@ -174,8 +201,13 @@ def test_sources_of_single_samples(algorithm):
     assert (cross_covariance(own, three(), origin) - torch.tensor(S, dtype=F64)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("source, known", [("full", (0.7829629630, 1.5307407407, 3.2140740741)),
-                                           ("independent", (0.8511111111, 1.5455555556, 3.2577777778))])
+@pytest.mark.parametrize(
+    "source, known",
+    [
+        ("full", (0.7829629630, 1.5307407407, 3.2140740741)),
+        ("independent", (0.8511111111, 1.5455555556, 3.2577777778)),
+    ],
+)
 def test_covariance_of_a_step(source, known):
     a, b, c = known
     close(noise_covariance(USAM(0.1, source=source), three(), origin, "exact"), [[a, b], [b, c]])
@@ -187,7 +219,9 @@ def test_variants_of_sam():
     """GSAM from its exact moments, of which ρ² is taken off; ESAM's mask adds a noise, and nothing to the mean."""
     mean = lambda a: -drift(a, three(), origin, "exact") - g_i.mean(0)  # noqa: E731
     close(mean(GSAM(0.1)) / 0.1, (1.8792754772, -0.1067451116))
-    none, once, twice = (noise_covariance(GSAM(rho), three(), origin, "exact") for rho in (1e-9, 0.1, 0.2))
+    none, once, twice = (
+        noise_covariance(GSAM(rho), three(), origin, "exact") for rho in (1e-9, 0.1, 0.2)
+    )
     S = torch.tensor([[0.6126088105, 0.5599215551], [0.9321257953, 1.1554248140]], dtype=F64)
     plain = torch.cov(g_i.T, correction=0)
     assert_close((4 * once - twice - 3 * plain) / 0.2, S + S.T, rtol=1e-8, atol=1e-8)
@@ -197,7 +231,9 @@ def test_variants_of_sam():
     C = noise_covariance(ESAM(0.1), masked, origin, "exact")
     close(C, [[0.8501196994, 1.5261102388], [1.5261102388, 3.1558128594]])
     close(noise_covariance(SAM(0.1), three(), origin, "exact")[0, 0], 0.8187863660)
-    assert_close(drift(ESAM(0.1), masked, origin, "exact"), drift(SAM(0.1), three(), origin, "exact"))
+    assert_close(
+        drift(ESAM(0.1), masked, origin, "exact"), drift(SAM(0.1), three(), origin, "exact")
+    )
 
 
 def test_sources_on_the_line():
@@ -208,7 +244,10 @@ def test_sources_on_the_line():
     close(stationary_covariance(Chain(SGD(), line, 0.1)).item(), 0.020156314274, 1e-11)
     previous = SDE(USAM(0.3, source="previous"), line, 0.001)
     rate = -previous.drift(one).item()
-    alone = {source: SDE(USAM(0.3, source=source), line, 0.001).covariance(zero).item() for source in ("full", "independent")}
+    alone = {
+        source: SDE(USAM(0.3, source=source), line, 0.001).covariance(zero).item()
+        for source in ("full", "independent")
+    }
     close(alone["full"] / (2 * rate) / 0.001, 0.1355838406)  # Σ only
     close(alone["independent"] / (2 * rate) / 0.001, 0.1562061428)  # factor form
     close(stationary_covariance(previous).item() / 0.001, 0.2619615385)
@@ -240,7 +279,9 @@ def test_noise_of_an_independent_batch():
     problem, a = periodic_examples(1)[USAM], USAM(0.5 * 2.0**-4, source="independent")
     chain = Chain(a, problem, 2.0**-8)
     for noise, known in (("factor", 2.9605345e-4), ("exact", 2.9605173e-4)):
-        assert exact_error(chain, SDE(a, problem, 2.0**-8, noise=noise), 1, phi) == pytest.approx(known, rel=2e-8)
+        assert exact_error(chain, SDE(a, problem, 2.0**-8, noise=noise), 1, phi) == pytest.approx(
+            known, rel=2e-8
+        )
 
 
 # --- momentum
@@ -258,8 +299,13 @@ def test_the_first_step_of_momentum():
     known = {SDE: (6.268e-6, 1.567e-6, 3.919e-7), SteadyLag: (8.431e-4, 4.232e-4, 2.120e-4)}
     for model, numbers in known.items():
         for eta_e, number in zip((2.0**-8, 2.0**-9, 2.0**-10), numbers):
-            pair = Chain(USAM(0.3), problem, eta_e / 2, momentum=0.5), model(USAM(0.3), problem, eta_e / 2, momentum=0.5, **EXACT)
-            gaps = mean_of_chain(pair[0], 1, phi, x, 64, 13) - mean_of_sde(pair[1], 1, phi, x, 64, 13)
+            pair = (
+                Chain(USAM(0.3), problem, eta_e / 2, momentum=0.5),
+                model(USAM(0.3), problem, eta_e / 2, momentum=0.5, **EXACT),
+            )
+            gaps = mean_of_chain(pair[0], 1, phi, x, 64, 13) - mean_of_sde(
+                pair[1], 1, phi, x, 64, 13
+            )
             assert abs(gaps).max() == pytest.approx(number, rel=2e-4)
 
 
@@ -274,7 +320,14 @@ def test_torchs_first_buffer():
     how = dict(momentum=0.5, dampening=0.5)
     for model in (SDE, FromStart):
         found[model] = [
-            exact_error(Chain(USAM(0.3), problem, eta, **how), model(USAM(0.3), problem, eta, **how, **EXACT), 1, phi, 64, 13)
+            exact_error(
+                Chain(USAM(0.3), problem, eta, **how),
+                model(USAM(0.3), problem, eta, **how, **EXACT),
+                1,
+                phi,
+                64,
+                13,
+            )
             for eta in (2.0**-9, 2.0**-10)
         ]
     assert abs(order(found[SDE]) - 2) < 0.02 and abs(order(found[FromStart]) - 1) < 0.02
@@ -301,7 +354,9 @@ def test_noise_of_momentum_as_the_perturbation():
     def error(sign, noise):
         algorithm = USAM(1.0, source="previous")
         algorithm.rho = sign * chain.algorithm.rho / (1 - chain.momentum)  # may be negative here
-        return exact_error(chain, SDE(algorithm, problem, eta_e / 2, noise=noise, momentum=0.5), 1, phi, 48, 13)
+        return exact_error(
+            chain, SDE(algorithm, problem, eta_e / 2, noise=noise, momentum=0.5), 1, phi, 48, 13
+        )
 
     for noise, known in (("factor", 2.090737e-3), ("truncated", 2.091189e-3)):
         assert error(-1, noise) == pytest.approx(known, rel=2e-6) and error(1, noise) > 5 * known
@@ -321,7 +376,9 @@ def test_first_form_with_the_exact_noise():
     second, first = errors("second"), errors("first")
     assert second == pytest.approx([1.685394e-4, 8.326247e-5], rel=2e-6)
     assert first == pytest.approx([1.016080e-3, 6.457347e-4], rel=2e-6)
-    assert order(second) == pytest.approx(1.02, abs=0.01) and order(first) == pytest.approx(0.65, abs=0.01)
+    assert order(second) == pytest.approx(1.02, abs=0.01) and order(first) == pytest.approx(
+        0.65, abs=0.01
+    )
 
 
 def test_the_previous_gradient_is_not_perturbed_itself():
@@ -347,8 +404,13 @@ def test_sam_on_single_samples():
     close(cross_covariance(SAM(0.1), three(), origin), S)
     scale = 3 / 13**0.5
     assert_close(mean_Hu(DNSAM(0.1), three()), scale * mean_Hu(USAM(0.1), three()))
-    assert_close(cross_covariance(DNSAM(0.1), three(), origin), scale * cross_covariance(USAM(0.1), three(), origin))
-    assert not torch.allclose(cross_covariance(DNSAM(0.1), three(), origin), torch.tensor(S, dtype=F64), rtol=0.05)
+    assert_close(
+        cross_covariance(DNSAM(0.1), three(), origin),
+        scale * cross_covariance(USAM(0.1), three(), origin),
+    )
+    assert not torch.allclose(
+        cross_covariance(DNSAM(0.1), three(), origin), torch.tensor(S, dtype=F64), rtol=0.05
+    )
 
 
 def test_two_covariances_at_a_maximum():

@@ -1,4 +1,5 @@
 "Speed changes no result: what a seed gave before the steps were fused, tabulated anew and recorded, it gives still, up to rounding."
+
 import pytest
 import torch
 from sklearn.datasets import load_breast_cancer
@@ -10,23 +11,41 @@ from samsde.sde import SDE
 
 
 def quadratic(process, kind, dtype):
-    objective = Quadratic(torch.diag(torch.linspace(.5, 1.5, 6, dtype=dtype)), sigma=.3)
-    algorithm = kind() if kind is SGD else kind(.2)
-    return simulate(process(algorithm, objective, .1), torch.ones(6, dtype=dtype), 5., 300, seed=3, observe={"f": objective.loss})
+    objective = Quadratic(torch.diag(torch.linspace(0.5, 1.5, 6, dtype=dtype)), sigma=0.3)
+    algorithm = kind() if kind is SGD else kind(0.2)
+    return simulate(
+        process(algorithm, objective, 0.1),
+        torch.ones(6, dtype=dtype),
+        5.0,
+        300,
+        seed=3,
+        observe={"f": objective.loss},
+    )
 
 
 def network(process, kind, dtype):
     X, y = load_breast_cancer(return_X_y=True)
     X, y = torch.from_numpy((X - X.mean(0)) / X.std(0)).to(dtype)[:80], torch.from_numpy(y)[:80]
-    net = torch.nn.Sequential(torch.nn.Linear(30, 4), torch.nn.Sigmoid(), torch.nn.Linear(4, 2)).to(dtype)
+    net = torch.nn.Sequential(torch.nn.Linear(30, 4), torch.nn.Sigmoid(), torch.nn.Linear(4, 2)).to(
+        dtype
+    )
     with torch.no_grad():
-        for k, p in enumerate(net.parameters()): p.copy_(torch.linspace(-1, 1, p.numel(), dtype=dtype).add(k / 3).sin().view_as(p) / 3)
+        for k, p in enumerate(net.parameters()):
+            p.copy_(torch.linspace(-1, 1, p.numel(), dtype=dtype).add(k / 3).sin().view_as(p) / 3)
     objective = FiniteSum.from_module(net, torch.nn.CrossEntropyLoss(), X, y)
-    algorithm = kind() if kind is SGD else kind(.1)
-    return simulate(process(algorithm, objective, .1), objective.x0, 10., 4, seed=3, observe={"f": objective.loss}, every=100)
+    algorithm = kind() if kind is SGD else kind(0.1)
+    return simulate(
+        process(algorithm, objective, 0.1),
+        objective.x0,
+        10.0,
+        4,
+        seed=3,
+        observe={"f": objective.loss},
+        every=100,
+    )
 
 
-BEFORE = { # case: the mean of f, and the sum of squares of all coordinates, at the end
+BEFORE = {  # case: the mean of f, and the sum of squares of all coordinates, at the end
     "quadratic Chain SGD float32": (0.0154621135273, 11.3971821211),
     "quadratic Chain SGD float64": (0.0155409212695, 11.524558223),
     "quadratic Chain USAM float32": (0.0174218571295, 12.1169041005),
@@ -65,7 +84,11 @@ BEFORE = { # case: the mean of f, and the sum of squares of all coordinates, at 
 @pytest.mark.parametrize("case", BEFORE, ids=" ".join)
 def test_same_seed_same_numbers(case):
     where, process, kind, dtype = case.split()
-    found = {"quadratic": quadratic, "network": network}[where]({"Chain": Chain, "SDE": SDE}[process], {k.__name__: k for k in (SGD, USAM, DNSAM, SAM)}[kind], getattr(torch, dtype))
+    found = {"quadratic": quadratic, "network": network}[where](
+        {"Chain": Chain, "SDE": SDE}[process],
+        {k.__name__: k for k in (SGD, USAM, DNSAM, SAM)}[kind],
+        getattr(torch, dtype),
+    )
     values = found.mean["f"][-1].item(), found.final.double().square().sum().item()
     assert values == pytest.approx(BEFORE[case], rel=1e-9 if dtype == "float64" else 2e-5)
 
@@ -73,10 +96,21 @@ def test_same_seed_same_numbers(case):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_moments_as_they_come(dtype):
     """Means and deviations, taken record by record and block by block, are those of all paths at once, up to rounding; the control leaves a path out."""
-    chain = Chain(SAM(.1), Quadratic(torch.diag(torch.linspace(.5, 1.5, 20, dtype=dtype)), .3), .1)
-    run = simulate(chain, torch.ones(20, dtype=dtype), 1., 9_000, observe={"x": lambda x: x, "right": lambda x: x[..., 0] > .5}, keep=True)
+    chain = Chain(
+        SAM(0.1), Quadratic(torch.diag(torch.linspace(0.5, 1.5, 20, dtype=dtype)), 0.3), 0.1
+    )
+    run = simulate(
+        chain,
+        torch.ones(20, dtype=dtype),
+        1.0,
+        9_000,
+        observe={"x": lambda x: x, "right": lambda x: x[..., 0] > 0.5},
+        keep=True,
+    )
     for name, paths in run.paths.items():
         x = paths.double()
         torch.testing.assert_close(run.mean[name], x.mean(1), rtol=1e-13, atol=1e-14)
         torch.testing.assert_close(run.std[name], x.std(1), rtol=1e-8, atol=1e-10)
-        assert name == "right" or not torch.allclose(run.mean[name], x[:, 1:].mean(1), rtol=1e-13, atol=1e-14)
+        assert name == "right" or not torch.allclose(
+            run.mean[name], x[:, 1:].mean(1), rtol=1e-13, atol=1e-14
+        )

@@ -96,7 +96,12 @@ def test_with_all_that_training_adds():
     x = torch.linspace(0, 6, 7, dtype=F64)[:, None]
     plain = SDE(USAM(0.3), circle, 0.1, "second").drift(x)
     training = dict(momentum=0.5, weight_decay=0.1)
-    for more in (dict(), dict(schedule=torch.cos), dict(rho_schedule=torch.cos), dict(kinetic=True)):
+    for more in (
+        dict(),
+        dict(schedule=torch.cos),
+        dict(rho_schedule=torch.cos),
+        dict(kinetic=True),
+    ):
         sde = SDE(USAM(0.3), circle, 0.1, "second", **training, **more)
         assert_close(sde.drift(x), plain - 0.1 * x)
 
@@ -140,14 +145,16 @@ def test_third_derivatives_of_layers(row):
     x = objective.x0 + 0.3 * torch.randn(2, len(objective.x0), dtype=F64)
     v, gamma, h = torch.randn_like(x), torch.tensor([[0, 1], [2, 3]]), 1e-5
     if "padding" in row.note:
-        v[:, : objective.x0.numel()] *= (objective.x0 != 0)  # the padding word is held fixed
+        v[:, : objective.x0.numel()] *= objective.x0 != 0  # the padding word is held fixed
     up, down = (objective.sample_hvp(x + s * h * v, gamma, v) for s in (1, -1))
     try:
         found = objective.sample_third(x, gamma, v)
     except RuntimeError as error:
         assert "not supported" in str(error)  # torch says so itself
         return
-    assert_close(found, (up - down) / (2 * h), rtol=1e-4, atol=1e-4 * (1 + found.abs().max().item()))
+    assert_close(
+        found, (up - down) / (2 * h), rtol=1e-4, atol=1e-4 * (1 + found.abs().max().item())
+    )
 
 
 def test_a_minibatch_loss_refuses():

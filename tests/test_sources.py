@@ -17,7 +17,13 @@ from samsde.moments import product
 from samsde.objective import FiniteSum, NoisyLoss, Quadratic
 from samsde.sde import SDE
 from samsde.weak_errors import (
-    chain_operator, circle_problem, exact_error, mean_of_chain, periodic_examples, torus_nodes)
+    chain_operator,
+    circle_problem,
+    exact_error,
+    mean_of_chain,
+    periodic_examples,
+    torus_nodes,
+)
 
 F64 = torch.float64
 
@@ -85,7 +91,9 @@ def test_in_kind(name, dtype):
                 assert t.shape == (*x.shape, objective.dim) and t.dtype == dtype, a
                 assert t.isfinite().all(), a
             end = simulate(Chain(a, objective, 0.1), x[0, 0], 0.3, 4).final
-            assert end.shape == (4, objective.dim) and end.dtype == dtype and end.isfinite().all(), a
+            assert (
+                end.shape == (4, objective.dim) and end.dtype == dtype and end.isfinite().all()
+            ), a
 
 
 @pytest.mark.parametrize("name", objectives())
@@ -135,7 +143,9 @@ def test_micro_batches_by_enumeration(kind, m, replace):
     S = (g - g.mean(0)).T @ (Hu - Hu.mean(0)) / len(g)
     a = kind(0.1, micro_batch=m)
     how = dict(draws=2000)
-    assert_close(-drift(a, objective, x, **how) - objective.grad(x), 0.1 * Hu.mean(0), rtol=1e-9, atol=1e-11)
+    assert_close(
+        -drift(a, objective, x, **how) - objective.grad(x), 0.1 * Hu.mean(0), rtol=1e-9, atol=1e-11
+    )
     assert_close(cross_covariance(a, objective, x, **how), S, rtol=1e-9, atol=1e-11)
     part = drift(kind(0.1), objective.with_batch(m), x, "exact", **how)
     assert_close(drift(a, objective, x, "exact", **how), part, rtol=1e-9, atol=1e-11)
@@ -144,7 +154,9 @@ def test_micro_batches_by_enumeration(kind, m, replace):
         assert not torch.allclose(drift(whole, objective, x, "exact", **how), part, rtol=1e-4)
         assert not torch.allclose(cross_covariance(whole, objective, x, **how), S, rtol=1e-2)
     G = a.direction(objective, x, batches)
-    assert_close(noise_covariance(a, objective, x, "exact", **how), covariance(G), rtol=1e-9, atol=1e-11)
+    assert_close(
+        noise_covariance(a, objective, x, "exact", **how), covariance(G), rtol=1e-9, atol=1e-11
+    )
     assert_close(drift(a, objective, x, "exact", **how), -G.mean(0), rtol=1e-9, atol=1e-11)
 
 
@@ -157,7 +169,8 @@ def first_samples(n, B):
 @pytest.mark.parametrize("m", [1, 2, 4, 5])
 def test_exact_micro_batches_without_replacement(m, B):
     """All pairs of ordered batches out of five. Micro-batches of an independent source are no θ-th part of one."""
-    if B % m: pytest.skip("m divides B")
+    if B % m:
+        pytest.skip("m divides B")
     objective = first_samples(5, B)
     x = torch.tensor([0.4, -0.7, 0.2], dtype=F64)
     batches = ordered(5, B, False)
@@ -166,11 +179,15 @@ def test_exact_micro_batches_without_replacement(m, B):
         a = SAM(0.3, micro_batch=m, source=source)
         G = a.direction(objective, x.expand(len(gammas), 3), gammas)
         how = dict(draws=20_000)
-        assert_close(noise_covariance(a, objective, x, "exact", **how), covariance(G), rtol=1e-9, atol=1e-12)
+        assert_close(
+            noise_covariance(a, objective, x, "exact", **how), covariance(G), rtol=1e-9, atol=1e-12
+        )
         assert_close(drift(a, objective, x, "exact", **how), -G.mean(0), rtol=1e-9, atol=1e-12)
         if m < B < 5 and source != "full":
             whole = SAM(0.3, source=source)
-            assert not torch.allclose(noise_covariance(whole, objective, x, "exact", **how), covariance(G), rtol=0.05)
+            assert not torch.allclose(
+                noise_covariance(whole, objective, x, "exact", **how), covariance(G), rtol=0.05
+            )
 
 
 def test_all_samples_are_cut_at_random():
@@ -194,9 +211,13 @@ def test_micro_batches_of_the_batch_before(m):
     batches = ordered(4, 2, False)
     n = len(batches)
     pairs = torch.cat([batches.repeat_interleave(n, 0), batches.repeat(n, 1)], -1)
-    G = other.direction(objective, x.expand(len(pairs), 3), pairs).unflatten(0, (n, n))  # new, before
+    G = other.direction(objective, x.expand(len(pairs), 3), pairs).unflatten(
+        0, (n, n)
+    )  # new, before
     chain = Chain(a, objective, 1e-3)
-    start = chain.step(chain.start(x.expand(n, 3)), batches)  # is at another x, but remembers u at x
+    start = chain.step(
+        chain.start(x.expand(n, 3)), batches
+    )  # is at another x, but remembers u at x
     start[..., :3] = x
     moved = chain.position(chain.step(start.repeat_interleave(n, 0), batches.repeat(n, 1)))
     assert_close((x - moved) / 1e-3, G.transpose(0, 1).flatten(0, 1), rtol=1e-8, atol=1e-9)
@@ -234,7 +255,9 @@ REMEMBERS = {
     "momentum": dict(momentum=0.5),
     "torch's first buffer": dict(momentum=0.5, dampening=0.4),
     "Nesterov": dict(momentum=0.5, nesterov=True),
-    "schedules": dict(momentum=0.5, schedule=lambda t: 1 / (1 + t), rho_schedule=lambda t: 1 - t / 2),
+    "schedules": dict(
+        momentum=0.5, schedule=lambda t: 1 / (1 + t), rho_schedule=lambda t: 1 - t / 2
+    ),
 }
 
 
@@ -286,7 +309,9 @@ def test_sources_by_enumeration(kind):
     x = torch.tensor([0.4, -0.7, 0.2], dtype=F64)
     every = torch.combinations(torch.arange(6), 2)
     u, g = kind(0.1).perturbation(objective, x, every), objective.sample_grad(x, every)
-    H = torch.stack([objective.sample_hvp(x, every, e.expand(15, 3)) for e in torch.eye(3, dtype=F64)], -1)
+    H = torch.stack(
+        [objective.sample_hvp(x, every, e.expand(15, 3)) for e in torch.eye(3, dtype=F64)], -1
+    )
     full = kind(0.1, source="full").ascent(objective, x, x)
     pairs = torch.einsum("kab,lb->kla", H, u)  # H of one batch, u of another
     mean = H.mean(0) @ u.mean(0)
@@ -321,14 +346,19 @@ def test_a_sweep_over_the_radius_is_its_members():
 def test_records_chunks_and_files_change_nothing(source, tmp_path):
     """A run with and without records, in chunks, and from a file gives the same bits."""
     objective = objectives()["module, B=2"]
-    for process in (Chain(SAM(0.1, source=source), objective, 0.1), SDE(SAM(0.1, source=source), objective, 0.1, draws=8)):
+    for process in (
+        Chain(SAM(0.1, source=source), objective, 0.1),
+        SDE(SAM(0.1, source=source), objective, 0.1, draws=8),
+    ):
         x0, how = objective.x0, dict(t_end=30.0, n_paths=8, every=50)
         known = simulate(process, x0, **how).final
         assert simulate(process, x0, record=False, **how).final.equal(known)
         assert simulate(process, x0, chunk=3, threads=2, **how).final.equal(known)
         file = tmp_path / f"{source}{type(process).__name__}.npz"
         first = simulate(process, x0, checkpoint=file, **how).final
-        assert first.equal(known) and simulate(process, x0, checkpoint=file, **how).final.equal(known)
+        assert first.equal(known) and simulate(process, x0, checkpoint=file, **how).final.equal(
+            known
+        )
 
 
 @pytest.mark.parametrize("kind", [USAM, SAM, DNSAM])
@@ -341,6 +371,7 @@ def test_adaptive_is_the_step_of_the_optimizer(kind):
     objective = FiniteSum.from_module(net, loss, X, y, batch_size=5, replace=False)
     norm = {}
     if kind is DNSAM:
+
         def scaled_norm():
             with torch.enable_grad():
                 grads = torch.autograd.grad(loss(net(X), y), list(net.parameters()))
@@ -362,7 +393,9 @@ def test_adaptive_is_the_step_of_the_optimizer(kind):
     for _ in range(10):
         optimizer.step(closure)
         x = chain.step(x, torch.arange(5))
-    assert_close(torch.cat([p.detach().flatten() for p in net.parameters()]), x, rtol=1e-12, atol=1e-14)
+    assert_close(
+        torch.cat([p.detach().flatten() for p in net.parameters()]), x, rtol=1e-12, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -373,7 +406,11 @@ def test_a_loss_where_the_drift_descends_one(source):
         for kind in (USAM, SAM):
             a = kind(0.1, source=source)
             drawn = isinstance(objective, FiniteSum) and objective.law.batch_size > 1
-            if kind is SAM and source in ("independent", "previous") and isinstance(objective, FiniteSum):
+            if (
+                kind is SAM
+                and source in ("independent", "previous")
+                and isinstance(objective, FiniteSum)
+            ):
                 with pytest.raises(ValueError, match="its drift is not a gradient"):
                     regularized_loss(a, objective, x)
                 continue

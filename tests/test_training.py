@@ -85,7 +85,10 @@ def test_a_file_of_another_schedule_is_refused(tmp_path):
 def test_linear_moments_are_those_of_simulate(momentum, decoupled):
     """Within four standard errors, of the chain and of the SDE with small steps."""
     training = dict(momentum=momentum, weight_decay=0.3, decoupled=decoupled)
-    for process in (Chain(USAM(0.2), plane, 0.02, **training), SDE(USAM(0.2), plane, 0.02, **training)):
+    for process in (
+        Chain(USAM(0.2), plane, 0.02, **training),
+        SDE(USAM(0.2), plane, 0.02, **training),
+    ):
         steps = 20
         t_end = steps * process.time_step
         dt = {} if isinstance(process, Chain) else dict(dt=process.time_step / 8)
@@ -107,7 +110,10 @@ def test_weight_decay_in_the_model(momentum):
 
         def gap(eta, **forget):
             eta = eta * (1 - momentum)
-            chain, sde = Chain(USAM(0.2), line, eta, **how), SDE(USAM(0.2), line, eta, **how | forget)
+            chain, sde = (
+                Chain(USAM(0.2), line, eta, **how),
+                SDE(USAM(0.2), line, eta, **how | forget),
+            )
             return abs(linear_moments(chain, one, 1.0)[0] - linear_moments(sde, one, 1.0)[0]).item()
 
         assert 1.7 < gap(1 / 256) / gap(1 / 512) < 2.3
@@ -146,11 +152,17 @@ RADII = 0.3 * torch.linspace(1, 0.1, 50, dtype=F64)  # one for each step
 def test_a_schedule_of_the_radius_is_that_of_the_optimizer(kind, momentum, decay, scheduled):
     """50 steps with rho set by hand, from values and from a function; the control is a fixed one."""
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    net = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)
+    ).double()
     X, y, loss = torch.randn(9, 3, dtype=F64), torch.arange(9) % 2, torch.nn.CrossEntropyLoss()
     objective = FiniteSum.from_module(net, loss, X, y, batch_size=3)
     batches = list(objective.draw((50,), torch.Generator().manual_seed(1)))
-    rates = 0.2 * torch.linspace(1, 0.5, 50, dtype=F64) if scheduled else torch.full((50,), 0.2, dtype=F64)
+    rates = (
+        0.2 * torch.linspace(1, 0.5, 50, dtype=F64)
+        if scheduled
+        else torch.full((50,), 0.2, dtype=F64)
+    )
     training = dict(momentum=momentum, weight_decay=decay)
 
     model = copy.deepcopy(net)
@@ -187,6 +199,7 @@ def test_a_schedule_of_the_radius_is_that_of_the_optimizer(kind, momentum, decay
 
 def linear_run(process, steps, substeps):
     """Mean and variance on the line, from 1, by advancing means and basis vectors"""
+
     def advance(x, xi, k):
         state = torch.cat([x, torch.full_like(x, k)], -1) if process.memory else x
         noise = iter(xi)
@@ -202,7 +215,17 @@ def linear_run(process, steps, substeps):
     return mean, variance
 
 
-def moments_by_hand(steps, eta, *, rate=lambda t: 1.0, radius=lambda t: 1.0, mu=0.0, damped=0.0, decay=0.0, first=1.0):
+def moments_by_hand(
+    steps,
+    eta,
+    *,
+    rate=lambda t: 1.0,
+    radius=lambda t: 1.0,
+    mu=0.0,
+    damped=0.0,
+    decay=0.0,
+    first=1.0,
+):
     """Mean and variance on the line, from 1, of torch's SGD fed by USAM at ρ = 0.3; `first` is the share of the first gradient in the buffer"""
     mean, cov = np.array([1.0, 0.0]), np.zeros((2, 2))
     for k in range(steps):
@@ -215,27 +238,48 @@ def moments_by_hand(steps, eta, *, rate=lambda t: 1.0, radius=lambda t: 1.0, mu=
     return mean[0], cov[0, 0]
 
 
-@pytest.mark.parametrize("how", [dict(), dict(mu=0.9, damped=0.9), dict(mu=0.5, damped=0.3, decay=0.2)])
+@pytest.mark.parametrize(
+    "how", [dict(), dict(mu=0.9, damped=0.9), dict(mu=0.5, damped=0.3, decay=0.2)]
+)
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_exact_moments_of_a_chain_that_counts_its_steps(how, scheduled):
     """Under schedules, and with a first buffer that is not dampened, by a recursion by hand. The controls forget either."""
     factors = dict(rate=lambda t: 1 / (1 + t), radius=lambda t: 0.5 + t / 4) if scheduled else {}
-    names = dict(zip(("momentum", "dampening", "weight_decay"), (how.get(k, 0.0) for k in ("mu", "damped", "decay"))))
-    chain = Chain(USAM(0.3), line, 0.1, **names, schedule=factors.get("rate"), rho_schedule=factors.get("radius"))
+    names = dict(
+        zip(
+            ("momentum", "dampening", "weight_decay"),
+            (how.get(k, 0.0) for k in ("mu", "damped", "decay")),
+        )
+    )
+    chain = Chain(
+        USAM(0.3),
+        line,
+        0.1,
+        **names,
+        schedule=factors.get("rate"),
+        rho_schedule=factors.get("radius"),
+    )
     mean, cov = linear_moments(chain, one, 7 * float(chain.time_step))
     known = moments_by_hand(7, 0.1, **how, **factors)
     assert_close((mean.item(), cov.item()), known, rtol=1e-11, atol=0)
     if scheduled:
         assert abs(moments_by_hand(7, 0.1, **how)[0] / known[0] - 1) > 1e-2
     if "damped" in how:
-        assert abs(moments_by_hand(7, 0.1, **how, **factors, first=1 - how["damped"])[0] / known[0] - 1) > 1e-2
+        assert (
+            abs(
+                moments_by_hand(7, 0.1, **how, **factors, first=1 - how["damped"])[0] / known[0] - 1
+            )
+            > 1e-2
+        )
 
 
 def test_stationary_with_dampening():
     """E3's number; the controls are momentum without dampening, and none."""
     found = stationary_covariance(Chain(USAM(0.3), line, 0.1, momentum=0.9, dampening=0.9)).item()
     assert abs(found - 0.026321318643) < 1e-11
-    assert abs(stationary_covariance(Chain(USAM(0.3), line, 0.1, momentum=0.9)).item() - found) > 0.2
+    assert (
+        abs(stationary_covariance(Chain(USAM(0.3), line, 0.1, momentum=0.9)).item() - found) > 0.2
+    )
     assert abs(stationary_covariance(Chain(USAM(0.3), line, 0.1)).item() - found) > 1e-3
 
 
@@ -311,8 +355,10 @@ def test_weak_error_with_a_schedule_of_the_radius():
 def test_kinetic_is_the_class():
     """SDE(..., kinetic=True) is KineticSDE in all but its name; the control is the plain SDE."""
     how = dict(momentum=0.9, weight_decay=0.1)
-    a, b = (cls(USAM(0.2), plane, 0.01, **how, **more) for cls, more in
-            [(SDE, dict(kinetic=True)), (KineticSDE, {})])
+    a, b = (
+        cls(USAM(0.2), plane, 0.01, **how, **more)
+        for cls, more in [(SDE, dict(kinetic=True)), (KineticSDE, {})]
+    )
     assert a.time_step == b.time_step == 0.1 and a.memory == b.memory == ("v",)
     assert_close(stationary_covariance(a), stationary_covariance(b), rtol=0, atol=0)
     ends = [simulate(p, two, 1.0, 50).final for p in (a, b)]
@@ -344,18 +390,30 @@ def test_a_sweep_has_the_times_of_its_processes():
         return objective.loss(x)
 
     table = sweep(
-        {"SAM": SAM(0.1)}, {"line": line}, [0.1], t_end=2.0, n_paths=50, x0=one,
-        processes={"trained": trained}, observe={"f": loss}, interval=0.4,
+        {"SAM": SAM(0.1)},
+        {"line": line},
+        [0.1],
+        t_end=2.0,
+        n_paths=50,
+        x0=one,
+        processes={"trained": trained},
+        observe={"f": loss},
+        interval=0.4,
     )
     assert table["time"].tolist() == pytest.approx([0.0, 0.4, 0.8, 1.2, 1.6, 2.0])
     chain = trained(SAM(0.1), line, 0.1)
-    ends = [simulate(chain, one, 2.0, 4000, observe=line.loss, seed=s).mean["loss"][-1] for s in (0, 1)]
+    ends = [
+        simulate(chain, one, 2.0, 4000, observe=line.loss, seed=s).mean["loss"][-1] for s in (0, 1)
+    ]
     assert abs(table["mean"].iloc[-1] - ends[0].item()) < 5 * table["sem"].iloc[-1]
     assert len(table) == 6 and table["mean"].notna().all()
 
 
 def test_formulas_for_plain_steps_refuse_trained_ones():
-    for process in (Chain(USAM(0.1), plane, 0.1, momentum=0.5), SDE(USAM(0.1), plane, 0.1, weight_decay=0.1)):
+    for process in (
+        Chain(USAM(0.1), plane, 0.1, momentum=0.5),
+        SDE(USAM(0.1), plane, 0.1, weight_decay=0.1),
+    ):
         with pytest.raises(ValueError, match="is for momentum=0, weight_decay=0 and no schedule"):
             closed_covariance(process)
     with pytest.raises(ValueError, match="whose state is its point, got v besides"):
@@ -412,10 +470,19 @@ def test_a_weak_error_of_a_kinetic_model():
     """Its time is √η a step, the chain's η/(1 − μ); SGD's kinetic model must fail."""
     eta = 2.0**-6
     mu = 1 - 0.5 * eta**0.5
-    chain, sde = Chain(USAM(0.3), line, eta, momentum=mu), KineticSDE(USAM(0.3), line, eta, momentum=mu)
+    chain, sde = (
+        Chain(USAM(0.3), line, eta, momentum=mu),
+        KineticSDE(USAM(0.3), line, eta, momentum=mu),
+    )
     end = round(2 / eta**0.5) * chain.time_step
     truth = (linear_moments(chain, one, end)[0] - linear_moments(sde, one, 2.0)[0]).item()
     found = weak_error(chain, sde, one, 2.0, lambda x: x[..., 0], 2000)
-    assert found.paired and abs(found.difference - truth) < 4 * found.sem and found.curve.time.iloc[-1] == 2.0
-    other = weak_error(chain, KineticSDE(SGD(), line, eta, momentum=mu), one, 2.0, lambda x: x[..., 0], 2000)
+    assert (
+        found.paired
+        and abs(found.difference - truth) < 4 * found.sem
+        and found.curve.time.iloc[-1] == 2.0
+    )
+    other = weak_error(
+        chain, KineticSDE(SGD(), line, eta, momentum=mu), one, 2.0, lambda x: x[..., 0], 2000
+    )
     assert abs(other.difference - truth) > 10 * other.sem
