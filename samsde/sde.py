@@ -252,9 +252,10 @@ class SDE(Model):
         y, *k = self.split(state) if self.memory else [state]
         if self.is_late: return y + (k[0] == 0) * self.first_gap(y)
         if not self.lags: return y
-        mu = self.momentum
-        lag = per_path(self.rate, y) * mu**(1 + self.nesterov) / (1 - mu) * (1 - mu**k[0])
-        return y + lag * self.mean_gradient(y)
+        mu, left = self.momentum, self.momentum**k[0]
+        lag = per_path(self.rate, y) * mu**(1 + self.nesterov) * (1 - left)
+        first = per_path(self.eta, y) * self.dampening * left # of torch's first buffer
+        return y + (lag + first) / (1 - mu) * self.mean_gradient(y)
     def to_torchsde(self):
         "For torchsde.sdeint. Raises ValueError where a state is more than a point."
         if not self.memory: return ForTorchsde(self)

@@ -309,6 +309,46 @@ def test_the_first_step_of_momentum():
             assert abs(gaps).max() == pytest.approx(number, rel=2e-4)
 
 
+HOW = {
+    "plain": dict(momentum=0.5),
+    "Nesterov": dict(momentum=0.5, nesterov=True),
+    "dampened": dict(momentum=0.7, dampening=0.3),
+}
+
+
+@pytest.mark.parametrize("name", HOW)
+def test_the_first_steps_of_momentum_are_of_order_2(name):
+    """And the start is x₀ up to η². Torch does not dampen its first buffer: without its part of the lag the order is 1."""
+
+    class Dampened(SDE):
+        def position(self, state):
+            y, k = self.split(state)
+            lag = self.rate * self.momentum / (1 - self.momentum) * (1 - self.momentum**k)
+            return y + lag * self.mean_gradient(y)
+
+    problem, x, how = periodic_examples(1)[USAM], torus_nodes(48, 1)[1], HOW[name]
+
+    def errors(model, steps):
+        found = []
+        for eta in (2.0**-8, 2.0**-9):
+            pair = (
+                cls(USAM(0.3), problem, eta, **how, **more)
+                for cls, more in ((Chain, {}), (model, EXACT))
+            )
+            ours, its = (
+                mean(process, steps, phi, x, 48, 13)
+                for mean, process in zip((mean_of_chain, mean_of_sde), pair)
+            )
+            found.append(abs(ours - its).max())
+        return found
+
+    for steps in (0, 1, 2, 5):
+        own = errors(SDE, steps)
+        assert own[0] < 1e-13 or abs(order(own) - 2) < 0.03
+        if name == "dampened" and steps < 3:  # μᵏ is small soon
+            assert abs(order(errors(Dampened, steps)) - 1) < 0.1
+
+
 def test_torchs_first_buffer():
     """It is not dampened: from x₀ itself the second-order SDE is of order 1."""
 
