@@ -249,19 +249,19 @@ class Drawn:
     gammas: Tensor
     projections: dict # name -> (draws, m): g, c and G along the directions
     sums: dict # name -> Sums: of g, c, G − c, and c − g
-    push: float # c, in E u = c ḡ along ḡ
-    push_error: float
+    c: float # c, in E u = c ḡ along ḡ
+    c_error: float
     kept: list # G of the first γ, (1, d), or their sketches, as many as there is room for
-    pushed: Tensor|None=None # the mean of c − g, (d,), where the sums are of sketches
+    regulariser: Tensor|None=None # the mean of c − g, (d,), where the sums are of sketches
 
     @cached_property
-    def mean_push(self) -> Tensor:
+    def mean_regulariser(self) -> Tensor:
         "ρ E[Hu], (d,)"
-        return self.sums["push"].mean if self.pushed is None else self.pushed
+        return self.sums["regulariser"].mean if self.regulariser is None else self.regulariser
     @property
-    def push_sem(self) -> float:
+    def regulariser_sem(self) -> float:
         "The standard error of its norm"
-        return (self.sums["push"].power / len(self.gammas))**.5
+        return (self.sums["regulariser"].power / len(self.gammas))**.5
 
 # %% ../nbs/08b_diagnosis.ipynb #a18c7973
 BUCKETS = 2**18 - 5 # a prime, so that no layer's rows fall together
@@ -300,31 +300,31 @@ def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,
     if algorithm.source == "previous":
         mean_u = mean_perturbation(with_source(algorithm, "own"), objective, x, draws)
     projections = {n: [] for n in ("g", "c", "G")}
-    sums = {n: Sums() for n in ("g", "c", "gap", "push")}
-    pushes, kept, room = [], [], None
-    pushed = torch.zeros_like(x) if sketch else None
+    sums = {n: Sums() for n in ("g", "c", "gap", "regulariser")}
+    alignments, kept, room = [], [], None
+    regulariser = torch.zeros_like(x) if sketch else None
     size = BUCKETS if sketch else len(x)
     keep = ROOM // size if is_fused(algorithm, objective) else 0
     for s in bar(chunks(gammas, x, chunk=getattr(objective, "chunk", None))):
         g, u, c, G = step_parts(algorithm, objective, x, gammas[s], grad, mean_u)
         for name, value in {"g": g, "c": c, "G": G}.items(): projections[name].append(value @ V.T)
-        pushes.append(u @ grad)
+        alignments.append(u @ grad)
         del u
         if sketch:
-            pushed.add_(c.sum(0)).sub_(g.sum(0))
+            regulariser.add_(c.sum(0)).sub_(g.sum(0))
             g, c, G = sketch(g), sketch(c), sketch(G)
         elif len(x) >= LARGE and room is None: room = torch.empty_like(g)
         for name, value in {"g": g, "c": c}.items(): sums[name].add(value, room)
         sums["gap"].add(G - c, room)
-        sums["push"].add(c - g, room)
+        sums["regulariser"].add(c - g, room)
         if len(kept) < keep: kept.append(G)
         if done(sums["g"].n): break
     projections = {name: torch.cat(parts).double() for name, parts in projections.items()}
-    pushes = torch.cat(pushes).double() / norm(grad)**2
+    alignments = torch.cat(alignments).double() / norm(grad)**2
     n = sums["g"].n
-    if sketch: pushed.div_(n)
-    return Drawn(gammas[:n], projections, sums, pushes.mean().item(),
-                 (pushes.var() / n).sqrt().item(), kept, pushed)
+    if sketch: regulariser.div_(n)
+    return Drawn(gammas[:n], projections, sums, alignments.mean().item(),
+                 (alignments.var() / n).sqrt().item(), kept, regulariser)
 
 # %% ../nbs/08b_diagnosis.ipynb #cbcd5d9c
 def moments(eta:float, b:Tensor, # (m,), the drift along the directions
@@ -346,11 +346,11 @@ def moments(eta:float, b:Tensor, # (m,), the drift along the directions
                 "se of variance": wider.std(0) / root if n > 3 else wider[0] + torch.inf}
     return mean | {name: eta**2 * value for name, value in variance.items()}
 
-def push_of(algorithm:Algorithm, step:Drawn, size:float) -> tuple[float, float]:
+def c_of(algorithm:Algorithm, step:Drawn, size:float) -> tuple[float, float]:
     "c in E u = c ḡ and its standard error: where it is known, as it is; else from the drawn γ"
     if not algorithm.has_metric and algorithm.definer in (SGD, USAM): return 1., 0.
     if not algorithm.has_metric and algorithm.definer is DNSAM: return 1 / size, 0.
-    return step.push, step.push_error
+    return step.c, step.c_error
 
 # %% ../nbs/08b_diagnosis.ipynb #c0cc8019
 @dataclass
@@ -431,11 +431,11 @@ def change_in_a_step(algorithm, objective, x:Tensor, eta:float, here:Tensor, ste
         if done(changes.n): break
     return changes
 
-def stability(eta:float, lam:float, push:float, rho:float, momentum:float=0., dampening:float=0.,
+def stability(eta:float, lam:float, c:float, rho:float, momentum:float=0., dampening:float=0.,
               nesterov:bool=False, decay:float=0.) -> float:
     "η(λ(1 + ρcλ) + weight decay) over the value at which the mean step turns by −1"
     edge = 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
-    return eta * (1 - dampening) * (lam * (1 + rho * push * lam) + decay) / edge
+    return eta * (1 - dampening) * (lam * (1 + rho * c * lam) + decay) / edge
 
 # %% ../nbs/08b_diagnosis.ipynb #8953badb
 def along_directions(V:Tensor, curvature:Tensor, names:list, eta:float, here:Tensor,
@@ -506,22 +506,22 @@ def drift_of(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, st
              seed:int) -> Tensor: # (d,)
     "b(x); from the drawn γ where it would be the mean over the same ones"
     draws = len(step.gammas)
-    if is_fused(algorithm, objective): return -(grad + step.mean_push.to(x))
+    if is_fused(algorithm, objective): return -(grad + step.mean_regulariser.to(x))
     if not is_plain(algorithm): return drift(algorithm, objective, x, draws=draws, seed=seed)
     found = mean_moments(algorithm, objective, x, "first", draws=draws, seed=seed).drawn
     same = found is not None and found.gammas.numel() == step.gammas.numel()
     if same and found.gammas.reshape(step.gammas.shape).equal(step.gammas):
-        return -(grad + step.mean_push.to(x))
+        return -(grad + step.mean_regulariser.to(x))
     return drift(algorithm, objective, x, draws=draws, seed=seed)
 
-def noise_in_push(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor,
-                  push:Tensor) -> Tensor: # (d,)
+def noise_in_regulariser(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor,
+                         regulariser:Tensor) -> Tensor: # (d,)
     "What the noise adds to ρE[Hu]: that less ρ times the Hessian times the full gradient's u"
-    if algorithm.unperturbed: return torch.zeros_like(push)
+    if algorithm.unperturbed: return torch.zeros_like(regulariser)
     quiet = copy.copy(algorithm)
     quiet.source, quiet.micro_batch = "full", None
     u = quiet.ascent(objective, x, torch.zeros_like(x))
-    return push - algorithm.rho * objective.hvp(x, u)
+    return regulariser - algorithm.rho * objective.hvp(x, u)
 
 # %% ../nbs/08b_diagnosis.ipynb #52274f3b
 PASS = 2**20 # numbers that the layers give for all samples of a pass, which caches hold
@@ -560,15 +560,15 @@ def neglected_in_eta(sde:SDE, x:Tensor, here:Tensor, step:Drawn, seed:int, bar) 
 # %% ../nbs/08b_diagnosis.ipynb #44f2ce6b
 def named_parts(sde:SDE, x:Tensor, grad:Tensor, here:Tensor, step:Drawn) -> dict:
     "The parts of a drift `here`, by name"
-    push = -(here + grad + sde.decay * x)
-    noise = noise_in_push(sde.algorithm, sde.objective, x, grad, push)
-    parts = {"gradient": grad, "regulariser": push, "weight decay": sde.decay * x,
+    regulariser = -(here + grad + sde.decay * x)
+    noise = noise_in_regulariser(sde.algorithm, sde.objective, x, grad, regulariser)
+    parts = {"gradient": grad, "regulariser": regulariser, "weight decay": sde.decay * x,
              "noise in it": noise}
     if not sde.decay: del parts["weight decay"]
     size = norm(here)
-    return {"gradient": norm(grad), "regulariser": norm(push) / norm(grad),
+    return {"gradient": norm(grad), "regulariser": norm(regulariser) / norm(grad),
             **{f"of the drift, {name}": norm(part) / size for name, part in parts.items()},
-            "error of the regulariser": step.push_sem / size}
+            "error of the regulariser": step.regulariser_sem / size}
 
 # %% ../nbs/08b_diagnosis.ipynb #ec32f61e
 def directions_at(objective:Objective, x:Tensor, top:int|None, random:int, seed:int
@@ -664,16 +664,16 @@ def diagnose(algorithm:Algorithm, # with one radius
         raise ValueError("the drift is exactly zero at x, and nothing is small against it")
     in_eta = neglected_in_eta(sde, x, here, step, seed, bar.over("change"))
     bar.close()
-    push, push_error = push_of(algorithm, step, norm(grad))
+    c, c_error = c_of(algorithm, step, norm(grad))
     largest = lam[0].item()
     sums = step.sums
     in_rho, rho_error = ratio_free_of_noise(sums["gap"], size)
-    A = largest * (1 + float(rho) * push * largest)
+    A = largest * (1 + float(rho) * c * largest)
     terms = named_parts(sde, x, grad, here, step)
     terms |= {"neglected in ρ": in_rho, "error of that": rho_error, "neglected in η": in_eta,
               "noise": sums["c"].power**.5 / size, "noise, SGD": sums["g"].power**.5 / size,
-              "largest eigenvalue": largest, "c": push,
-              "stability number": stability(eta, largest, push, float(rho), sde.momentum,
+              "largest eigenvalue": largest, "c": c,
+              "stability number": stability(eta, largest, c, float(rho), sde.momentum,
                                             sde.dampening, sde.nesterov, sde.decay)}
     terms |= momentum_terms(sde.momentum, float(sde.rate), A + sde.decay, in_eta, tolerance)
     if not sde.momentum: terms |= epoch_terms(objective.law, eta, A)
@@ -947,9 +947,9 @@ def reshuffled(data, found:Diagnosis) -> dict:
     shuffles = isinstance(sampler, RandomSampler) and not sampler.replacement
     if not shuffles or found.settings["momentum"]: return {}
     terms = found.terms
-    largest, push = terms["largest eigenvalue"], terms["c"]
+    largest, c = terms["largest eigenvalue"], terms["c"]
     law = Minibatches(len(sampler), data.batch_size, "epochs")
-    lifted = largest * (1 + found.settings["ρ"] * push * largest)
+    lifted = largest * (1 + found.settings["ρ"] * c * largest)
     return epoch_terms(law, found.settings["η"], lifted)
 
 def run_objective(model, loss, data, batch_size, collate_fn, batch_loss) -> MinibatchLoss:
@@ -1050,9 +1050,10 @@ def full_gradient(objective:MinibatchLoss, x:Tensor, how:dict, bar) -> tuple[Ten
 
 def parts_of_drift(grad:Tensor, step:Drawn, decay:Tensor, x:Tensor) -> tuple[Tensor, dict]:
     "b, and how large its parts are in it, by name"
-    push = step.mean_push.to(x)
-    here = grad + push
-    parts = {"gradient": norm(grad), "regulariser": norm(push), "weight decay": norm(decay * x)}
+    regulariser = step.mean_regulariser.to(x)
+    here = grad + regulariser
+    parts = {"gradient": norm(grad), "regulariser": norm(regulariser),
+             "weight decay": norm(decay * x)}
     here.addcmul_(decay, x).neg_()
     size = norm(here)
     if size == 0:
@@ -1083,18 +1084,18 @@ def noise_in_run(algorithm:Algorithm, objective:MinibatchLoss, x:Tensor, grad:Te
 def terms_of_draws(step:Drawn, size:float) -> dict:
     "What drawn minibatches say of a step, over the drift"
     in_rho, error = ratio_free_of_noise(step.sums["gap"], size)
-    return {"error of the regulariser": step.push_sem / size,
+    return {"error of the regulariser": step.regulariser_sem / size,
             "neglected in ρ": in_rho, "error of that": error,
             "noise": step.sums["c"].power**.5 / size,
             "noise, SGD": step.sums["g"].power**.5 / size}
 
-def terms_of_edge(settings:dict, lam:Tensor, errors:Tensor, push:float, push_error:float,
+def terms_of_edge(settings:dict, lam:Tensor, errors:Tensor, c:float, c_error:float,
                   rho:float, decay:float) -> dict:
     "The largest eigenvalue, c, and the stability number, with errors"
-    number = stability(settings["η"], lam[0].item(), push, rho, settings["momentum"],
+    number = stability(settings["η"], lam[0].item(), c, rho, settings["momentum"],
                        settings["dampening"], settings["nesterov"], decay)
     return {"largest eigenvalue": lam[0].item(), "error of the eigenvalue": errors[0].item(),
-            "c": push, "error of c": push_error, "stability number": number}
+            "c": c, "error of c": c_error, "stability number": number}
 
 # %% ../nbs/08b_diagnosis.ipynb #fb3effaf
 def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance, clock,
@@ -1113,8 +1114,8 @@ def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, toler
     names = [f"eigenvector {i + 1}" for i in range(len(V))]
     table = along_directions(V, lam, names, settings["η"], here, step)
     table.insert(1, "error of curvature", errors.cpu().numpy())
-    del V, step.mean_push # they are long, and needed no more
-    step.pushed = None
+    del V, step.mean_regulariser # they are long, and needed no more
+    step.regulariser = None
     def late(n): return n >= 2 and clock.left < .5 * drawing
     some = step.gammas[:max(2, len(step.gammas) // 2)]
     noise, noise_error = noise_in_run(algorithm, objective, x, grad, some, size, counted(bar),
@@ -1123,17 +1124,17 @@ def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, toler
     def done(n): return n >= clock.least and clock.left < 1.5 * (clock.spent - begin) / n
     changes = change_in_a_step(algorithm, objective, x, eta, here, step, decay, counted(bar), done,
                                sketch)
-    push = push_of(algorithm, step, size_of_grad)
+    c = c_of(algorithm, step, size_of_grad)
     lag = (1 - mu + 2 * mu**2 if settings["nesterov"] else 1 + mu) / (1 - mu)
     in_eta, eta_error = ratio_free_of_noise(changes, 2 * size)
     largest, rho = lam[0].item(), float(algorithm.rho)
-    A = largest * (1 + rho * push[0] * largest) + decay.max().item()
+    A = largest * (1 + rho * c[0] * largest) + decay.max().item()
     terms = {"gradient": size_of_grad, "error of the gradient": full_error,
              "regulariser": parts["of the drift, regulariser"] * size / size_of_grad, **parts,
              "of the drift, noise in it": noise, "error of the noise in it": noise_error,
              **terms_of_draws(step, size),
              "neglected in η": lag * in_eta, "error of that, η": lag * eta_error,
-             **terms_of_edge(settings, lam, errors, *push, rho, decay.max().item())}
+             **terms_of_edge(settings, lam, errors, *c, rho, decay.max().item())}
     terms |= momentum_terms(mu, eta, A, lag * in_eta, tolerance)
     said = coarseness(how, used, full_error / size_of_grad, errors, lam, step, changes.n, clock)
     return Diagnosis(terms, table, tolerance, settings, said)

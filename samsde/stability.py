@@ -64,8 +64,8 @@ def stability_number(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     lam = check_scalar("largest_eigenvalue", largest_eigenvalue)
     mu = check_share("momentum", momentum)
     c = factor(algorithm, grad_norm, check_scalar("sigma", sigma, zero=True), dim)
-    push = check_scalar("rho", algorithm.rho, zero=True) * c * lam if algorithm.rho else 0.0
-    return eta * lam * (1 + push) / (2 * (1 + mu))
+    lifted = check_scalar("rho", algorithm.rho, zero=True) * c * lam if algorithm.rho else 0.0
+    return eta * lam * (1 + lifted) / (2 * (1 + mu))
 
 # %% ../nbs/07c_stability.ipynb #b4b337d3
 def mean_outer(h:np.ndarray, # (k, d, d)

@@ -22,7 +22,7 @@ from samsde.diagnosis import (
     drawn,
     lanczos,
     momentum_terms,
-    noise_in_push,
+    noise_in_regulariser,
     noise_in_run,
     products_at,
     products_of,
@@ -732,7 +732,7 @@ def test_noise_in_the_regulariser(kind):
     finite = FiniteSum.from_module(net, nn.CrossEntropyLoss(), X, y, 10, replace=False)
     grad, gammas = finite.grad(o.x0), o.draw((600,), torch.Generator().manual_seed(0))
     b, sem = drift(a, finite, o.x0, draws=20_000, return_sem=True)
-    known = noise_in_push(a, finite, o.x0, grad, -b - grad).norm().item()
+    known = noise_in_regulariser(a, finite, o.x0, grad, -b - grad).norm().item()
     found, error = noise_in_run(a, o, o.x0, grad, gammas)
     assert abs(found - known) < 3 * (error**2 + sem.norm().item() ** 2) ** 0.5 and found > 3 * error
     few, wide = noise_in_run(a, o, o.x0, grad, gammas[:4])
@@ -796,7 +796,7 @@ def test_a_sketch_in_place_of_long_vectors():
 
     def numbers(sketch):
         step = drawn(a, o, o.x0, grad, V, 12, 0, sketch=sketch)
-        here = -(grad + step.mean_push)
+        here = -(grad + step.mean_regulariser)
         changes = change_in_a_step(
             a, o, o.x0, 0.1, here, step, torch.full((1,), 0.1, dtype=F64), sketch=sketch
         )
@@ -812,7 +812,7 @@ def test_a_sketch_in_place_of_long_vectors():
     exact, step = numbers(None)
     found, other = numbers(Sketch(o.x0, 4099))
     assert other.sums["g"].first.shape == (4099,) and other.kept[0].shape == (1, 4099)
-    torch.testing.assert_close(other.mean_push, step.mean_push, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(other.mean_regulariser, step.mean_regulariser, rtol=1e-9, atol=1e-12)
     off = (found / exact - 1).abs().max()
     coarse = (numbers(Sketch(o.x0, 251))[0] / exact - 1).abs().max()
     assert off < 4 * (2 / 4099) ** 0.5 < coarse
