@@ -8,7 +8,7 @@ __all__ = ['TrigonometricSum', 'circle_problem', 'torus_problem', 'periodic_exam
            'WeakError', 'weak_error']
 
 # %% ../nbs/05b_weak_errors.ipynb #8f9e63e7
-import functools, sys
+import functools, math, sys
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
@@ -340,17 +340,23 @@ def from_start(process, grid:Grid, values:Tensor, x:Tensor) -> np.ndarray:
     return grid.rows(states) @ values.numpy()
 
 # %% ../nbs/05b_weak_errors.ipynb #2143a7e9
+def applied(P:Tensor, steps:int, v:Tensor) -> Tensor: # (S,)
+    "P^steps v: by squaring P where that is less work, else step by step"
+    if len(P) * math.log2(steps + 1) < 4 * steps: return torch.linalg.matrix_power(P, steps) @ v
+    for _ in range(steps): v = P @ v
+    return v
+
 def mean_of_chain(chain:Chain, steps:int, test:Callable, x:Tensor, nodes:int, memory_nodes:int
                  ) -> np.ndarray: # for paths that start at x
     "E φ after so many steps: the last operator is applied first"
     grid = grid_of(chain, nodes, memory_nodes)
     v = values_of(test, chain.position(grid.states))
-    known = {}
-    for k in reversed(range(steps)):
-        kind = (chain.factor(k), chain.radius_factor(k), k == 0) if "k" in chain.memory else ()
-        if kind not in known:
-            known = {kind: torch.from_numpy(chain_operator(chain, nodes, memory_nodes, k))}
-        v = known[kind] @ v
+    def operator(k): return torch.from_numpy(chain_operator(chain, nodes, memory_nodes, k))
+    if not chain.is_scheduled: # the first step may differ, by torch's first buffer
+        first = int("k" in chain.memory and steps > 0)
+        v = applied(operator(1), steps - first, v)
+        return from_start(chain, grid, operator(0) @ v if first else v, x)
+    for k in reversed(range(steps)): v = operator(k) @ v
     return from_start(chain, grid, v, x)
 
 # %% ../nbs/05b_weak_errors.ipynb #1ab9d6bc
