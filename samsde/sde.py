@@ -22,17 +22,21 @@ from .objective import Objective
 from .sample_sums import seed_of
 
 # %% ../nbs/05_sde.ipynb #50a07ed7
-def along_itself(b, # a vector field, (..., d) -> (..., d)
-                 x:Tensor # (..., d)
-                ) -> tuple[Tensor, Tensor]: # b(x) and (∇b) b, each (..., d)
-    "A field and its derivative along itself, without a Jacobian"
+def along(b, # a vector field, (..., d) -> (..., d)
+          x:Tensor, # (..., d)
+          direction # b(x) -> v, (..., d)
+         ) -> tuple[Tensor, Tensor]: # b(x) and (∇b) v, each (..., d)
+    "A field and its derivative in a direction that its value decides, without a Jacobian"
     with torch.enable_grad():
         z = x.detach().requires_grad_()
         value = b(z)
         if not value.requires_grad: return value, torch.zeros_like(value)
         w = torch.zeros_like(value, requires_grad=True)
         back, = torch.autograd.grad(value, z, w, create_graph=True)
-        return value.detach(), torch.autograd.grad(back, w, value.detach())[0]
+        value = value.detach()
+        return value, torch.autograd.grad(back, w, direction(value))[0]
+
+def along_itself(b, x:Tensor) -> tuple[Tensor, Tensor]: return along(b, x, lambda value: value)
 
 # %% ../nbs/05_sde.ipynb #f1a5e10b
 def turned_by_last(sde:Model, x:Tensor, # (..., d)
@@ -64,10 +68,6 @@ def check_second_order(sde:Model, expansion:str, kinetic:bool):
             f"got {expansion!r} and momentum={sde.momentum:g}")
     if sde.is_scheduled:
         raise ValueError("order=2 is for steps that are the same at all times, got a schedule")
-    if sde.momentum and sde.decoupled:
-        raise ValueError(
-            "order=2 with momentum is known for weight decay in the gradient, "
-            "got decoupled=True")
 
 def check_kinetic(sde:Model):
     "Raises ValueError where no kinetic model is known"
@@ -147,10 +147,15 @@ class SDE(Model):
             b = drift(self.algorithm, self.objective, z, self.expansion, **self.settings(seed))
             return b - self.decay * z
         if self.order == 1: return field(x)
-        b, derivative = along_itself(field, x)
-        if not self.is_late: return b - per_path(self.rate, x) / 2 * self.memory_factor * derivative
-        turned = turned_by_last(self, x, self.settings(seed)["seed"])
-        return b + per_path(self.rate, x) * (turned - 1.5 * derivative)
+        rate = per_path(self.rate, x)
+        if self.is_late:
+            b, derivative = along_itself(field, x)
+            turned = turned_by_last(self, x, self.settings(seed)["seed"])
+            return b + rate * (turned - 1.5 * derivative)
+        def ahead(b): # half a step, and the lag less what does not pass through the velocity
+            return b / 2 + (self.memory_factor - 1) / 2 * (b + self.outside * x)
+        b, derivative = along(field, x, ahead)
+        return b - rate * derivative
     def diffusion(self, x:Tensor, xi:Tensor, seed=None) -> Tensor:
         "−√η_e R(x) ξ, (..., d) and (..., noise_dim) -> (..., d)"
         x = self.over_sweep(x)
@@ -229,14 +234,18 @@ class SDE(Model):
         "What momentum makes of Euler's correction −(η/2)(∇b)b"
         mu = self.momentum
         return (1 - mu + 2 * mu**2) / (1 - mu) if self.nesterov else (1 + mu) / (1 - mu)
+    @property
+    def outside(self) -> float:
+        "Weight decay per unit of time that does not pass through the velocity"
+        return self.decay if self.decoupled else 0.0
     def mean_gradient(self, y:Tensor) -> Tensor:
-        "E G_ρ, with weight decay"
+        "E G_ρ, with the weight decay that passes through the velocity"
         b = drift(self.algorithm, self.objective, y, self.expansion, **self.settings())
-        return self.decay * y - b
+        return (self.decay - self.outside) * y - b
     def first_gap(self, x:Tensor) -> Tensor:
         "How much further the first step goes than E G_ρ would, where nothing perturbs it yet"
         x = self.over_sweep(x)
-        gap = self.objective.grad(x) + self.decay * x - self.mean_gradient(x)
+        gap = self.objective.grad(x) + (self.decay - self.outside) * x - self.mean_gradient(x)
         return per_path(self.rate, x) * gap
     def start(self, x):
         """The state in which a path starts at x, (..., d) -> (..., m). At second order x is moved

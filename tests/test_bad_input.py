@@ -244,7 +244,6 @@ TABLE |= { # sums over samples, drift, noise, SDE
     "a schedule that is a list": (lambda: Chain(SAM(.1), bowl, .1, schedule=[.1]), TypeError, r"schedule must be a function of time, or a tensor \(steps,\), got list"),
     "a schedule that ends early": (lambda: run(Chain(SAM(.1), bowl, .1, schedule=torch.ones(3) / 10), t_end=1.), ValueError, "schedule has 3 rates, but step 3 is to be taken"),
     "a schedule below 0": (lambda: run(SDE(SAM(.1), bowl, .1, schedule=lambda t: -t - 1)), ValueError, "schedule must be finite and not negative, got -1 at step 0"),
-    "decoupled decay of second order": (lambda: SDE(SAM(.1), bowl, .1, "exact", order=2, momentum=.5, weight_decay=.1, decoupled=True), ValueError, "order=2 with momentum is known for weight decay in the gradient"),
     "a radius schedule that is a list": (lambda: Chain(SAM(.1), bowl, .1, rho_schedule=[.1]), TypeError, r"rho_schedule must be a function of time, or a tensor \(steps,\), got list"),
     "a radius schedule that ends early": (lambda: run(Chain(SAM(.1), bowl, .1, rho_schedule=torch.ones(3) / 10), t_end=1.), ValueError, "rho_schedule has 3 radii, but step 3 is to be taken"),
     "a radius schedule below 0": (lambda: run(SDE(SAM(.1), bowl, .1, rho_schedule=lambda t: -t - 1)), ValueError, "rho_schedule must be finite and not negative, got -1 at step 0"),
