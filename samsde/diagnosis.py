@@ -490,15 +490,15 @@ class Bar:
         self.bar = tqdm(total=total, desc=f"diagnosis, about {total:.0f} s", leave=False,
                         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
                         disable=not is_shown(progress, total))
-    def over(self, part:str) -> Callable:
-        "What counts the things of a loop, which are that part"
+    def counting(self, name:str) -> Callable:
+        "What counts the things of a loop, the part of that name"
         def each(things):
             things = [*things]
             for thing in things:
                 yield thing
-                self.bar.update(self.seconds.get(part, 0.) / len(things))
+                self.bar.update(self.seconds.get(name, 0.) / len(things))
         return each
-    def done(self, part:str): self.bar.update(self.seconds.get(part, 0.))
+    def done(self, name:str): self.bar.update(self.seconds.get(name, 0.))
     def close(self): self.bar.close()
 
 # %% ../nbs/08b_diagnosis.ipynb #2dd5b38e
@@ -657,12 +657,12 @@ def diagnose(algorithm:Algorithm, # with one radius
     lam, V, names = directions_at(objective, x, top, directions, seed)
     bar.done("curvature")
     passes = sde.objective = in_passes(objective)
-    step = drawn(algorithm, passes, x, grad, V, draws, seed, bar.over("draws"))
+    step = drawn(algorithm, passes, x, grad, V, draws, seed, bar.counting("draws"))
     here = drift_of(algorithm, passes, x, grad, step, seed) - sde.decay * x
     size = norm(here)
     if size == 0 or norm(grad) == 0:
         raise ValueError("the drift is exactly zero at x, and nothing is small against it")
-    in_eta = neglected_in_eta(sde, x, here, step, seed, bar.over("change"))
+    in_eta = neglected_in_eta(sde, x, here, step, seed, bar.counting("change"))
     bar.close()
     c, c_error = c_of(algorithm, step, norm(grad))
     largest = lam[0].item()

@@ -377,6 +377,8 @@ def test_noise_without_the_perturbation_under_momentum():
     """With additive noise the full gradient's perturbation leaves the noise Σ."""
     chain = Chain(USAM(0.3, source="full"), line, 0.1, momentum=0.9)
     close(stationary_covariance(chain).item(), 0.142353105395, 1e-11)
+    own = Chain(USAM(0.3), line, 0.1, momentum=0.9)
+    assert stationary_covariance(own).item() > 0.27
 
 
 def test_noise_of_momentum_as_the_perturbation():
