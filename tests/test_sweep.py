@@ -165,6 +165,11 @@ def test_a_cluster_loses_all_workers(expected, tmp_path, pause):
         assert not killer.is_alive() and not set(pids) & set(client.run(os.getpid).values())
 
 
+def eight_jobs(loss, folder):
+    how = dict(t_end=1.0, n_paths=4, x0=at, observe={"loss": loss}, folder=folder)
+    return sweep([SGD(), SAM], {"bowl": bowl}, [0.1], [0.1], seeds=range(4), **how)
+
+
 def test_a_job_that_kills_its_workers(tmp_path):
     """Dask gives it up after some of them, and so does the sweep. (joblib's own way to Dask is never told, and waits for ever.)"""
     killed = pytest.importorskip(
@@ -179,18 +184,7 @@ def test_a_job_that_kills_its_workers(tmp_path):
 
     def run(client):
         with joblib.parallel_config("dask", client=client):
-            return sweep(
-                [SGD(), SAM],
-                {"bowl": bowl},
-                [0.1],
-                [0.1],
-                seeds=range(4),
-                t_end=1.0,
-                n_paths=4,
-                x0=at,
-                observe={"loss": loss},
-                folder=tmp_path,
-            )
+            return eight_jobs(loss, tmp_path)
 
     with cluster() as both, both.get_client() as client:
         with pytest.raises(killed, match="workers died while running it"):
@@ -272,18 +266,7 @@ def test_joblib_loses_a_worker(tmp_path):
         return f.loss(x)
 
     def run():
-        return sweep(
-            [SGD(), SAM],
-            {"bowl": bowl},
-            [0.1],
-            [0.1],
-            seeds=range(4),
-            t_end=1.0,
-            n_paths=4,
-            x0=at,
-            observe={"loss": loss},
-            folder=tmp_path,
-        )
+        return eight_jobs(loss, tmp_path)
 
     trap.touch()
     with joblib.parallel_config("loky", n_jobs=2):
