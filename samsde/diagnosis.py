@@ -163,6 +163,16 @@ def drawn_gammas(algorithm:Algorithm, objective:Objective, n:int, generator, x:T
     drawer = with_source(algorithm, "independent") if late else algorithm
     return drawer.draw(objective, (n,), generator, dtype=x.dtype, device=x.device)
 
+def mean_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int
+                     ) -> Tensor: # (d,)
+    "E u of one batch, or micro-batch"
+    if isinstance(objective, FiniteSum) and algorithm.micro_batch:
+        objective = objective.with_batch(algorithm.micro_batch)
+    support = gamma_support(objective, x, draws, 0)
+    def u(gamma): return perturbations(algorithm, objective, broadcast_paths(x, gamma=gamma), gamma)
+    return expectation(u, support, x, objective.chunk)[0]
+
+# %% ../nbs/08b_diagnosis.ipynb #fe06ba99
 def late_parts(algorithm:Algorithm, objective:Objective, x:Tensor,
                pairs:Tensor, # of γ and the one before it, (k, 2b)
                mean:Tensor # E u, (d,)
@@ -179,15 +189,6 @@ def late_parts(algorithm:Algorithm, objective:Objective, x:Tensor,
     curved = objective.hvp(points, u - mean) + objective.sample_hvp(points, gammas, mean.expand_as(u))
     G = other.direction(objective, points, pairs) + next_mean(gammas) - next_mean(before)
     return g, u, g + rho * curved, G
-
-def mean_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int
-                     ) -> Tensor: # (d,)
-    "E u of one batch, or micro-batch"
-    if isinstance(objective, FiniteSum) and algorithm.micro_batch:
-        objective = objective.with_batch(algorithm.micro_batch)
-    support = gamma_support(objective, x, draws, 0)
-    def u(gamma): return perturbations(algorithm, objective, broadcast_paths(x, gamma=gamma), gamma)
-    return expectation(u, support, x, objective.chunk)[0]
 
 # %% ../nbs/08b_diagnosis.ipynb #ee41a14a
 def perturbations(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor) -> Tensor:

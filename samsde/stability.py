@@ -149,6 +149,7 @@ def with_previous(H:np.ndarray, rho:float, eta:float, m:int, B:int, replace:bool
         return mean @ M @ mean.T + noise / n
     return len(mean), apply
 
+# %% ../nbs/07c_stability.ipynb #9163a058
 def mean_square(algorithm:Algorithm, H:np.ndarray, eta:float, B:int, replace:bool
                ): # the size of a state, and T
     "T of Eq. (7c.2)"
