@@ -7,7 +7,8 @@ import json
 import sys
 import time
 
-SIZES = {"full": dict(d=20, paths=10_000, steps=1_000, replicas=100, train=200), "small": dict(d=20, paths=200, steps=20, replicas=4, train=4)}
+SIZES = {"full": dict(d=20, paths=10_000, steps=1_000, replicas=100, chain=2_000, train=200),
+         "small": dict(d=20, paths=200, steps=20, replicas=4, chain=4, train=4)}
 ETA, RHO, SIGMA = .01, .1, .1
 
 
@@ -22,7 +23,7 @@ def torch_contestants(size):
     import torchsde
     from sklearn.datasets import load_breast_cancer
     torch.manual_seed(0)
-    d, paths, steps, replicas, train = size["d"], size["paths"], size["steps"], size["replicas"], size["train"]
+    d, paths, steps, replicas = size["d"], size["paths"], size["steps"], size["replicas"]
     times = torch.linspace(0, steps * ETA, 2)
 
     class Usam(torch.nn.Module):
@@ -85,7 +86,7 @@ def torch_contestants(size):
             for seed in range(some):
                 net, g = network(), torch.Generator().manual_seed(seed)
                 optimizer = pytorch_optimizer.SAM(net.parameters(), base_optimizer=torch.optim.SGD, rho=.05, lr=.1)
-                for _ in range(train):
+                for _ in range(size["chain"]):
                     i = torch.randint(len(X), (batch,), generator=g)
                     def closure():
                         value = loss(net(X[i]), y[i])
@@ -111,7 +112,7 @@ def torch_contestants(size):
         def run():
             params, _ = stack_module_state([network() for _ in range(replicas)])
             params = {k: v.detach() for k, v in params.items()}
-            for _ in range(train):
+            for _ in range(size["chain"]):
                 i = torch.randint(len(X), (replicas, batch))
                 params = every(params, X[i], y[i])
         return run
@@ -149,18 +150,18 @@ def torch_contestants(size):
         else: net, x, t = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4)), torch.randn(32, 8), torch.randint(4, (32,))
         if kind == "samsde":
             from samsde.optim import SAM
-            optimizer = SAM(net.parameters(), torch.optim.SGD, rho=.05, lr=.01)
-        elif kind == "davda54": optimizer = Davda54(net.parameters(), torch.optim.SGD, rho=.05, lr=.01)
+            optimizer = SAM(net.parameters(), torch.optim.SGD, rho=.05, lr=.01, momentum=.9)
+        elif kind == "davda54": optimizer = Davda54(net.parameters(), torch.optim.SGD, rho=.05, lr=.01, momentum=.9)
         elif kind.startswith("pytorch_optimizer"):
-            optimizer = pytorch_optimizer.SAM(net.parameters(), base_optimizer=torch.optim.SGD, rho=.05, foreach="foreach" in kind, lr=.01)
-        else: optimizer = torch.optim.SGD(net.parameters(), lr=.01)
+            optimizer = pytorch_optimizer.SAM(net.parameters(), base_optimizer=torch.optim.SGD, rho=.05, foreach="foreach" in kind, lr=.01, momentum=.9)
+        else: optimizer = torch.optim.SGD(net.parameters(), lr=.01, momentum=.9)
         def closure():
             optimizer.zero_grad()
             value = F.cross_entropy(net(x), t)
             value.backward()
             return value
         def run():
-            for _ in range(max(1, train // (10 if large else 1))):
+            for _ in range(max(1, size["train"] // (10 if large else 1))):
                 if kind == "samsde": optimizer.step(closure)
                 elif kind.startswith("pytorch_optimizer"):
                     closure()

@@ -35,8 +35,8 @@ from ..weak_approximation import weak_order
 from ..weak_errors import circle_error, circle_problem
 
 # %% ../../nbs/experiments/bench.ipynb #883abd93
-SIZES = {"full": dict(d=20, paths=10_000, steps=1_000, replicas=100, train=200, times=100),
-         "small": dict(d=20, paths=200, steps=20, replicas=4, train=4, times=2)}
+SIZES = {"full": dict(d=20, paths=10_000, steps=1_000, replicas=100, chain=2_000, times=100),
+         "small": dict(d=20, paths=200, steps=20, replicas=4, chain=4, times=2)}
 ETA, RHO, SIGMA = .01, .1, .1 # as in benchmarks/peers.py
 KINDS = {kind.__name__: kind for kind in (USAM, DNSAM, SAM)}
 
@@ -58,8 +58,8 @@ def replicas(batch_size:int, size:dict) -> Callable:
     def loss(out, t): return torch.nn.functional.softplus(-t * out[..., 0]).mean()
     objective = FiniteSum.from_module(net, loss, X, y, batch_size=batch_size)
     chain = Chain(SAM(.05), objective, .1)
-    return lambda: simulate(chain, objective.x0, size["train"] * .1, size["replicas"],
-                            every=size["train"], observe={"norm": lambda x: x.norm(dim=-1)})
+    return lambda: simulate(chain, objective.x0, size["chain"] * .1, size["replicas"],
+                            every=size["chain"], observe={"norm": lambda x: x.norm(dim=-1)})
 
 # %% ../../nbs/experiments/bench.ipynb #0ab00e99
 def cancer() -> tuple[Tensor, Tensor]:
@@ -406,7 +406,8 @@ TARGETS = [
          "USAM, float64"),
         (8, "torchsde as it comes", "torchsde, default, float32", "USAM, float32"),
         (3.5, "diffrax", "diffrax, float32", "USAM, float32"))),
-    *(Target("peers", f"Replicas of SAM with B = {b} are {bound} times as fast as {words}.",
+    *(Target("peers", f"Replicas of SAM, B = {b}, 2,000 steps, are {bound} times as fast "
+             f"as {words}.",
              f"replica {way}, B = {b}", f"replicas, B = {b}", bound, True)
       for way, words, bounds in (("loop", "a loop with pytorch_optimizer", (100, 50)),
                                  ("vmap", "torch.func.vmap", (2, 2)))
