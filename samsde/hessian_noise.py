@@ -21,7 +21,7 @@ FORMS = ("factor", "truncated", "second", "exact", "sgd", "none")
 
 class NoNoise(StepMoments):
     "No columns"
-    way = "no products"
+    method = "no products"
     def __init__(self, objective:Objective, x:Tensor):
         self.objective, self.x, self.size = objective, x, objective.dim
     def columns(self, rho): return self.x.new_zeros(1, *self.x.shape)

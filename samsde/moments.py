@@ -50,7 +50,7 @@ class StepMoments:
         "The standard error of E[Hu] that drawn γ leave, (..., d); 0 for a closed form"
         return 0.0
     @property
-    def way(self) -> str:
+    def method(self) -> str:
         "How the products of Hessians and perturbations are found, in words"
         return "one product"
     def same_as(self, other) -> bool:
@@ -80,7 +80,7 @@ class Wrapped(StepMoments):
     @property
     def passes(self) -> int: return self.inner.passes
     @property
-    def way(self) -> str: return self.inner.way
+    def method(self) -> str: return self.inner.method
     @property
     def sem(self): return self.inner.sem
     def same_as(self, other): return super().same_as(other) and self.inner.same_as(other.inner)
@@ -225,7 +225,7 @@ class GammaMoments(StepMoments):
         pieces = chunks(self.support.gammas, self.x, chunk=self.objective.chunk)
         return len(pieces) if self.objective.one_pass(self.x) else len(pieces) + 1
     @property
-    def way(self) -> str: return f"{self.size} minibatches"
+    def method(self) -> str: return f"{self.size} minibatches"
     def columns(self, rho):
         gammas = self.support.gammas
         values = self.g(gammas) if is_zero(rho) else self.g(gammas) + rho * self.Hu(gammas)
@@ -308,10 +308,10 @@ def sample_sum(objective:FiniteSum, x:Tensor, # (..., d)
                slopes=() # pairs of weights (..., n) and a direction p (..., d)
               ) -> Tensor: # (..., d)
     "Σ_i w_i g_i + v_i ∇ψ(g_i) + Σ_j a_ij H_i p_j over all samples, the best way that there is"
-    way = product_method(potential, objective)
-    if way == "norms": return gradient_of_sum(objective, x, potential.of_square, w, v, slopes)
+    method = product_method(potential, objective)
+    if method == "norms": return gradient_of_sum(objective, x, potential.of_square, w, v, slopes)
     products = sum(objective.weighted_hvp(x, a, p) for a, p in slopes)
-    if way == "signs":
+    if method == "signs":
         return objective.weighted_grad(x, w) + signed_products(objective, x, v)[0] + products
     if takes_functions(objective):
         every = all_samples(objective, x)
@@ -335,7 +335,7 @@ class SampleMoments(GammaMoments):
     @property
     def passes(self): return len(self.objective.slices(self.x))
     @property
-    def way(self): return f"all samples, by {product_method(self.potential, self.objective)}"
+    def method(self): return f"all samples, by {product_method(self.potential, self.objective)}"
     def total(self, w, v, rho):
         if is_zero(rho): return self.objective.weighted_grad(self.x, w)
         if self.potential is None:
@@ -360,7 +360,7 @@ class LinearSampleMoments(StepMoments):
     @property
     def passes(self): return len(self.objective.slices(self.x))
     @property
-    def way(self): return f"all samples, by {product_method(HALF_SQUARE, self.objective)}"
+    def method(self): return f"all samples, by {product_method(HALF_SQUARE, self.objective)}"
     def columns(self, rho):
         objective, x, r, tau = self.objective, self.x, self.ratio, self.tau
         every = Support(all_samples(objective, x), True)
@@ -403,7 +403,7 @@ class AdditiveMoments(StepMoments):
     @property
     def is_exact(self): return self.objective.law.noiseless
     @property
-    def way(self): return "one product" if self.is_exact else f"{self.draws} draws"
+    def method(self): return "one product" if self.is_exact else f"{self.draws} draws"
     @cached_property
     def zeta(self) -> Tensor: # (draws, d)
         "Standard normal draws, in pairs ±ζ; one zero where there is no noise"
@@ -464,7 +464,7 @@ class LinearAdditiveMoments(AdditiveMoments):
         super().__init__(None, objective, x)
         self.scale = scale
         self.needs_grad = callable(scale)
-    way, sem, is_exact = "one product", 0.0, True
+    method, sem, is_exact = "one product", 0.0, True
     def answer(self, h, s, xi, w):
         if self.needs_grad: return self.scale(self.grad) * w
         return w if self.scale == 1 else self.scale * w
@@ -473,7 +473,7 @@ class LinearAdditiveMoments(AdditiveMoments):
 class UnitAdditiveMoments(AdditiveMoments):
     "u = g/‖g‖ under isotropic noise, in closed form"
     def __init__(self, objective:Additive, x:Tensor): super().__init__(None, objective, x)
-    way, sem, is_exact, needs_grad = "one product", 0.0, True, True
+    method, sem, is_exact, needs_grad = "one product", 0.0, True, True
     def answer(self, h, s, xi, w):
         g, d = self.grad, self.size
         square = torch.linalg.vecdot(g, g)
@@ -506,7 +506,7 @@ class FullSampleMoments(StepMoments):
 
 class FullAdditiveMoments(AdditiveMoments):
     "Additive noise, which does not reach the perturbation"
-    way, sem, is_exact = "one product", 0.0, True
+    method, sem, is_exact = "one product", 0.0, True
     def answer(self, h, s, xi, w): return h * self.algorithm.ascent(self.objective, self.x, self.x)
 
 # %% ../nbs/02d_moments.ipynb #dd0e2871
@@ -758,7 +758,7 @@ def micro_moments(algorithm:Algorithm, objective:FiniteSum, x:Tensor,
 # %% ../nbs/02d_moments.ipynb #1dd0bc25
 class Unperturbed(Wrapped):
     "Moments at ρ = 0"
-    way, sem = "no products", 0.0
+    method, sem = "no products", 0.0
     def columns(self, rho): return self.inner.columns(0.0)
     def combine(self, h, xi, rho): return self.inner.combine(h, xi, 0.0)
     def euler(self, x, dt, s, xi, rho): return self.inner.euler(x, dt, s, xi, 0.0)

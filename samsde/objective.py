@@ -404,7 +404,7 @@ def check_select(objective, z:Tensor):
 class FiniteSum(MeansOfSamples):
     """The mean of `n` sample losses; γ is a minibatch of sample numbers.
     Raises ValueError on empty data or an impossible batch size."""
-    way = None # of sums of products, see sample_sums.product_method; the best if None
+    method = None # of sums of products, see sample_sums.product_method; the best if None
     def __init__(self, sample_losses:Callable, # of all samples at one point, (d,) -> (n,)
                  n:int, # number of samples, N
                  dim:int, # d

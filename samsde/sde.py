@@ -130,13 +130,14 @@ class SDE(Model):
         noise = noise_moments(self.algorithm, self.objective, x, self.noise, **draws)
         return mean, mean if mean.same_as(noise) else noise
     @property
-    def way(self) -> str:
+    def method(self) -> str:
         "How a step finds the products of Hessians and perturbations, in words"
         mean, noise = self.moments(nowhere(self.objective))
-        return mean.way if isinstance(noise, NoNoise) or noise.way == "no products" else noise.way
+        if isinstance(noise, NoNoise) or noise.method == "no products": return mean.method
+        return noise.method
     def __repr__(self) -> str:
         where = f"{type(self.objective).__name__} in {self.objective.dim} dimensions"
-        return f"SDE({self.algorithm}, {where}, eta={self.eta}; {self.way})"
+        return f"SDE({self.algorithm}, {where}, eta={self.eta}; {self.method})"
     def settings(self, seed=None) -> dict:
         return dict(draws=self.draws, seed=self.seed or 0 if seed is None else seed)
     def drift(self, x:Tensor, seed=None # a number or a generator; None: the SDE's own

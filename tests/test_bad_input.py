@@ -41,13 +41,13 @@ A = torch.tensor([[1., 2.], [3., 4.], [5., 6.]], **f64)
 H = torch.diag(torch.tensor([1., -.5], **f64))
 SWEEP = torch.tensor([.1, .2], **f64)
 def data(batch_size=1, replace=True, n=3): return FiniteSum(lambda x: (A @ x)**2, n, 2, batch_size, replace)
-def network(module=None, X=A, y=A[:, 0], loss=torch.nn.MSELoss(), way=None):
+def network(module=None, X=A, y=A[:, 0], loss=torch.nn.MSELoss(), method=None):
     y = y[:, None] if isinstance(y, torch.Tensor) and y.ndim == 1 else y
     objective = FiniteSum.from_module(torch.nn.Linear(2, 1).double() if module is None else module, loss, X, y)
-    objective.way = way
+    objective.method = method
     return objective
-def by_way(objective, way):
-    objective.way = way
+def by_method(objective, method):
+    objective.method = method
     return objective
 FOLDER = [None] # where run writes checkpoints
 def run(process=None, x0=x, t_end=1., n_paths=4, **how):
@@ -217,9 +217,9 @@ TABLE |= { # objective, and the arguments that all share
 }
 
 TABLE |= { # sums over samples, drift, noise, SDE
-    "unknown way": (lambda: drift(USAM(.1), network(way="magic"), torch.ones(3, **f64)), ValueError, "objective.way must be one of norms, samples, signs, got 'magic'"),
-    "norms without a module": (lambda: product_method(HALF_SQUARE, by_way(data(), "norms")), ValueError, "the algorithm cannot go by norms: the objective was not made from a module"),
-    "signs for SAM": (lambda: drift(SAM(.1), by_way(data(), "signs"), x), ValueError, "random signs need a perturbation u = c g, which this algorithm has not"),
+    "unknown method": (lambda: drift(USAM(.1), network(method="magic"), torch.ones(3, **f64)), ValueError, "objective.method must be one of norms, samples, signs, got 'magic'"),
+    "norms without a module": (lambda: product_method(HALF_SQUARE, by_method(data(), "norms")), ValueError, "the algorithm cannot go by norms: the objective was not made from a module"),
+    "signs for SAM": (lambda: drift(SAM(.1), by_method(data(), "signs"), x), ValueError, "random signs need a perturbation u = c g, which this algorithm has not"),
     "norms of a sum without a module": (lambda: square_norms(data(), x), ValueError, "square_norms needs an objective from a module, got FiniteSum"),
     "norms of a quadratic": (lambda: square_norms(bowl, x), ValueError, "needs an objective from a module, got Quadratic"),
     "norms at a point of the wrong length": (lambda: square_norms(network(), torch.ones(5, **f64)), ValueError, r"x must have shape \(..., 3\), got \(5,\)"),
@@ -718,5 +718,5 @@ def test_good_input_beside_it():
     for process in (Chain(SAM(.1), bowl, .1), SDE(SAM(.1), data(2), .1), Chain(DNSAM(.1), data(3, False), .1)): assert run(process).n_diverged == 0
     assert run(Chain(SAM(.1), network(), .01), x0=network().x0).final.dtype == torch.float64
     assert weak(n_paths=4).n_diverged == 0 and around() > 0 and len(map_of()) == 1 and look() is not None and measured_norm() > 0
-    assert weak_order([.1, .2], [1., 2.]).slope > 0 and drift(USAM(.1), by_way(data(), "signs"), x).shape == (2,)
+    assert weak_order([.1, .2], [1., 2.]).slope > 0 and drift(USAM(.1), by_method(data(), "signs"), x).shape == (2,)
     stepped(optim.SAM), stepped(optim.DNSAM, full_grad_norm=lambda: 1.)

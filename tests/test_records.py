@@ -188,7 +188,7 @@ def test_another_algorithm_for_the_same_model():
     for algorithm in (SAM(0.1), USAM(0.1), SGD()):
         model.algorithm = algorithm
         fresh = SDE(algorithm, H, 0.3)
-        assert (model.way, model.noise_dim) == (fresh.way, fresh.noise_dim)
+        assert (model.method, model.noise_dim) == (fresh.method, fresh.noise_dim)
         assert simulate(model, x, 60.0, 8).final.equal(simulate(fresh, x, 60.0, 8).final)
     model.objective = FiniteSum(lambda z: (z - torch.ones(3, 2)).square().sum(-1), 3, 2)
     assert model.noise_dim == SDE(SGD(), model.objective, 0.3).noise_dim == 3

@@ -81,7 +81,7 @@ def step_of(kind:str, batch_size:int, size:list, route:str, chunk:int|None) -> d
     X, y = digits(torch.float32)
     objective = FiniteSum.from_module(conv_net(*size, dtype=torch.float32), nn.CrossEntropyLoss(),
                                       X, y, batch_size=batch_size, chunk=chunk)
-    objective.way = route if route in ("samples", "signs") else None
+    objective.method = route if route in ("samples", "signs") else None
     x = objective.x0[None]
     algorithm = KINDS[kind](.1)
     sde = SDE(algorithm, objective, .05, draws=math.ceil(len(X) / batch_size), seed=None)
