@@ -40,12 +40,20 @@ PROCESSES.set_forkserver_preload(
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the notebooks' slow cells too")
+    parser.addoption("--slow", action="store_true", help="run slow tests and cells too")
     parser.addoption(
         "--site",
         action="store_true",
         help="fail where the tests of the built site would be skipped",
     )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
 
 
 @pytest.fixture(scope="session")

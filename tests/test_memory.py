@@ -141,9 +141,8 @@ def times_of_training(whole):
     return (peak() - before) / training
 
 
-def test_memory_of_a_diagnosis(request, alone):
+@pytest.mark.slow
+def test_memory_of_a_diagnosis(alone):
     """A ResNet-18 with batch norm in training mode, in minibatches of 64 pictures of 16 × 16: at most 4 times what training by SAM with
     momentum takes. The control keeps the vectors whose sketches are enough."""
-    if not request.config.getoption("slow"):
-        pytest.skip("a minute; run with --slow")
     assert alone(times_of_training, False) < 4 < alone(times_of_training, True)

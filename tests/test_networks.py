@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 F64 = torch.float64
 RHO, ETA, DT = 0.3, 0.1, 0.05
 KINDS = (USAM, DNSAM, SAM)
-EXAMPLES = int(os.environ.get("SAMSDE_EXAMPLES", 20))
+EXAMPLES = int(os.environ.get("SAMSDE_EXAMPLES", 8))
 FULL = bool(os.environ.get("SAMSDE_FULL"))
 
 # --- the plain loop ---

@@ -342,7 +342,9 @@ def test_a_sweep_over_the_radius_is_its_members():
                 assert_close(one.step(x[j], xi[j], 0.05), steps[j], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "source", [pytest.param(s, marks=pytest.mark.slow) if s == "full" else s for s in SOURCES]
+)
 def test_records_chunks_and_files_change_nothing(source, tmp_path):
     """A run with and without records, in chunks, and from a file gives the same bits."""
     objective = objectives()["module, B=2"]
@@ -350,15 +352,13 @@ def test_records_chunks_and_files_change_nothing(source, tmp_path):
         Chain(SAM(0.1, source=source), objective, 0.1),
         SDE(SAM(0.1, source=source), objective, 0.1, draws=8),
     ):
-        x0, how = objective.x0, dict(t_end=30.0, n_paths=8, every=50)
+        x0, how = objective.x0, dict(t_end=26.0, n_paths=8, every=50)
         known = simulate(process, x0, **how).final
         assert simulate(process, x0, record=False, **how).final.equal(known)
-        assert simulate(process, x0, chunk=3, threads=2, **how).final.equal(known)
         file = tmp_path / f"{source}{type(process).__name__}.npz"
-        first = simulate(process, x0, checkpoint=file, **how).final
-        assert first.equal(known) and simulate(process, x0, checkpoint=file, **how).final.equal(
-            known
-        )
+        first = simulate(process, x0, chunk=3, threads=2, checkpoint=file, **how).final
+        assert first.equal(known)
+        assert simulate(process, x0, checkpoint=file, **how).final.equal(known)
 
 
 @pytest.mark.parametrize("kind", [USAM, SAM, DNSAM])

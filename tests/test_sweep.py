@@ -146,7 +146,7 @@ def on_cluster(client, **how):
         return grid(**how)
 
 
-@pytest.mark.parametrize("pause", [0, 1.5])
+@pytest.mark.parametrize("pause", [0, pytest.param(1.5, marks=pytest.mark.slow)])
 def test_a_cluster_loses_all_workers(expected, tmp_path, pause):
     """Both are killed within three seconds, and started again by Dask: complete, and equal to the serial table."""
     with cluster() as both, both.get_client() as client:
