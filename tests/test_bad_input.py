@@ -622,6 +622,7 @@ TABLE |= { # experiments
     "an autoencoder that starts nowhere": (lambda: escape.autoencoder(radius=nan), ValueError, "radius must be positive and finite, got nan"),
     "no mildest eigenvalue": (lambda: escape.mildest(torch.ones(2)), ValueError, "negative"),
     "a verdict that is none": (lambda: experiment.Verdict("c", "maybe", "1"), ValueError, "verdict must be one of .* got 'maybe'"),
+    "a condition that is not named": (lambda: experiment.Verdict("c", "holds with a condition", "1"), ValueError, "with a condition must name it: c"),
     "a jackknife of one run": (lambda: experiment.jackknife(lambda m: m.max(), torch.ones(3, 1)), ValueError, "at least 2"),
     "an unknown problem": (lambda: error_vs_rho.measure(problems=["mnist"]), ValueError, "problem.* must be .* 'mnist'"),
     "an unknown algorithm": (lambda: error_vs_rho.measure(quick=True, problems=["quadratic"], algorithms=["Adam"]), ValueError, "algorithm.* must be .* 'Adam'"),

@@ -23,6 +23,31 @@ def test_results_are_judged(name):
     assert len(verdicts) and all(v.verdict in VERDICTS for v in verdicts)
     for v in verdicts:
         assert "nan" not in v.measured.split() and any(c.isdigit() for c in v.measured), v
+        assert "nan" not in v.condition.split(), v
+    assert "with a condition" not in str(verdicts).lower() + verdicts._repr_markdown_()
+
+
+def shown(page):
+    "The tables that a notebook shows"
+    cells = json.loads((ROOT / "nbs" / page).read_text(encoding="utf-8"))["cells"]
+    outputs = [o.get("data", {}) for c in cells for o in c.get("outputs", [])]
+    return "".join(line for data in outputs for line in data.get("text/markdown", []))
+
+
+def test_conditions_are_in_words():
+    """A verdict's condition is on the page of its experiment, and `what holds` says it in the same words. The control, the claims without conditions, is not there."""
+    sentences, bare = set(), set()
+    for name, experiment in EXPERIMENTS.items():
+        page = shown(f"experiments/{name}.ipynb").replace("\\*", "*")
+        for v in experiment.verdicts(experiment.measured()):
+            if v.conditional:
+                assert f"| {v.claim} | **holds** {v.condition} |" in page, v
+                sentences.add(v.sentence)
+                bare.add(v.claim)
+    rows = shown("what_holds.ipynb").replace("\\*", "*").splitlines()
+    rows = [row for row in rows if "[measured]" in row and "under the condition" in row]
+    said = {row.removeprefix("| ").split(" | ")[0] for row in rows}
+    assert len(said) > 10 and sentences >= said and not bare & said
 
 
 def test_the_site_says_so():

@@ -261,7 +261,9 @@ def judged(claim:str, wide:pd.DataFrame, model:str, other:str) -> Verdict:
     text += (f": larger in {(result.ratio > 1).sum()} of {len(result)} cases, "
              f"beyond four standard errors in {len(worse)}{few(worse)}; "
              f"smaller beyond them in {len(better)}{few(better)}.")
-    return Verdict(claim, verdict, text)
+    condition = (f"beyond four standard errors in {len(worse)} of {len(result)} cases"
+                 + (f", and the contrary in {len(better)}" if len(better) else ""))
+    return Verdict(claim, verdict, text, condition)
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #ed63843d
 def verdicts(table:pd.DataFrame # from measure or error_vs_rho
@@ -273,13 +275,12 @@ def verdicts(table:pd.DataFrame # from measure or error_vs_rho
     return Verdicts([
         judged("Each algorithm is closer to its own SDE than to SGD's (at ρ ≈ √η).", root,
                "SGD's SDE", "own SDE"),
-        judged("The covariance term matters: "
-               "with Σ as the only noise the model is worse (at ρ ≈ √η).", root, "Σ only",
-               "own SDE"),
-        judged("Beyond the paper: it matters to the spread of the runs (at ρ ≈ √η).", spread,
-               "Σ only", "own SDE"),
-        judged("Beyond the paper: where ρ is large, the first-order drift is what fails, "
-               "and the exact mean field does better.", largest, "own SDE", "exact mean field")])
+        judged("With Σ as the only noise the mean of the runs is modelled worse (at ρ ≈ √η).",
+               root, "Σ only", "own SDE"),
+        judged("With Σ as the only noise the spread of the runs is modelled worse (at ρ ≈ √η).",
+               spread, "Σ only", "own SDE"),
+        judged("At the largest ρ the exact mean field is a better model than the drift of first "
+               "order.", largest, "own SDE", "exact mean field")])
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #2f5fccf8
 def measure(quick:bool=False, # fewer runs, for a first look

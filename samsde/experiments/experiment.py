@@ -23,23 +23,45 @@ VERDICTS = ("holds", "holds with a condition", "does not hold", "undecided")
 
 @dataclass(frozen=True)
 class Verdict:
-    "What became of a claim. Raises ValueError on a verdict that is none of VERDICTS."
+    """What became of a claim. Raises ValueError on a verdict that is none of VERDICTS, and on one
+    with a condition that names none."""
     claim: str # a sentence
     verdict: str # one of VERDICTS
-    measured: str # the numbers, with standard errors, and the condition if there is one
+    measured: str # the numbers, with standard errors
+    # what follows "holds", such as "if η is small", where the verdict is that it has a condition
+    condition: str = ""
 
     def __post_init__(self):
         if self.verdict not in VERDICTS:
             raise ValueError(f"verdict must be one of {', '.join(VERDICTS)}, got {self.verdict!r}")
+        if self.conditional and not self.condition:
+            raise ValueError(f"a claim that holds with a condition must name it: {self.claim}")
+
+    @property
+    def conditional(self) -> bool:
+        "Does it hold with a condition?"
+        return self.verdict == "holds with a condition"
+
+    @property
+    def words(self) -> tuple[str, str]: # such as "holds" and "if η is small"
+        "The verdict, and its condition or nothing"
+        return ("holds", self.condition) if self.conditional else (self.verdict, "")
+
+    @property
+    def sentence(self) -> str:
+        "The claim with its condition, which is true as it stands where the claim holds"
+        return " ".join([self.claim.rstrip("."), self.words[1]]).rstrip() + "."
 
 class Verdicts(list):
     "A list of verdicts that prints as text, and shows as a table in a notebook"
     def __str__(self) -> str:
-        return "\n\n".join(f"{v.claim}\n  {v.verdict.upper()}: {v.measured}" for v in self)
+        def told(held, condition): return " ".join([held.upper(), condition]).rstrip()
+        return "\n\n".join(f"{v.claim}\n  {told(*v.words)}: {v.measured}" for v in self)
     def _repr_markdown_(self) -> str:
-        def cell(text): return text.replace("|", "\\|").replace("\n", " ")
-        rows = [f"| {cell(v.claim)} | {cell(v.measured)} | **{v.verdict}** |" for v in self]
-        return "\n".join(["| claim | measured | verdict |", "|---|---|---|", *rows])
+        def cell(text): return text.replace("|", "\\|").replace("*", "\\*").replace("\n", " ")
+        def told(held, condition): return f"**{held}** {cell(condition)}".rstrip()
+        rows = [f"| {cell(v.claim)} | {told(*v.words)} | {cell(v.measured)} |" for v in self]
+        return "\n".join(["| claim | verdict | measured |", "|---|---|---|", *rows])
 
 # %% ../../nbs/experiments/experiment.ipynb #d6a37e43
 def plus_minus(value:float, # an estimate

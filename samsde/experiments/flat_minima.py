@@ -6,7 +6,7 @@
 __all__ = ['experiment', 'Network', 'measure', 'plot', 'verdicts']
 
 # %% ../../nbs/experiments/flat_minima.ipynb #d1503623
-import warnings
+import math, warnings
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -484,23 +484,30 @@ def flatter(m:pd.DataFrame, few:str, constant:str, rho:float
     end = ("does not hold" if not lower(traces).any() else "holds" if lower(traces).all()
            and (ratio > .2).all() else "holds with a condition")
     test, largest, scaled = (at(q) for q in ("test loss", "largest eigenvalue", "scaled trace"))
+    alike = at("scaled trace", many)
+    def named(rows): return ", ".join(rows[lower(rows)].algorithm) or "none"
     return [
         Verdict("SAM-type algorithms end in flatter regions than SGD.", end,
                 f"Trace at the same time, ρ = {rho:g}, {few}: {listed(traces)}; "
                 f"largest eigenvalue: {listed(largest)}. "
                 f"With constant noise, {constant}: {listed(other)}, "
-                f"so {weak} times what it is with minibatches."),
-        Verdict("It is more than a sign of less training.", share_of(lower(traces, "matched")),
+                f"so {weak} times what it is with minibatches.",
+                f"with minibatches ({named(traces)}), and hardly with constant noise "
+                f"({', '.join(traces.algorithm[ratio <= .2])})"),
+        Verdict("SAM-type algorithms end in flatter regions at equal training loss too.",
+                share_of(lower(traces, "matched")),
                 f"Trace at the same training loss: {listed(traces, 'matched')}; "
                 f"largest eigenvalue: {listed(largest, 'matched')}. "
-                f"SGD against itself, the control: {listed(still, 'matched')}."),
-        Verdict("It does not depend on how flatness is measured.",
-                share_of(pd.concat([lower(scaled), lower(at("scaled trace", many))])),
-                f"The scaled trace, which has no units: {listed(scaled)} at {few}, "
-                f"{listed(at('scaled trace', many))} at {many}."),
+                f"SGD against itself, the control: {listed(still, 'matched')}.",
+                "for " + ", ".join(traces[lower(traces, "matched")].algorithm)),
+        Verdict("By a trace without units SAM-type algorithms end in flatter regions too.",
+                share_of(pd.concat([lower(scaled), lower(alike)])),
+                f"The scaled trace: {listed(scaled)} at {few}, {listed(alike)} at {many}.",
+                f"for {named(scaled)} at {few} and {named(alike)} at {many}"),
         Verdict("Flatter minima generalise better.", share_of(lower(test, "matched")),
                 f"Loss on data held out, {few}: {listed(test)} at the same time, "
-                f"but {listed(test, 'matched')} at the same training loss."),
+                f"but {listed(test, 'matched')} at the same training loss.",
+                "for " + ", ".join(test[lower(test, "matched")].algorithm)),
     ]
 
 # %% ../../nbs/experiments/flat_minima.ipynb #04217a6d
@@ -515,12 +522,14 @@ def batches(m:pd.DataFrame, models:pd.DataFrame, rho:float) -> Verdict:
     parts = {n: usam(rows[n]) - usam(pick(models, quantity="trace", noise=n, rho=rho, model=SHORT))
              for n in noises}
     return Verdict(
-        "The effect depends on the batch size, and the regulariser of the noise is the reason.",
+        "The smaller the minibatch, the flatter SAM-type algorithms end, "
+        "and the regulariser of the noise is the reason.",
         share_of(fine),
                    "; ".join(f"{n}: {listed(rows[n])}" for n in noises)
         + ". USAM less what its SDE predicts without the noise part: "
                    + ", ".join(f"{100 * p:.2f} % at {n}" for n, p in parts.items())
-        + "; theory: falls like 1/B.")
+        + "; theory: falls like 1/B.",
+                   "for " + ", ".join(first.algorithm[fine.to_numpy()]))
 
 # %% ../../nbs/experiments/flat_minima.ipynb #26dedb20
 def predicted(m:pd.DataFrame, models:pd.DataFrame) -> Verdict:
@@ -543,9 +552,10 @@ def predicted(m:pd.DataFrame, models:pd.DataFrame) -> Verdict:
     return Verdict("Each algorithm's own SDE predicts the curvature at the end.",
                    share_of(told) if 2 * len(told) >= len(fine) else "undecided",
                    f"The predicted change of the trace is within a quarter of the measured one, "
-                   f"or within four standard errors: {right}. "
-                   f"Elsewhere predicted over measured is {wrong or 'never'}. "
-                   f"Too noisy to tell in {len(fine) - len(told)} of {len(fine)} cases.")
+                   f"or within four standard errors. Elsewhere predicted over measured is "
+                   f"{wrong or 'never'}. "
+                   f"Too noisy to tell in {len(fine) - len(told)} of {len(fine)} cases.",
+                   f"in so many cases: {right}")
 
 # %% ../../nbs/experiments/flat_minima.ipynb #6cba66bb
 def controls(m:pd.DataFrame, models:pd.DataFrame, noise:str) -> Verdict:
@@ -559,24 +569,23 @@ def controls(m:pd.DataFrame, models:pd.DataFrame, noise:str) -> Verdict:
     fails = (abs(plain.change.item()) < 4 * plain.change_se.item()
              and short.change.item() > own.change.item() / 4)
     return Verdict(
-        "SGD's SDE knows nothing of it, nor does a regulariser of the full gradient alone.",
+        "SGD's SDE sees no change of curvature, "
+        "nor does a regulariser of the full gradient alone.",
         "holds" if fails else "does not hold",
                    f"Trace of SGD's SDE against SGD's, {noise}: {listed(plain)}. At ρ = {rho:g}: "
                    f"{listed(true)}, its SDE {listed(own)}, "
                    f"and without the noise part of the regulariser {listed(short)}.")
 
 # %% ../../nbs/experiments/flat_minima.ipynb #3d17e8ca
-def at_radii(rows:pd.DataFrame) -> str:
-    return "ρ = " + ", ".join(f"{rho:g}" for rho in rows.rho)
-
 def below(rows:pd.DataFrame, share:float) -> str:
     "At which radii an algorithm spends less time in the sharp valley, in words"
     low = rows[rows.value < share]
-    least = rows.loc[rows.value.idxmin()]
-    name = rows.algorithm.iloc[0]
-    if low.empty: return f"{name} at no ρ (least {least.value:.3f})"
-    where = "every ρ" if len(low) == len(rows) else at_radii(low)
-    return f"{name} at {where} (least {least.value:.3f}, at ρ = {least.rho:g})"
+    radii = "no ρ" if low.empty else "ρ = " + ", ".join(f"{rho:g}" for rho in low.rho)
+    return f"{rows.algorithm.iloc[0]} at {'every ρ' if len(low) == len(rows) else radii}"
+
+def least(rows:pd.DataFrame) -> str:
+    row = rows.loc[rows.value.idxmin()]
+    return f"{row.algorithm} {row.value:.3f} (ρ = {row.rho:g})"
 
 def between(table:pd.DataFrame, *names) -> str:
     ranges = [(name, sorted({f"{v:.3f}" for v in pick(table, algorithm=name).value}))
@@ -590,13 +599,15 @@ def valley(line:pd.DataFrame, kind:str) -> Verdict:
     share, first = (pick(rows, quantity=fact, model="algorithm") for fact in FACTS[:2])
     plain = pick(share, algorithm="SGD").value.item()
     own = pick(rows, quantity=FACTS[0], model=OWN)
-    lower_at = "; ".join(below(pick(share, algorithm=name), plain) for name in ALGORITHMS)
-    return Verdict(f"SAM-type algorithms prefer the flat valley ({rows.noise.iloc[0]}).",
+    each = [pick(share, algorithm=name) for name in ALGORITHMS]
+    return Verdict(f"The flat valley is preferred ({rows.noise.iloc[0]}).",
                    share_of(pick(share, algorithm=tuple(ALGORITHMS)).value < plain),
-                   f"Less time in the sharp valley than SGD's share of {plain:.3f}: {lower_at}. "
+                   f"Least share of time in the sharp valley, where SGD's is {plain:.3f}: "
+                   f"{', '.join(least(rows) for rows in each)}. "
                    f"Shares of the SDEs: {between(own, 'SGD', 'USAM', 'SAM')}. "
                    f"From the top, the sharp valley comes first with probability "
-                   f"{between(first, 'SGD', *ALGORITHMS)}.")
+                   f"{between(first, 'SGD', *ALGORITHMS)}.",
+                   "; ".join(f"by {below(rows, plain)}" for rows in each))
 
 # %% ../../nbs/experiments/flat_minima.ipynb #b7fc6da5
 def agreement(line:pd.DataFrame) -> Verdict:
@@ -612,9 +623,14 @@ def agreement(line:pd.DataFrame) -> Verdict:
     fine = both.up == both.up_true
     wrong = "; ".join(f"{name}, {noise}, ρ = " + ", ".join(f"{r:g}" for r in part.rho)
                       for (noise, name), part in both[~fine].groupby(keys[:2], sort=False))
+    kind = both.noise.str.split(",").str[0]
+    first = both.rho.where(~fine).groupby([kind, both.algorithm], sort=False).min()
+    until = "; ".join(f"{name}, {noise}: " + (f"ρ < {rho:g}" if rho < math.inf else "every ρ")
+                      for (noise, name), rho in first.fillna(math.inf).items())
     return Verdict("The SDE captures which valley is preferred.", share_of(fine),
                    f"It moves the share the way the algorithm does in {fine.sum()} of {len(fine)} "
-                   f"cases. The other way: {wrong or 'never'}.")
+                   f"cases. The other way: {wrong or 'never'}.",
+                   f"for small ρ ({until})")
 
 # %% ../../nbs/experiments/flat_minima.ipynb #bfdf51cc
 def elsewhere(network:pd.DataFrame, rho:float) -> list:
@@ -625,9 +641,12 @@ def elsewhere(network:pd.DataFrame, rho:float) -> list:
                      + ", ".join(f"{r.noise} {plus_minus(100 * r.change, 100 * r.change_se)} %"
                                  for _, r in part.iterrows())
                      for problem, part in rows.groupby("problem", sort=False))
-    fine = lower(rows[rows.noise.str.startswith("B")])
-    return [Verdict("Another activation, or weight decay, changes nothing.", share_of(fine),
-                    f"SAM's trace against SGD's at ρ = {rho:g}: {text}.")]
+    batches = rows[rows.noise.str.startswith("B")]
+    fine = lower(batches)
+    wrong = "; ".join(f"{r.problem}, {r.noise}" for r in batches[~fine].itertuples())
+    return [Verdict("With another activation or weight decay, too, SAM ends in flatter regions "
+                    "(minibatches).", share_of(fine),
+                    f"SAM's trace against SGD's at ρ = {rho:g}: {text}.", f"except with {wrong}")]
 
 # %% ../../nbs/experiments/flat_minima.ipynb #70ebcbf6
 def verdicts(table:pd.DataFrame) -> Verdicts: # from measure

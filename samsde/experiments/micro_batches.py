@@ -147,8 +147,7 @@ def plot(table:pd.DataFrame, # from measure
 def follows(rows:pd.DataFrame, claim:str) -> Verdict: # of gaps, at the end, for one model
     fine = inside(rows, setting="m")
     return Verdict(claim, judged(fine),
-                   f"Within 2 % or four standard errors {where(fine)}. "
-                   f"Furthest off: {listed(rows, 'm')}.")
+                   f"Furthest off: {listed(rows, 'm')}.", where(fine))
 
 def lower(table:pd.DataFrame, statistic:str, claim:str) -> Verdict:
     "Does a statistic of the algorithm fall as m does, by more than four standard errors each?"
@@ -162,8 +161,8 @@ def lower(table:pd.DataFrame, statistic:str, claim:str) -> Verdict:
         told.append(f"{network}: " + ", ".join(f"{plus_minus(r.value, r.se)} (m = {r.m})"
                                                for r in own.itertuples()))
     return Verdict(claim, judged(pd.Series(falls)),
-                   f"It falls by more than four standard errors in {sum(falls)} of {len(falls)} "
-                   f"steps from one m to the next smaller one. {'; '.join(told)}.")
+                   f"{'; '.join(told)}.", f"in {sum(falls)} of {len(falls)} steps from one m to "
+                   "the next, beyond four standard errors")
 
 # %% ../../nbs/experiments/micro_batches.ipynb #1ac36066
 def verdicts(table:pd.DataFrame # from measure
@@ -174,7 +173,7 @@ def verdicts(table:pd.DataFrame # from measure
     smaller = whole[whole.m < whole.groupby("network").m.transform("max")]
     return Verdicts([
         follows(of(rows, model=OWN), "The SDE of micro-batches follows SAM in micro-batches."),
-        follows(smaller, "The SDE of whole batches follows it as well (m < B)."),
+        follows(smaller, "The SDE of whole batches follows SAM in micro-batches too (m < B)."),
         lower(table, STATISTICS[3],
               "The fewer samples share a perturbation, the smaller their gradients become.")])
 

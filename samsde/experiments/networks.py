@@ -361,7 +361,9 @@ def tracks(table:pd.DataFrame) -> Verdict:
                    f"Training loss of the SDE against the algorithm's after t = "
                    f"{rows.time.iloc[0]:g}, {table[table.part == 'large'].runs.max()} runs: "
                    + listed({f"{r.algorithm}, ρ = {r.rho:g}:": f"{plus_minus(r.percent, r.se)} %"
-                             for r in rows.itertuples()}) + ".")
+                             for r in rows.itertuples()}) + ".",
+                   "for " + ", ".join(f"{r.algorithm} (ρ = {r.rho:g})"
+                                      for r in rows[good].itertuples()))
 
 # %% ../../nbs/experiments/networks.ipynb #a257e1eb
 def parting(table:pd.DataFrame) -> list:
@@ -383,14 +385,19 @@ def parting(table:pd.DataFrame) -> list:
     small = [where[name, min(r for n, r in moved if n == name)] for name in RADII]
     verdict = ("holds" if not any(where.values()) else "holds with a condition"
                if not any(STATISTICS[0] in names for names in small) else "does not hold")
+    def until(name): # the last radius before the training losses part
+        loss = [STATISTICS[0] in where[key] for key in moved if key[0] == name]
+        radii = [r for n, r in moved if n == name]
+        return radii[(loss + [True]).index(True) - 1]
     missed = [f"{name}, ρ = {rho:g}" for name, rho in moved if not control[name, rho]]
     return [Verdict("Training by minibatches of 32 follows the algorithm's own SDE.", verdict,
                     f"Largest deviation of the SDE's training loss, over all times: "
-                    f"{listed(said)}."),
-            Verdict("SGD's SDE does not follow them, the control.",
+                    f"{listed(said)}.", "in the training loss, up to ρ = "
+                    + ", ".join(f"{until(name):g} ({name})" for name in RADII)),
+            Verdict("SGD's SDE, the control, does not follow SAM-type algorithms.",
                     "holds" if not missed else "holds with a condition",
                     f"It parts from {len(moved) - len(missed)} of {len(moved)} runs of SAM-type "
-                    f"algorithms" + (f", not from {', '.join(missed)}" if missed else "") + ".")]
+                    f"algorithms.", f"but for {', '.join(missed)}")]
 
 # %% ../../nbs/experiments/networks.ipynb #c939127c
 def verdicts(table:pd.DataFrame # from measure

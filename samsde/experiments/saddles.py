@@ -552,7 +552,8 @@ def judge_attraction(table:pd.DataFrame) -> Verdict:
     return Verdict("SAM and DNSAM are attracted to saddles that GD leaves.", verdict,
                    f"held from within ρλ*: {said(fits)}. "
                    f"At the saddle of sharp positive and mild negative curvature, where the floor "
-                   f"is wider than the basin: SAM's {said(wide)}. Condition: ηλ₁²/(2 − ηλ₁) < λ*")
+                   f"is wider than the basin: SAM's {said(wide)}",
+                   "if their hovering fits into the basin, ηλ₁²/(2 − ηλ₁) < λ*")
 
 # %% ../../nbs/experiments/saddles.ipynb #446f736f
 def judge_usam(table:pd.DataFrame) -> Verdict:
@@ -580,12 +581,12 @@ def judge_noise(table:pd.DataFrame) -> Verdict:
     strong = pooled(noise[noise.x > 1.25 * noise.bound])
     if saved[near][0] < -3 * saved[near][1] and few(strong):
         verdict = "holds with a condition" if most(weak) else "holds"
-    return Verdict("Noise helps to escape.", verdict,
+    return Verdict("Noise helps to escape from a saddle.", verdict,
                    f"noise of s = {EXIT['noise']:g} changes GD's time from a start at {near:g} by "
                    f"{plus_minus(*saved[near])}, and from {far:g} by {plus_minus(*saved[far])}. "
                    f"PSAM is held by noise below its threshold, "
-                   f"{percent(weak)}, and not by noise above it, {percent(strong)}. "
-                   "Condition: a start closer than √(ηs²/2μ) for GD and USAM; s > ρλ*κ_d for SAM")
+                   f"{percent(weak)}, and not by noise above it, {percent(strong)}",
+                   "for GD and USAM from starts closer than √(ηs²/2μ), and for SAM if s > ρλ*κ_d")
 
 # %% ../../nbs/experiments/saddles.ipynb #26aa3bb1
 def judge_dnsam(table:pd.DataFrame) -> Verdict:
@@ -603,9 +604,8 @@ def judge_dnsam(table:pd.DataFrame) -> Verdict:
                    f"for noise that frees PSAM but is below PDNSAM's own threshold: "
                    f"{percent(below)}; "
                    f"for 1.5 times that and more: {percent(above)}. "
-                   f"In the plane single kicks throw it out, held below: {percent(plane)}. "
-                   "Condition: few dimensions, or s beyond the threshold, "
-                   "which grows like η^(−1/2)")
+                   f"In the plane single kicks throw it out, held below: {percent(plane)}",
+                   "in few dimensions, or if s is beyond a threshold that grows like η^(−1/2)")
 
 # %% ../../nbs/experiments/saddles.ipynb #510e52b7
 def judge_digits(table:pd.DataFrame) -> Verdict:
@@ -635,8 +635,8 @@ def judge_digits(table:pd.DataFrame) -> Verdict:
         f"so by t = {half.x['SAM']:g} {percent(never.loc['SAM'])} of its "
         f"runs are not half way down (GD is at t = {number(half.loc['GD'])}). "
         f"Noise of s = {weak:g} to {strong:g} shortens the stay from "
-        f"{number(noise.loc[(weak, 'PSAM')])} to {number(noise.loc[(strong, 'PSAM')])}. Condition: "
-        f"ρ > about ‖x₀‖/2, and little noise")
+        f"{number(noise.loc[(weak, 'PSAM')])} to {number(noise.loc[(strong, 'PSAM')])}",
+        "for a time like 1/η, if ρ is more than about ‖x₀‖/2 and the noise is weak")
 
 # %% ../../nbs/experiments/saddles.ipynb #e8f962d7
 def verdicts(table:pd.DataFrame # from measure

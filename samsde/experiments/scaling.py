@@ -295,11 +295,10 @@ def same_as_sgd(table, slopes) -> Verdict:
                      for c in sorted(table.c.unique()) if c != 1)
     return Verdict("At ρ = η SAM is SGD: SGD's SDE is as good a model as the algorithm's own.",
                    verdict,
-                   ("The same order, a larger error. " if verdict == "holds with a condition"
-                    else "")
-                   + f"Order of SGD's SDE: {told(sgd)}; of the own: {told(own)}. "
+                   f"Order of SGD's SDE: {told(sgd)}; of the own: {told(own)}. "
                    f"Error of SGD's SDE over that of the own at the smallest η: "
-                   f"{extent(factor)}{others}.")
+                   f"{extent(factor)}{others}.",
+                   "in its order, but with a larger error")
 
 def root_needs_own(table, slopes) -> Verdict:
     own, sgd = (grouped(slopes, "1/2", model) for model in LOOKS)
@@ -325,12 +324,11 @@ def order_lost(table, slopes) -> Verdict:
              "undecided": "undecided"}
     beyond = grouped(slopes, "1/4", "own SDE")
     return Verdict("From ρ = η^(1/3) on the own SDE loses its order.", verdict,
-                   ("Where the loss has third derivatives, and η is so small that ρ² outweighs it. "
-                    if verdict == "holds with a condition" else "")
-                   + "Order of the own SDE: "
+                   "Order of the own SDE: "
                    + ", ".join(f"{name} {span(s)} ({words[found[name]]})"
                                for name, s in groups.items())
-                   + (f"; at ρ = η^(1/4) {told(beyond)}" if beyond else "") + ".")
+                   + (f"; at ρ = η^(1/4) {told(beyond)}" if beyond else "") + ".",
+                   "where the loss has third derivatives, and η is so small that ρ² outweighs it")
 
 # %% ../../nbs/experiments/scaling.ipynb #30603283
 def protocol_sees(table, slopes) -> Verdict:

@@ -468,7 +468,7 @@ def sits_higher(table, f) -> Verdict:
     base = {name: rows.loc[(rows.rho - RHO).abs().idxmin()]
             for name, rows in at(f, "radius").items()}
     text = each({name: plus_minus(r.ratio, r.ratio_se) for name, r in base.items()})
-    return Verdict("At the end of training USAM, DNSAM and SAM sit higher than SGD.",
+    return Verdict("At the end of training USAM, DNSAM and SAM lie higher than SGD.",
                    judged((m.ratio - 1) / m.ratio_se),
                    f"E f over that of SGD at ρ = {base['SAM'].rho:g}, s = {S:g}, η = {ETA:g}: "
                    f"{text}. Lowest of all {len(m)} measurements: "
@@ -501,11 +501,11 @@ def grows_with_curvature(table, f) -> Verdict:
     return Verdict("Suboptimality grows with curvature.", verdict,
                    f"H scaled from {scale['SAM'].parameter.min():g} to "
                    f"{scale['SAM'].parameter.max():g} times: {told[0]}. "
-                   f"But the curvature that counts is tr(HΣ)/tr Σ: at fixed trace, "
-                   f"a largest eigenvalue {grown:.1f} times as large makes "
+                   f"At fixed trace, a largest eigenvalue {grown:.1f} times as large makes "
                    f"the excess over SGD {each({n: f'{e:.2f}' for n, e in excess.items()})} times "
                    f"as large; "
-                   f"and turning the same noise away from the large eigenvalues: {told[1]}")
+                   f"and turning the same noise away from the large eigenvalues: {told[1]}",
+                   "if that is tr(HΣ)/tr Σ, the curvature which the noise meets")
 
 # %% ../../nbs/experiments/suboptimality.ipynb #a76f9db3
 def noise_does_it(table, f) -> Verdict:
@@ -517,7 +517,7 @@ def noise_does_it(table, f) -> Verdict:
     z = {c: ((m["algorithm"] - m[c]) / se).min()
          for c in ("Σ only", "truncated noise", "SGD's formula", "another ρ")}
     last = {name: r.iloc[-1] for name, r in at(f, "radius", "Σ only").items()}
-    return Verdict("It is the Hessian in the noise that does it.",
+    return Verdict("It is the Hessian in the noise that lifts SAM-type algorithms above SGD.",
                    judged(pd.Series(z)) if (m["Σ only"] < 1).all() else "does not hold",
                    f"with Σ as the only noise all three would end below SGD, "
                    f"at ρ = {last['SAM'].rho:g} at these parts of its level: "
@@ -559,13 +559,14 @@ def sde_predicts(table, f) -> Verdict:
     good = exact.z.abs().max() < 5 and rest.percent.abs().max() < 5
     return Verdict("USAM and SAM end where their SDEs say.",
                    "holds with a condition" if good else "does not hold",
-                   f"for small ηλ(1+ρλ): from η = {eta['SAM'].parameter.min():g} to "
+                   f"from η = {eta['SAM'].parameter.min():g} to "
                    f"{eta['SAM'].parameter.max():g} the SDE is off by "
                    f"{each({n: first_to_last(r) for n, r in eta.items()})}. "
                    f"Theory of the algorithms themselves: SGD and USAM, exact, "
                    f"at most {exact.z.abs().max():.1f} standard errors off in {len(exact)} "
                    f"measurements; "
-                   f"SAM, closed equation, {worst(rest)} at most, but for {worst(sam)}")
+                   f"SAM, closed equation, {worst(rest)} at most, but for {worst(sam)}",
+                   "if ηλ(1+ρλ) is small for the largest eigenvalue λ")
 
 # %% ../../nbs/experiments/suboptimality.ipynb #31aaa819
 def dnsam_sde(table, f) -> Verdict:
@@ -592,8 +593,6 @@ def dnsam_sde(table, f) -> Verdict:
     heavy = each({f"d = {d}:": plus_minus(r.value, r.se) for d, r in power.iterrows()})
     return Verdict("DNSAM ends where its SDE says.",
                    "holds with a condition" if lost and found else "undecided",
-                   f"not in one dimension, and for E f only where three or more eigenvalues are "
-                   f"positive. "
                    f"Median distance from the minimum, algorithm over SDE, "
                    f"from η = {eta.max():g} to {eta.min():g}: "
                    f"{each({f'd = {d}:': ends(d) for d in TAIL})}. Tails are P(r > y) ∝ y^-d, "
@@ -602,7 +601,8 @@ def dnsam_sde(table, f) -> Verdict:
                    f"so E f is infinite for d = 1 and 2. "
                    f"In ten dimensions the SDE's E f is off {', and '.join(gaps)}; "
                    f"the closed equation for the algorithm by "
-                   f"{worst(theory[~theory.setting.str.startswith('network')])} at most")
+                   f"{worst(theory[~theory.setting.str.startswith('network')])} at most",
+                   "as η → 0, if two or more eigenvalues are positive (three, for E f)")
 
 # %% ../../nbs/experiments/suboptimality.ipynb #6dbb1151
 def better_surrogate(table, f) -> Verdict:
@@ -614,14 +614,11 @@ def better_surrogate(table, f) -> Verdict:
         f"s = {v:g}: {each({n: f'{math.exp(ratio[n][i]):.3g}' for n in ('USAM', 'SAM', 'DNSAM')})}"
         for i, v in enumerate(s))
     quiet = max((v for v, c in zip(s, closer) if c), default=0)
-    where = (f"where the noise is small, up to s = {quiet:g}; beyond, USAM is closer, "
-             f"and SAM is USAM at s = κ_d = {kappa(10):.3g}")
-    if closer.all(): where = "everywhere"
-    if not quiet: where = "nowhere"
     return Verdict("DNSAM is a better model of SAM than USAM is (at the end of training).",
                    "holds" if closer.all() else "holds with a condition" if quiet
                    else "does not hold",
-                   f"{where}. E f over that of SGD at ρ = {RHO:g}: {text}")
+                   f"E f over that of SGD at ρ = {RHO:g}: {text}. SAM is USAM at s = κ_d = "
+                   f"{kappa(10):.3g}", f"where the noise is small, up to s = {quiet:g}")
 
 # %% ../../nbs/experiments/suboptimality.ipynb #d1eefe1c
 def network_too(table, f) -> Verdict:
@@ -643,12 +640,13 @@ def network_too(table, f) -> Verdict:
              else f" At ρ = {net.rho.max():g} DNSAM walks so far that the loss is no quadratic: "
                   f"{far}.")
     most = each({n: worst(off[off.algorithm == n]) for n in ("SGD", "USAM", "SAM", "DNSAM")})
-    return Verdict("At a minimum of a network its Hessian says where the algorithms end.",
+    return Verdict("At a minimum of a network its Hessian says where training ends.",
                    "does not hold" if not good else "holds" if near else "holds with a condition",
                    f"Largest deviation of theory on the quadratic at the minimum from the network: "
                    f"{most}.{walks} "
                    f"The formula (η/4) tr((I+ρH)Σ) for USAM at η = {naive.eta.iloc[0]:g}: "
-                   f"{worst(naive)}")
+                   f"{worst(naive)}",
+                   f"for SGD, USAM and SAM, but not for DNSAM at ρ = {net.rho.max():g}")
 
 # %% ../../nbs/experiments/suboptimality.ipynb #bd353331
 def verdicts(table:pd.DataFrame # from measure

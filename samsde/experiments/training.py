@@ -406,9 +406,9 @@ def full_model(rows:pd.DataFrame) -> Verdict: # of gaps
                      for r in way.itertuples())
     return Verdict("An SDE that knows momentum, decay, the schedule and the epochs follows SAM as "
                    "it is trained.", judged(fine),
-                   f"At the end within 2 % or four standard errors {where(fine)}. "
                    f"Furthest off at the end: {listed(last)}. "
-                   f"Furthest off in the training loss, over all times: {told}.")
+                   f"Furthest off in the training loss, over all times: {told}.",
+                   f"{where(fine)}, where all statistics end within 2 % or four standard errors")
 
 def forgotten(rows:pd.DataFrame, thing:str) -> Verdict: # of gaps
     "Can it be forgotten?"
@@ -419,8 +419,7 @@ def forgotten(rows:pd.DataFrame, thing:str) -> Verdict: # of gaps
     fine = inside(own, more)
     name = thing[0].upper() + thing[1:]
     return Verdict(f"{name} can be forgotten (at the end of training).", judged(fine),
-                   f"Within 2 % of the model that knows all {where(fine)}. "
-                   f"Furthest off training: {listed(own)}.")
+                   f"Furthest off training: {listed(own)}.", where(fine))
 
 # %% ../../nbs/experiments/training.ipynb #06178f78
 def same_law(rows:pd.DataFrame) -> Verdict: # of gaps
@@ -441,14 +440,15 @@ def epochs(table:pd.DataFrame, rows:pd.DataFrame) -> list: # of Verdict
             for name in (ALL, f"forgets {FORGETS[0]}")]
     nearer = int((pair[0] < pair[1].loc[pair[0].index]).sum())
     share = nearer / len(pair[0])
-    return [Verdict("Independent minibatches train as epochs do, in the mean.", judged(fine),
-                    "The algorithm itself, at the end within 2 % or four standard errors "
-                    f"{where(fine)}: {listed(alone)}."),
+    return [Verdict("In the mean, independent minibatches train as epochs do.", judged(fine),
+                    f"The algorithm itself, furthest off at the end: {listed(alone)}.",
+                    f"{where(fine)}, where all statistics end within 2 % or four standard errors"),
             Verdict("In the mean, the SDE of epochs is nearer than that of independent "
                     "minibatches.", "holds" if share > .9 else "does not hold" if share <= .5
                     else "holds with a condition",
                     f"Without noise and with the bias, it is nearer to training in {nearer} of "
-                    f"{len(pair[0])} statistics at the end.")]
+                    f"{len(pair[0])} statistics.",
+                    f"in {nearer} of {len(pair[0])} statistics at the end")]
 
 # %% ../../nbs/experiments/training.ipynb #b8cf25d1
 def spreads(table:pd.DataFrame) -> Verdict:
@@ -462,10 +462,10 @@ def spreads(table:pd.DataFrame) -> Verdict:
                          for (network, rho), r in ratio(model).items())
     wide = ratio(INDEPENDENT).map(math.log) * (true.runs - 1)**.5 > 4
     return Verdict("Independent minibatches leave a wider spread between the runs.", judged(wide),
-                   f"Wider by more than four standard errors {where(wide)}. Standard deviation of "
-                   "the final training loss over that with epochs, the algorithm on independent "
-                   f"minibatches: {told(INDEPENDENT)}; their SDE: "
-                   f"{told(f'forgets {FORGETS[0]}')}.")
+                   "Standard deviation of the final training loss over that with epochs, "
+                   f"the algorithm on independent minibatches: {told(INDEPENDENT)}; their SDE: "
+                   f"{told(f'forgets {FORGETS[0]}')}.",
+                   f"by more than four standard errors {where(wide)}")
 
 # %% ../../nbs/experiments/training.ipynb #ae217851
 FAIR = .1 # part of the drift that may be neglected
@@ -494,7 +494,9 @@ def diagnosed(table:pd.DataFrame, rows:pd.DataFrame) -> Verdict: # of measure, a
                    f"{in_rho} of {len(most)} trainings (at most: {said}). In η: it calls the SDE "
                    "of first order fair where that is no more than 2 % farther off in the training "
                    f"loss than the kinetic model, and not elsewhere, at {in_eta} of {len(later)} "
-                   "moments after the start.")
+                   "moments after the start.",
+                   f"in {in_rho} of {len(most)} trainings as for ρ, and at {in_eta} of "
+                   f"{len(later)} moments as for η")
 
 # %% ../../nbs/experiments/training.ipynb #b8faceab
 def verdicts(table:pd.DataFrame # from measure
