@@ -544,7 +544,7 @@ def predicted(m:pd.DataFrame, models:pd.DataFrame) -> Verdict:
     wide = 4 * se > .5 * both.change_true.abs()
     fine = (gap <= .25 * both.change_true.abs()) | (gap < 4 * se)
     told = fine[~(fine & wide)]
-    right = ", ".join(f"{part.sum()} of {len(part)} at {noise}"
+    right = ", ".join(f"{part.sum()} of {len(part)} cases at {noise}"
                       for noise, part in fine.groupby(both.noise, sort=False))
     def range_of(r): return f"{r.min():.2f} to {r.max():.2f}" if len(r) > 1 else f"{r.item():.2f}"
     wrong = ", ".join(f"{range_of(part.ratio)} ({name}, {noise})" for (noise, name), part
@@ -555,7 +555,7 @@ def predicted(m:pd.DataFrame, models:pd.DataFrame) -> Verdict:
                    f"or within four standard errors. Elsewhere predicted over measured is "
                    f"{wrong or 'never'}. "
                    f"Too noisy to tell in {len(fine) - len(told)} of {len(fine)} cases.",
-                   f"in so many cases: {right}")
+                   f"in {right}")
 
 # %% ../../nbs/experiments/flat_minima.ipynb #6cba66bb
 def controls(m:pd.DataFrame, models:pd.DataFrame, noise:str) -> Verdict:
