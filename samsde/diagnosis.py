@@ -9,7 +9,6 @@ __all__ = ['top_eigenvectors', 'largest_eigenvalue', 'Diagnosis', 'diagnose', 'd
 import copy, inspect, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Callable
 
 import numpy as np
@@ -22,18 +21,19 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from tqdm.auto import tqdm
 
 from . import optim
-from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, an_objective, overrides, pair
+from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, an_objective, pair
 from .epochs import epoch_terms
-from .machinery.style import colours
 from .implicit_regularizer import drift, mean_moments
-from .moments import (
-    chunks, expectation, gamma_support, hessian_perturbation, with_source)
-from samsde.machinery.checks import (
-    broadcast_paths, check_finite, check_floating, check_int, check_positive, check_scalar,
-    check_share)
+from .machinery.checks import (
+    check_finite, check_floating, check_int, check_positive, check_scalar, check_share)
+from .machinery.long_vectors import (
+    BASIS, Sums, is_long, lanczos, norm, ratio_free_of_noise, sketch_of)
 from .machinery.network import trainable
-from .machinery.paths import gradient
+from .machinery.style import colours
+from .moments import chunks
 from .objective import FiniteSum, Minibatches, MinibatchLoss, Objective
+from .one_step import (
+    Drawn, KnownGradient, drawn, drawn_gammas, is_fused, is_plain, moments_of_step, step_parts)
 from .sde import SDE
 
 # %% ../nbs/08b_diagnosis.ipynb #f41251e1
@@ -107,252 +107,6 @@ def largest_eigenvalue(hvp:Callable, # x, v, (..., d) each -> (..., d), such as 
          + (off.mT if isinstance(off, Tensor) else 0))
     return torch.linalg.eigvalsh(T)[..., -1]
 
-# %% ../nbs/08b_diagnosis.ipynb #68513415
-class KnownGradient(Objective):
-    "An objective of which ∇f_γ and ∇f are known at a point, for an algorithm to perturb by"
-    def __init__(self, objective:Objective, x:Tensor, gamma:Tensor, g:Tensor, # (k, d) each
-                 grad:Tensor): # (d,)
-        self.dim, self.dtype, self.law = objective.dim, objective.dtype, objective.law
-        self.objective, self.x, self.gamma = objective, x, gamma
-        self.g, self.mean = g, grad
-    def sample_grad(self, x, gamma):
-        if x is self.x and gamma is self.gamma: return self.g
-        return self.objective.sample_grad(x, gamma)
-    def grad(self, x):
-        return self.mean.expand_as(x) if x is self.x else self.objective.grad(x)
-    def loss(self, x): return self.objective.loss(x)
-    def hvp(self, x, v): return self.objective.hvp(x, v)
-    def sample_loss(self, x, gamma): return self.objective.sample_loss(x, gamma)
-    def sample_hvp(self, x, gamma, v): return self.objective.sample_hvp(x, gamma, v)
-
-# %% ../nbs/08b_diagnosis.ipynb #b463a7ed
-def is_plain(algorithm:Algorithm) -> bool:
-    "Is G = ∇f_γ(x + ρu), with u from the same batch?"
-    own = (algorithm.source, algorithm.micro_batch) == ("own", None)
-    return own and not overrides(algorithm, "direction")
-
-def is_fused(algorithm:Algorithm, objective:Objective) -> bool:
-    "Can one graph give ∇f_γ and H_γ u, one γ after another?"
-    return isinstance(objective, MinibatchLoss) and is_plain(algorithm)
-
-def with_product(objective:Objective, x:Tensor, gammas:Tensor, # (k, d) and (k, b)
-                 direction:Callable # g -> u, (k, d)
-                ) -> tuple[Tensor, Tensor, Tensor]:
-    "g, u and H u of each γ, from one graph where there is one"
-    if isinstance(objective, MinibatchLoss) and len(gammas) == 1:
-        found = objective.along(x[0], gammas[0], lambda g: direction(g[None])[0])
-        return tuple(t[None] for t in found)
-    kind = type(objective)
-    by_torch = (FiniteSum.sample_grad, FiniteSum.sample_hvp)
-    if (getattr(kind, "sample_grad", None), getattr(kind, "sample_hvp", None)) != by_torch:
-        g = objective.sample_grad(x, gammas)
-        u = direction(g)
-        return g, u, objective.sample_hvp(x, gammas, u)
-    seen = []
-    def along(z):
-        g = objective.sample_grad(z, gammas)
-        seen[:] = g.detach(), direction(g.detach()).detach()
-        return (g * seen[1]).sum(-1)
-    Hu = gradient(along, x)
-    return *seen, Hu
-
-# %% ../nbs/08b_diagnosis.ipynb #3742a98d
-def drawn_gammas(algorithm:Algorithm, objective:Objective, n:int, generator, x:Tensor) -> Tensor:
-    "The γ of n steps; with those of the steps before behind them, where these perturb"
-    late = algorithm.source == "previous"
-    drawer = with_source(algorithm, "independent") if late else algorithm
-    return drawer.draw(objective, (n,), generator, dtype=x.dtype, device=x.device)
-
-def mean_perturbation(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int
-                     ) -> Tensor: # (d,)
-    "E u of one batch, or micro-batch"
-    if isinstance(objective, FiniteSum) and algorithm.micro_batch:
-        objective = objective.with_batch(algorithm.micro_batch)
-    support = gamma_support(objective, x, draws, 0)
-    def u(gamma): return perturbations(algorithm, objective, broadcast_paths(x, gamma=gamma), gamma)
-    return expectation(u, support, x, objective.chunk)[0]
-
-# %% ../nbs/08b_diagnosis.ipynb #fe06ba99
-def late_parts(algorithm:Algorithm, objective:Objective, x:Tensor,
-               pairs:Tensor, # of γ and the one before it, (k, 2b)
-               mean:Tensor # E u, (d,)
-              ) -> tuple: # of (k, d)
-    "What `step_parts` gives, where the perturbation is that of the batch before"
-    other, own = with_source(algorithm, "independent"), with_source(algorithm, "own")
-    gammas, before = pairs.chunk(2, -1)
-    points, rho = x.expand(len(pairs), -1), algorithm.rho
-    def next_mean(gamma): # E of the next step's gradient
-        def of_cut(part):
-            return objective.grad(points + rho * own.perturbation(objective, points, part))
-        return own.mean_over_cuts(of_cut, objective.law, gamma)
-    g, u = objective.sample_grad(points, gammas), perturbations(own, objective, points, gammas)
-    curved = objective.hvp(points, u - mean) + objective.sample_hvp(points, gammas, mean.expand_as(u))
-    G = other.direction(objective, points, pairs) + next_mean(gammas) - next_mean(before)
-    return g, u, g + rho * curved, G
-
-# %% ../nbs/08b_diagnosis.ipynb #ee41a14a
-def perturbations(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor) -> Tensor:
-    "u of each γ, (k, d); the mean over its micro-batches"
-    def of_cut(part): return algorithm.ascent(objective, x, part)
-    return algorithm.mean_over_cuts(of_cut, objective.law, gammas)
-
-def step_parts(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor,
-               grad:Tensor, mean_u:Tensor|None=None # (d,) each; E u for the previous batch
-              ) -> tuple: # of (k, d)
-    "g, u, c = g + ρHu and G of each γ"
-    rho = algorithm.rho
-    if algorithm.source == "previous":
-        return late_parts(algorithm, objective, x, gammas, mean_u)
-    if algorithm.unperturbed and not overrides(algorithm, "direction"):
-        g = objective.sample_grad(x, algorithm.of_gradient(gammas))
-        return g, torch.zeros_like(g), g, g
-    if is_plain(algorithm):
-        points = x.expand(len(gammas), -1)
-        def direction(g):
-            known = KnownGradient(objective, points, gammas, g, grad)
-            return algorithm.perturbation(known, points, gammas)
-        g, u, Hu = with_product(objective, points, gammas, direction)
-        G = objective.sample_grad(points + rho * u, gammas)
-        return g, u, Hu.mul_(rho).add_(g), G
-    g = objective.sample_grad(x, algorithm.of_gradient(gammas))
-    c = g + rho * hessian_perturbation(algorithm, objective, x, gammas)
-    u = perturbations(algorithm, objective, x, gammas).expand_as(g)
-    return g, u, c, algorithm.direction(objective, x, gammas)
-
-# %% ../nbs/08b_diagnosis.ipynb #619d4c2e
-LARGE = 10**6 # numbers in a vector, from which on sums are in its own dtype
-
-class Sums:
-    "Mean and total variance of vectors that come one by one, as differences to the first"
-    def __init__(self): self.n, self.first, self.total, self.square = 0, None, 0, 0.
-    def add(self, values:Tensor, room:Tensor|None=None): # (k, d) each
-        if self.first is None:
-            dtype = values.dtype if values.shape[-1] >= LARGE else torch.float64
-            self.first = values[0].to(dtype, copy=True)
-            self.total = torch.zeros_like(self.first)
-        self.n = self.n + len(values)
-        fits = room is not None and (room.shape, room.dtype) == (values.shape, self.first.dtype)
-        gaps = torch.sub(values, self.first, out=room if fits else None)
-        self.total += gaps.sum(0) if len(gaps) > 1 else gaps[0]
-        self.square += torch.linalg.vector_norm(gaps).item()**2
-    @property
-    def mean(self) -> Tensor: return self.first + self.total / self.n
-    @property
-    def power(self) -> float:
-        "The trace of the covariance; of equal values exactly 0"
-        squares = self.square - torch.linalg.vector_norm(self.total).item()**2 / self.n
-        return max(0., squares) / (self.n - 1)
-
-# %% ../nbs/08b_diagnosis.ipynb #1acc455c
-@dataclass
-class Drawn:
-    "What one step is made of, for drawn γ"
-    gammas: Tensor
-    projections: dict # name -> (draws, m): g, c and G along the directions
-    sums: dict # name -> Sums: of g, c, G − c, and c − g
-    c: float # c, in E u = c ḡ along ḡ
-    c_error: float
-    kept: list # G of the first γ, (1, d), or their sketches, as many as there is room for
-    regulariser: Tensor|None=None # the mean of c − g, (d,), where the sums are of sketches
-
-    @cached_property
-    def mean_regulariser(self) -> Tensor:
-        "ρ E[Hu], (d,)"
-        return self.sums["regulariser"].mean if self.regulariser is None else self.regulariser
-    @property
-    def regulariser_sem(self) -> float:
-        "The standard error of its norm"
-        return (self.sums["regulariser"].power / len(self.gammas))**.5
-
-# %% ../nbs/08b_diagnosis.ipynb #a18c7973
-BUCKETS = 2**18 - 5 # a prime, so that no layer's rows fall together
-ROOM = 2**24 # numbers in all G that are kept
-
-class Sketch:
-    "A linear map of long vectors to `buckets` numbers, with norms to √(2/buckets) of their squares"
-    def __init__(self, like:Tensor, # (d,), of the dtype and device of what it will map
-                 buckets:int=BUCKETS):
-        generator = torch.Generator().manual_seed(0)
-        signs = 2 * torch.randint(2, (2 * buckets,), generator=generator) - 1
-        self.buckets, self.signs = buckets, signs.to(like)
-        rows = -(-len(like) // buckets)
-        self.starts = torch.randint(buckets, (rows,), generator=generator).tolist()
-    def __call__(self, v:Tensor) -> Tensor: # (k, d) -> (k, buckets)
-        out = v.new_zeros(len(v), self.buckets)
-        for start, part in zip(self.starts, v.split(self.buckets, -1)):
-            width = part.shape[-1]
-            out[:, :width].addcmul_(part, self.signs[start:start + width])
-        return out
-
-def sketch_of(x:Tensor) -> Callable|None:
-    "That of vectors like `x`, if they are long"
-    return Sketch(x) if len(x) >= LARGE else None
-
-# %% ../nbs/08b_diagnosis.ipynb #2cf1ae63
-def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,)
-          V:Tensor, # (m, d)
-          draws:int, seed:int, bar=iter,
-          done:Callable=lambda n: False, # is it time to end, after n draws?
-          sketch:Callable|None=None # (k, d) -> (k, m), of which sums are taken
-         ) -> Drawn:
-    generator = torch.Generator(x.device).manual_seed(seed)
-    gammas = drawn_gammas(algorithm, objective, draws, generator, x)
-    mean_u = None
-    if algorithm.source == "previous":
-        mean_u = mean_perturbation(with_source(algorithm, "own"), objective, x, draws)
-    projections = {n: [] for n in ("g", "c", "G")}
-    sums = {n: Sums() for n in ("g", "c", "gap", "regulariser")}
-    alignments, kept, room = [], [], None
-    regulariser = torch.zeros_like(x) if sketch else None
-    size = BUCKETS if sketch else len(x)
-    keep = ROOM // size if is_fused(algorithm, objective) else 0
-    for s in bar(chunks(gammas, x, chunk=getattr(objective, "chunk", None))):
-        g, u, c, G = step_parts(algorithm, objective, x, gammas[s], grad, mean_u)
-        for name, value in {"g": g, "c": c, "G": G}.items(): projections[name].append(value @ V.T)
-        alignments.append(u @ grad)
-        del u
-        if sketch:
-            regulariser.add_(c.sum(0)).sub_(g.sum(0))
-            g, c, G = sketch(g), sketch(c), sketch(G)
-        elif len(x) >= LARGE and room is None: room = torch.empty_like(g)
-        for name, value in {"g": g, "c": c}.items(): sums[name].add(value, room)
-        sums["gap"].add(G - c, room)
-        sums["regulariser"].add(c - g, room)
-        if len(kept) < keep: kept.append(G)
-        if done(sums["g"].n): break
-    projections = {name: torch.cat(parts).double() for name, parts in projections.items()}
-    alignments = torch.cat(alignments).double() / norm(grad)**2
-    n = sums["g"].n
-    if sketch: regulariser.div_(n)
-    return Drawn(gammas[:n], projections, sums, alignments.mean().item(),
-                 (alignments.var() / n).sqrt().item(), kept, regulariser)
-
-# %% ../nbs/08b_diagnosis.ipynb #cbcd5d9c
-def moments(eta:float, b:Tensor, # (m,), the drift along the directions
-            projections:dict) -> dict: # columns, (m,) each
-    """Mean and variance of a step x⁺ − x along directions:
-    of the SDE, and of the algorithm with the standard errors of the difference"""
-    c = projections["c"]
-    G = projections["G"]
-    n = len(c)
-    root = n**.5
-    def squared_deviations(p): return (p - p.mean(0)).square() * n / (n - 1)
-    gap, wider = c - G, squared_deviations(G) - squared_deviations(c)
-    mean = {"mean, SDE": eta * b, "mean, sampled": eta * (b + gap.mean(0)),
-            "se of mean": eta * gap.std(0) / root}
-    variance = {"variance, SGD": squared_deviations(projections["g"]).mean(0),
-                "variance, SDE": squared_deviations(c).mean(0),
-                "variance, sampled": squared_deviations(G).mean(0),
-                # of fewer than 4 draws the spreads are alike by construction
-                "se of variance": wider.std(0) / root if n > 3 else wider[0] + torch.inf}
-    return mean | {name: eta**2 * value for name, value in variance.items()}
-
-def c_of(algorithm:Algorithm, step:Drawn, size:float) -> tuple[float, float]:
-    "c in E u = c ḡ and its standard error: where it is known, as it is; else from the drawn γ"
-    if not algorithm.has_metric and algorithm.definer in (SGD, USAM): return 1., 0.
-    if not algorithm.has_metric and algorithm.definer is DNSAM: return 1 / size, 0.
-    return step.c, step.c_error
-
 # %% ../nbs/08b_diagnosis.ipynb #c0cc8019
 @dataclass
 class Diagnosis:
@@ -407,14 +161,14 @@ class Diagnosis:
         ax.legend(fontsize=8)
         return ax
 
+# %% ../nbs/08b_diagnosis.ipynb #49326aa3
+def c_of(algorithm:Algorithm, step:Drawn, size:float) -> tuple[float, float]:
+    "c in E u = c ḡ and its standard error: where it is known, as it is; else from the drawn γ"
+    if not algorithm.has_metric and algorithm.definer in (SGD, USAM): return 1., 0.
+    if not algorithm.has_metric and algorithm.definer is DNSAM: return 1 / size, 0.
+    return step.c, step.c_error
+
 # %% ../nbs/08b_diagnosis.ipynb #5dfc7e26
-def norm(t:Tensor) -> float: return torch.linalg.vector_norm(t).item()
-
-def ratio_free_of_noise(sums:Sums, size:float) -> tuple[float, float]:
-    "‖mean‖/size less what noise alone would give, and that"
-    noise = sums.power / sums.n
-    return max(0., norm(sums.mean)**2 - noise)**.5 / size, noise**.5 / size
-
 def change_in_a_step(algorithm, objective, x:Tensor, eta:float, here:Tensor, step:Drawn,
                      decay, bar=iter, done:Callable=lambda n: False,
                      sketch:Callable|None=None) -> Sums:
@@ -443,8 +197,8 @@ def along_directions(V:Tensor, curvature:Tensor, names:list, eta:float, here:Ten
                      step:Drawn) -> pd.DataFrame:
     "Curvature, noise and the moments of a step along each direction"
     power = step.sums["c"].power
-    along = V @ here if len(here) >= LARGE else V.double() @ here.double()
-    found = moments(eta, along.double(), step.projections)
+    along = V @ here if is_long(here) else V.double() @ here.double()
+    found = moments_of_step(eta, along.double(), step.projections)
     table = {"curvature": curvature} | found
     none = torch.zeros(len(V))
     table["share of noise"] = table["variance, SDE"] / (eta**2 * power) if power else none
@@ -794,68 +548,6 @@ def read_optimizer(model:nn.Module, optimizer, rho=None) -> tuple[Algorithm, dic
     found = {"algorithm": type(algorithm).__name__, "ρ": rho, **settings}
     return algorithm, found | {"weight decay": decay.max().item()}, decay
 
-# %% ../nbs/08b_diagnosis.ipynb #ce44f8df
-def ritz(T:Tensor, left:float, top:int) -> tuple: # (k,), (n, k) and (k,)
-    "The largest eigenvalues of Lanczos' matrix, its eigenvectors, and what they may be off by"
-    values, S = torch.linalg.eigh(T)
-    values, S = values.flip(0)[:top], S.flip(1)[:, :top]
-    return values, S, left * S[-1].abs()
-
-def rotate(Q:list, S:Tensor): # n vectors (d,), which change, and (n, k)
-    "Let the first k vectors be SᵀQ, in place, a piece at a time, and drop the others"
-    S = S.to(Q[0])
-    for start in range(0, len(Q[0]), LARGE):
-        parts = [q[start:start + LARGE] for q in Q]
-        for part, new in zip(parts, S.T @ torch.stack(parts)): part.copy_(new)
-    del Q[S.shape[1]:]
-
-# %% ../nbs/08b_diagnosis.ipynb #e935e5a6
-BASIS = 6 # long vectors that Lanczos' method keeps
-
-def orthogonalise(w:Tensor, Q:list) -> tuple[list, float]: # (d,), which changes
-    "Take off w what is along Q; gives that, and the norm of the rest"
-    along, left = [0.] * len(Q), norm(w)
-    for _ in range(3): # where much of w is taken off, what is left is not orthogonal yet
-        before = left
-        for i, q in enumerate(Q):
-            part = (q @ w).item()
-            along[i] += part
-            w.sub_(q, alpha=part)
-        left = norm(w)
-        if left > .7 * before: break
-    return along, left
-
-# %% ../nbs/08b_diagnosis.ipynb #2235ed94
-def lanczos(product, start:Tensor, # (d,) -> (d,), and (d,)
-            steps:int, top:int,
-            share:float=0., # of the largest value that the errors may be; then it ends
-            done:Callable=lambda n: False, # is it time to end, after n steps?
-            basis:int|None=None # vectors at a time, more than `top`; as many as steps if None
-           ) -> tuple[Tensor, Tensor, Tensor]: # (k,), (k, d), and errors (k,)
-    """The largest eigenvalues and vectors, each with a bound on its distance to an eigenvalue, by
-    Lanczos' method with full orthogonalisation. Where the basis is full it goes on from the best
-    half of it (thick restart; Wu and Simon, 2000)."""
-    last = min(steps, len(start))
-    size = min(last, basis or last)
-    T = torch.zeros(size, size, dtype=torch.float64)
-    Q = [start / norm(start)]
-    del start # it is long
-    for k in range(1, last + 1):
-        w, n = product(Q[-1]), len(Q)
-        scale = norm(w)
-        along, left = orthogonalise(w, Q)
-        T[n - 1, :n] = T[:n, n - 1] = torch.tensor(along, dtype=torch.float64)
-        values, S, errors = ritz(T[:n, :n], left, top)
-        found = k >= top and errors.max() <= share * values.abs().max()
-        if found or done(k) or left <= 1e-6 * scale or k == last: break
-        if n == size:
-            kept, vectors, _ = ritz(T, left, max(top, size // 2))
-            rotate(Q, vectors)
-            T[:len(Q), :len(Q)] = torch.diag(kept)
-        Q.append(w.div_(left))
-    rotate(Q, S)
-    return values.to(Q[0]), torch.stack(Q), errors
-
 # %% ../nbs/08b_diagnosis.ipynb #947b20a7
 LEAST = 4 # Lanczos steps, and drawn minibatches; 2 where the budget leaves no time for them
 PRODUCT = 4 # gradients that a Hessian-vector product takes; where it takes more, time ends a loop
@@ -1024,7 +716,7 @@ def top_of_run(objective:MinibatchLoss, x:Tensor, grad:Tensor, how:dict, top:int
     def done(n):
         bar.update(how["curved"])
         return n >= clock.least and clock.spent > ends
-    basis = max(BASIS, top + 2) if len(x) >= LARGE else None
+    basis = max(BASIS, top + 2) if is_long(x) else None
     with products_at(objective, x, how["curved"]) as product:
         return lanczos(product, first_vector(grad), how["steps"], top, SHARE, done, basis)
 

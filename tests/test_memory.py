@@ -12,6 +12,7 @@ from samsde import diagnosis, optim
 from samsde.algorithm import SAM, Chain
 from samsde.ensemble import simulate
 from samsde.implicit_regularizer import drift
+from samsde.machinery import long_vectors
 from samsde.objective import FiniteSum, Quadratic
 
 pytestmark = pytest.mark.skipif(
@@ -136,7 +137,7 @@ def times_of_training(whole):
         optimizer.step(closure)
     training = peak() - before
     if whole:
-        diagnosis.LARGE = 10**9  # all vectors at their length, in double precision
+        long_vectors.LARGE = 10**9  # all vectors at their length, in double precision
     look(net, optimizer, (X, y), 64)
     return (peak() - before) / training
 
