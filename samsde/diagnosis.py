@@ -32,7 +32,7 @@ from .machinery.network import trainable
 from .machinery.style import colours
 from .moments import chunks
 from .objective import FiniteSum, Minibatches, MinibatchLoss, Objective
-from .one_step import (
+from .drawn_steps import (
     Drawn, KnownGradient, drawn, drawn_gammas, is_fused, is_plain, moments_of_step, step_parts)
 from .sde import SDE
 

@@ -178,7 +178,7 @@ class SDE(Model):
         s = (per_path(self.rate, x) * dt)**.5
         after = mean.euler(x, dt, s, xi, per_path(self.algorithm.rho, x))
         return after - dt * self.decay * x if self.decay else after
-    def one_step(self, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
+    def euler_replayed(self, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
         "`euler` with γ drawn before, from a record if there is one"
         mean, noise = self.moments(x, seed)
         drawn = noise.drawn if mean is noise else None
@@ -199,7 +199,7 @@ class SDE(Model):
             raise ValueError(f"dt must be at most eta={self.rate}, got {dt}")
         x = self.over_sweep(x)
         x = broadcast_paths(x, xi=check_points("xi", xi, self.noise_dim, x.dtype))
-        return self.one_step(x, xi, dt, self.seed or 0)
+        return self.euler_replayed(x, xi, dt, self.seed or 0)
     def advance(self, state:Tensor, draw, steps:list) -> Tensor:
         "The time of one step of the algorithm, in steps of these lengths; `draw` gives fresh noise"
         x, *rest = self.split(state) if self.memory else [state]
@@ -212,7 +212,7 @@ class SDE(Model):
             if seed is None: seed = torch.Generator(x.device).manual_seed(seed_of(xi))
             if self.kinetic: x, known["v"] = kinetic_step(self, x, known["v"], xi, h, seed, t)
             elif self.is_scheduled: x = scheduled_step(self, x, xi, h, seed, t)
-            else: x = self.one_step(x, xi, h, seed)
+            else: x = self.euler_replayed(x, xi, h, seed)
             t += h / sum(steps)
         if "k" in known: known["k"] = known["k"] + 1
         return joined([x, *known.values()])

@@ -26,13 +26,13 @@ from samsde.diagnosis import (
     read_optimizer,
     top_eigenvectors,
 )
+from samsde.drawn_steps import drawn, step_parts
 from samsde.implicit_regularizer import drift
 from samsde.epochs import epoch_noise
 from samsde.experiments.examples import plane, three
 from samsde.machinery.long_vectors import Sketch, lanczos
 from samsde.moments import hessian_perturbation
 from samsde.objective import FiniteSum, MinibatchLoss, NoisyLoss
-from samsde.one_step import drawn, step_parts
 from samsde.sde import SDE
 from samsde.stability import stability_number
 
