@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .algorithm import Algorithm, Chain, Model, joined
 from .hessian_noise import (
-    NoNoise, noise_covariance, noise_dim, noise_moments, noise_sample, nowhere)
+    NoNoise, noise_covariance, noise_moments, noise_sample, nowhere)
 from .implicit_regularizer import check_expansion, drift, mean_moments
 from .machinery.checks import broadcast_paths, check_int, check_points, per_path
+from .machinery.record import has_record
 from .moments import (
     StepMoments, expectation, gamma_support, with_law, with_source)
 from .objective import Objective
@@ -121,7 +122,8 @@ class SDE(Model):
         return (1 - self.momentum) / self.eta**.5
     @property
     def noise_dim(self) -> int:
-        return noise_dim(self.objective, self.algorithm, self.noise, self.draws)
+        here = nowhere(self.objective)
+        return noise_moments(self.algorithm, self.objective, here, self.noise, draws=self.draws).size
     def moments(self, x:Tensor, seed=None) -> tuple[StepMoments, StepMoments]:
         """The moments whose mean is the drift, and those whose columns are the noise.
         One object where they are the same."""
@@ -180,15 +182,16 @@ class SDE(Model):
         return after - dt * self.decay * x if self.decay else after
     def euler_replayed(self, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
         "`euler` with γ drawn before, from a record if there is one"
-        mean, noise = self.moments(x, seed)
-        drawn = noise.drawn if mean is noise else None
         if self.is_late: return self.euler(x, xi, dt, seed) # pairs of γ are drawn within
-        def step(x, xi, *gammas):
-            return self.euler(x, xi, dt, drawn._replace(gammas=gammas[0]) if gammas else seed)
-        gammas = [drawn.gammas] if drawn else []
-        if max(mean.passes, noise.passes) > 1:
-            return step(x, xi, *gammas) # a record would be as long
-        return self.taken(("sde", dt), step, x, xi, *gammas)
+        name = "sde", dt
+        def without(x, xi): return self.euler(x, xi, dt, seed)
+        if has_record(self, name, x, xi): return self.taken(name, without, x, xi)
+        mean, noise = self.moments(x, seed)
+        if max(mean.passes, noise.passes) > 1: return without(x, xi) # a record would be as long
+        drawn = noise.drawn if mean is noise else None
+        if drawn is None: return self.taken(name, without, x, xi)
+        def step(x, xi, gammas): return self.euler(x, xi, dt, drawn._replace(gammas=gammas))
+        return self.taken(name, step, x, xi, drawn.gammas)
     def step(self, x:Tensor, xi:Tensor, dt:float) -> Tensor:
         "Euler–Maruyama, x + dt b(x) + √dt · diffusion(x, ξ), without a schedule"
         if self.kinetic:

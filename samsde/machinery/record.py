@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'FIXED', 'here', 'version', 'Unreadable', 'Reading', 'readings', 'unchanged', 'RecordError', 'Entry', 'modes',
-           'Recorder', 'outside', 'recording', 'replay']
+           'Recorder', 'outside', 'recording', 'has_record', 'replay']
 
 # %% ../../nbs/machinery/record.ipynb #73a838d6
 import functools, math, threading, types, warnings
@@ -228,14 +228,20 @@ class Recorder:
     @property
     def records(self) -> dict: return {key: e.record for key, e in self.entries.items() if e.record}
 
+    def key(self, owner, name, tensors:tuple) -> tuple:
+        shapes = ((t.shape, t.dtype, t.device) for t in tensors)
+        return id(owner), name, modes(tensors[0].device.type), *shapes
+    def has(self, owner, name, *tensors:Tensor) -> bool:
+        "Is there a record of this function, for tensors like these?"
+        entry = self.entries.get(self.key(owner, name, tensors))
+        return entry is not None and entry.record is not None
     def __call__(self, owner, name, fn:Callable, *tensors:Tensor,
                  reads:Callable=tuple # () -> objects that the function may read
                 ) -> Tensor:
         "fn(*tensors), where `owner` and `name` say which function it is"
         half = tensors[0].dtype.itemsize < 4
         if half or outside(tensors): return fn(*tensors)
-        shapes = ((t.shape, t.dtype, t.device) for t in tensors)
-        key = (id(owner), name, modes(tensors[0].device.type), *shapes)
+        key = self.key(owner, name, tensors)
         entry = self.entries.get(key)
         if entry is None:
             entry = self.entries.setdefault(key, Entry(owner)) # so an id stays its owner's
@@ -288,6 +294,11 @@ def recording(recorder:Recorder|None):
     here.recorder = recorder
     try: yield
     finally: here.recorder = before
+
+def has_record(owner, name, *tensors:Tensor) -> bool:
+    "Would `replay` of this function go by a record?"
+    recorder = getattr(here, "recorder", None)
+    return recorder is not None and recorder.has(owner, name, *tensors)
 
 def replay(owner, name, fn:Callable, *tensors:Tensor, reads:Callable=tuple) -> Tensor:
     "fn(*tensors), from a record if there is a recorder here and it is called often"
