@@ -28,8 +28,8 @@ reproduce: $(RUN) ## the main job: how well each SDE tracks its algorithm (ARGS=
 test: $(DEV) ## run every notebook and tests/ on all cores (ARGS="--slow" for the slow cells too)
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-frameworks: $(FRAMEWORKS) ## run the recipes of "SAM in your framework" with the real packages
-	.venv-frameworks/bin/python -m pytest tests/test_frameworks.py $(ARGS)
+frameworks: $(FRAMEWORKS) ## run the recipes of "SAM in your framework", and real networks, with the real packages
+	.venv-frameworks/bin/python -m pytest tests/test_frameworks.py tests/test_real_networks.py $(ARGS)
 
 bench: $(DEV) $(BENCH) ## measure against peers, into benchmarks/ (ARGS="--quick" for a trial)
 	$(BIN)/python -c "import sys; from samsde.experiments.bench import main; sys.exit(main())" --jax .venv-bench/bin/python $(ARGS)
@@ -98,10 +98,14 @@ $(BENCH): benchmarks/requirements.txt | $(VENV)
 	@.venv-bench/bin/python -m pip install --disable-pip-version-check -q -r $<
 	@touch $@
 
-# the frameworks, in an environment of their own; a torchvision that does not fit this torch would break those that import it
+# The frameworks, in an environment of their own. The operators of a torchvision that was built for another torch are missing;
+# no test calls them, so they are declared, and its Python code can be imported.
+SCHEMA := (Tensor a, Tensor b, float c) -> Tensor
+OPERATORS := import torch; from torch.library import define; $(foreach name,nms qnms,define("torchvision::$(name)", "$(SCHEMA)");)
 $(FRAMEWORKS): settings.ini constraints.txt | $(VENV)
 	@echo "installing the frameworks into .venv-frameworks"
 	@$(BIN)/python -m venv --clear .venv-frameworks
 	@.venv-frameworks/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[frameworks]'
-	@.venv-frameworks/bin/python -c "import torchvision" 2>/dev/null || .venv-frameworks/bin/python -m pip uninstall -q -y torchvision
+	@.venv-frameworks/bin/python -c "import torchvision" 2>/dev/null || \
+	  echo '$(OPERATORS)' >$$(echo .venv-frameworks/lib/python*/site-packages)/sitecustomize.py
 	@touch $@
