@@ -165,7 +165,7 @@ def name_axes(axes, used:list, label:str, legends:int):
     if len(used) < axes.size:
         axes.flat[-1].legend(*used[0].get_legend_handles_labels(), loc="center", fontsize="medium")
     else:
-        for ax in used[:legends]: ax.legend(fontsize=8)
+        for ax in used[:legends]: ax.legend()
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #f98fcaba
 def grid(problems:int, algorithms:int): # axes
@@ -194,6 +194,7 @@ def draw_errors(ax, part:pd.DataFrame, algorithm:str):
     linear = part.rho[part.rho > 0].min()
     if linear > 0: ax.set_xscale("symlog", linthresh=linear, linscale=.5)
     ax.set(xlim=(-linear / 4 if linear > 0 else None, None), yscale="log")
+    ax.yaxis.set_minor_formatter("") # no 2, 3, 4 ... between the powers of ten
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #5ff948f7
 def plot(table:pd.DataFrame, # from error_vs_rho(...)
