@@ -162,7 +162,7 @@ def vectors(page, pages):
 def junk(page, pages):
     "Progress bars, warnings and addresses in memory among the outputs."
     outputs = "".join(re.findall(r'(?s)<div class="cell-output.*?</div>', page.html))
-    yield from re.findall(r".*(?:\d%\||it/s|s/it|s left|Warning\b| object at 0x).*", outputs)
+    yield from re.findall(r".*(?:\d%\||it/s|s/it|\d s left|Warning\b| object at 0x).*", outputs)
 
 
 FILES = {
@@ -309,7 +309,7 @@ LOOK = r"""(() => {
     bad: [...all(".katex-error"), ...all(".katex [style]").filter(red)].map((e) => e.title || e.textContent),
     broken: all("img").filter((e) => !e.naturalWidth && !e.closest("[hidden]")).map((e) => e.getAttribute("src").slice(0, 80)),
     small: all("main img").filter((e) => e.getBoundingClientRect().width < .57 * e.naturalWidth).map((e) => e.getAttribute("src").slice(0, 80)), // 10 points in the figure are then under 8 pixels
-    cramped: all("main td").filter((e) => e.textContent.length > 40 && e.clientHeight > 1.5 * e.clientWidth).map((e) => e.textContent.slice(0, 50)),
+    cramped: all("main td").filter((e) => e.textContent.length > 40 && e.clientWidth < width / 2 && e.clientHeight > 1.5 * e.clientWidth).map((e) => e.textContent.slice(0, 50)),
     page: document.scrollingElement.scrollWidth,
     wide: all("main *, body > *").filter((e) => e.getBoundingClientRect().right > width + 1 && e.getBoundingClientRect().width > 1)
       .filter((e) => !e.closest(".katex-mathml, .katex svg") && !boxed(e.parentElement))
