@@ -92,7 +92,7 @@ def show_claims(proc, cfg):
     each_cell(proc.rglob("*.ipynb"), change)
 
 
-CHECK = re.compile(r"^\s*(?:assert\b|with pytest\.raises|torch\.testing\.assert_)", re.M)
+CHECK = re.compile(r"^\s*(?:assert\b|with (?:pytest\.)?raises|torch\.testing\.assert_)", re.M)
 
 
 def fold_checks(proc):
@@ -313,7 +313,7 @@ def name_parts(html):
     return re.sub(r"(?s)<(thead|tbody)>.*?</\1>", scoped, html)
 
 
-STACKED = "parameter method name claim task framework symbol".split() + ["it holds that", "you want"]  # the first heads of tables of sentences
+STACKED = "parameter method name claim task framework symbol instrument argument setting how".split() + ["it holds that", "you want", "you have"]  # the first heads of tables of sentences
 UNSAID = {"type", "meaning", "what it does", "what it is"}
 
 
@@ -335,6 +335,11 @@ def stack_tables(html):
         return re.sub(r"<table[^>]*>", f'<table class="caption-top table stacked {heads[0].split()[0]}s">', rows, count=1)
 
     return re.sub(r"(?s)<table\b.*?</table>", table, html)
+
+
+def keep_signs(html):
+    "A comma, a full stop or a bracket stays on the line of the formula beside it."
+    return re.sub(r'([(“]*)(<span class="math inline">[^<]*</span>)([,.;:?!)”’]*)', lambda m: f'<span class="keep">{m[0]}</span>' if m[1] or m[3] else m[0], html)
 
 
 def finish(site, cfg):
@@ -364,8 +369,8 @@ def finish(site, cfg):
         html = re.sub(rf'<a [^>]*href="{re.escape(cfg.git_url)}(/([\w.]+)")?[^>]*>.*?</a>', lambda m: source(m) if m[2] else "", html)
         html = re.sub(r'(<div class="sidebar-title[^>]*><a href=")[./]*"', rf'\1{up}index.html"', html)  # a folder is no page on a disk
         html = re.sub(rf'(?s)<a href="{re.escape(docs)}([^"#]*)#?([^"]*)"[^>]*>(.*?)</a>', local, html)
-        html = re.sub(r"(?s)<td.*?</td>", lambda m: re.sub(r"<code>[^<]*", lambda code: re.sub(r"([_.])(?=\w)", r"\1<wbr>", code[0]), m[0]), html)  # a phone breaks long names there
-        html = write_pictures(site, name, stack_tables(name_parts(html)))
+        html = re.sub(r"(?s)<td.*?</td>", lambda m: re.sub(r"<code>[^<]*", lambda code: re.sub(r"(_|(?<!\d)\.)(?=\w)", r"\1<wbr>", code[0]), m[0]), html)  # a phone breaks long names there
+        html = write_pictures(site, name, keep_signs(stack_tables(name_parts(html))))
         if katex: html = CDN.sub(f"{up}site_libs/katex", html)
         (site/name).write_text(html, encoding="utf-8")
     if not katex: print("without npm, the pages load KaTeX from its usual address")

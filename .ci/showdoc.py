@@ -19,9 +19,9 @@ def plain(text):
     return "".join(part if part[:1] == "`" else re.sub(r"([\\*_\[\]|$#~^])", r"\\\1", part).replace("<", "&lt;") for part in parts)
 
 
-def value(default):
+def value(default, annotation=empty):
     text = getattr(default, "__name__", None) or repr(default)
-    return "{}" if text == "<factory>" else text
+    return {dict: "{}", list: "[]"}.get(annotation, "…") if text == "<factory>" else text
 
 
 def kind(annotation):
@@ -35,7 +35,7 @@ def kind(annotation):
 def call(name, signature, types):
     "The signature in lines of at most 80 characters, with the types where no table tells them"
     bare = {} if types else dict(annotation=empty)
-    params = [p.replace(**bare, **({} if p.default is empty else dict(default=Shown(p.default))))
+    params = [p.replace(**bare, **({} if p.default is empty else dict(default=Shown(p.default, p.annotation))))
               for p in signature.parameters.values() if p.name not in OWN]
     kept = types and signature.return_annotation is not None  # a class returns no None
     text = str(signature.replace(parameters=params, **({} if kept else dict(return_annotation=empty))))
@@ -63,8 +63,8 @@ def home(sym):
 
 class Shown:
     "A default that prints as it was written"
-    def __init__(self, default): self.default = default
-    def __repr__(self): return value(self.default)
+    def __init__(self, default, annotation): self.default, self.annotation = default, annotation
+    def __repr__(self): return value(self.default, self.annotation)
 
 
 def table(head, rows): return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)])
@@ -89,7 +89,7 @@ class Renderer(ShowDocRenderer):
             else:
                 star = stars.get(p.get("kind"))
                 shown = f"`{star}{name}`" if star else f"**{plain(name)}**"
-                rows.append([shown, type_ + ("" if default is empty else f" = `{value(default)}`"), meaning])
+                rows.append([shown, type_ + ("" if default is empty else f" = `{value(default, p.get('anno'))}`"), meaning])
         return rows
 
     def bases(self):

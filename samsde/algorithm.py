@@ -71,7 +71,7 @@ class Algorithm:
         drawn = [objective.draw(shape, generator, dtype=dtype, device=device)
                  for _ in range(batches)]
         law = objective.law
-        if self.is_cut(law) and law.noiseless: # all samples, whose order decides on the micro-batches
+        if self.is_cut(law) and law.noiseless: # all samples: their order cuts them
             drawn = [shuffled(gamma, generator) for gamma in drawn]
         return joined(drawn)
     def is_cut(self, law) -> bool:

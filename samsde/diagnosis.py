@@ -152,13 +152,13 @@ class Diagnosis:
         error = (2 * t["se of variance"] / t["variance, SDE"]).replace(np.inf, np.nan)
         ax.errorbar(t.index, ratio, error, fmt="o", capsize=2, color=colours["SAM"],
                     label="algorithm")
-        if self.coarse: ax.set_title("; ".join(self.coarse), fontsize=6, wrap=True)
+        if self.coarse: ax.set_title("; ".join(self.coarse), fontsize="x-small", wrap=True)
         ax.plot(t.index, t["variance, SGD"] / t["variance, SDE"], "x", color=colours["SGD"],
                 label="SGD")
         ax.axhline(1, color="k", lw=1, label="SDE")
         ax.tick_params("x", rotation=60)
         ax.set(ylabel="variance of a step over the SDE's")
-        ax.legend(fontsize=8)
+        ax.legend()
         return ax
 
 # %% ../nbs/08b_diagnosis.ipynb #49326aa3

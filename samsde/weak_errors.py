@@ -272,7 +272,8 @@ def chain_operator(chain:Chain, # on a circle_problem or torus_problem
     grid = grid_of(chain, nodes, memory_nodes)
     gammas = every_gamma(chain)
     def after(states, gamma):
-        if "k" in chain.memory: states = torch.cat([states, states.new_full((len(states), 1), k)], -1)
+        if "k" in chain.memory:
+            states = torch.cat([states, states.new_full((len(states), 1), k)], -1)
         return chain.step(states, gamma)[:, :len(grid.axes)]
     def move(x):
         states = torch.cat([x, x.new_zeros(len(x), len(grid.axes) - x.shape[-1])], -1)

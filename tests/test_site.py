@@ -159,9 +159,15 @@ def vectors(page, pages):
     )
 
 
+def junk(page, pages):
+    "Progress bars, warnings and addresses in memory among the outputs."
+    outputs = "".join(re.findall(r'(?s)<div class="cell-output.*?</div>', page.html))
+    yield from re.findall(r".*(?:\d%\||it/s|s/it|\d s left|Warning\b| object at 0x).*", outputs)
+
+
 FILES = {
     check.__name__: check
-    for check in (markup, widgets, links, sources, words, alternatives, vectors)
+    for check in (markup, widgets, links, sources, words, alternatives, vectors, junk)
 }
 
 
@@ -274,29 +280,45 @@ class Browser:
             self.process.wait(20)
 
 
+# a sign at the beginning of a line that belongs to the formula at the end of the line before
+PARTED = r"""
+  const parted = all("main .katex").map((e) => {
+    const text = document.createTreeWalker(e.closest("p, li, td, blockquote") || e.parentElement, NodeFilter.SHOW_TEXT);
+    while (text.nextNode() && (e.contains(text.currentNode) || !(e.compareDocumentPosition(text.currentNode) & 4)));
+    if (e.contains(text.currentNode) || !/^[,.;:?!)”’]/.test(text.currentNode.data)) return "";
+    const sign = document.createRange(), formula = e.querySelector(".base:last-of-type");
+    sign.setStart(text.currentNode, 0), sign.setEnd(text.currentNode, 1);
+    return formula && sign.getBoundingClientRect().right <= formula.getBoundingClientRect().left ? e.closest("p, li, td, blockquote").textContent.slice(0, 60) : "";
+  }).filter((e) => e);
+"""
+
+
 LOOK = r"""(() => {
   const all = (selector) => [...document.querySelectorAll(selector)], width = innerWidth;
   const scrolls = (e) => /auto|scroll/.test(getComputedStyle(e).overflowX); // what is clipped is lost
   const boxed = (e) => e && e !== document.body && (scrolls(e) || boxed(e.parentElement));
   const red = (e) => /(#cc0000|rgb\(204, 0, 0\))/.test(e.getAttribute("style")); // what KaTeX does not know
   const named = (e) => (e.getAttribute("aria-label") || e.textContent || "").trim();
+  @PARTED
   return {
+    parted,
+    empty: all("main section").filter((e) => e.textContent.trim() === (e.querySelector("h2, h3, h4") || e).textContent.trim()).map((e) => e.textContent.trim().slice(0, 60)),
     nameless: [...all("nav").filter((e) => !e.getAttribute("aria-label")), ...all("button, a[href], input").filter((e) => !named(e) && !e.querySelector("img[alt], i"))].map((e) => e.outerHTML.slice(0, 120))
       .concat(all("button").filter((e) => !named(e)).map((e) => e.outerHTML.slice(0, 120)), all("th").filter((e) => !e.scope && e.textContent.trim()).map((e) => "no scope: " + e.textContent)),
     maths: all(".math").length, shown: all(".katex").length,
     bad: [...all(".katex-error"), ...all(".katex [style]").filter(red)].map((e) => e.title || e.textContent),
     broken: all("img").filter((e) => !e.naturalWidth && !e.closest("[hidden]")).map((e) => e.getAttribute("src").slice(0, 80)),
     small: all("main img").filter((e) => e.getBoundingClientRect().width < .57 * e.naturalWidth).map((e) => e.getAttribute("src").slice(0, 80)), // 10 points in the figure are then under 8 pixels
-    cramped: all("main td").filter((e) => e.textContent.length > 40 && e.clientHeight > 1.5 * e.clientWidth).map((e) => e.textContent.slice(0, 50)),
+    cramped: all("main td").filter((e) => e.textContent.length > 40 && e.clientWidth < width / 2 && e.clientHeight > 1.5 * e.clientWidth).map((e) => e.textContent.slice(0, 50)),
     page: document.scrollingElement.scrollWidth,
     wide: all("main *, body > *").filter((e) => e.getBoundingClientRect().right > width + 1 && e.getBoundingClientRect().width > 1)
       .filter((e) => !e.closest(".katex-mathml, .katex svg") && !boxed(e.parentElement))
       .map((e) => e.tagName + " " + (e.textContent || e.getAttribute("class") || "").slice(0, 50)),
   };
-})()"""
+})()""".replace("@PARTED", PARTED)
 
 
-# on a wide screen: code and equations that are wider than their column, and parts of an equation that do not stand on one line
+# on a wide screen: code, tables and equations that are wider than their column, and parts of an equation that do not stand on one line
 WIDE = r"""(() => {
   const all = (selector) => [...document.querySelectorAll(selector)], cut = (e) => e.scrollWidth > e.clientWidth + 1;
   all("details").forEach((e) => { e.open = true; });
@@ -309,12 +331,24 @@ WIDE = r"""(() => {
     return y;
   };
   const uneven = (e) => { const ys = [...e.querySelectorAll(":scope > .base")].map(baseline); return Math.max(...ys) - Math.min(...ys) > 1; };
+  const pen = document.createElement("canvas").getContext("2d");
+  const long = (e) => {
+    const { paddingLeft, paddingRight } = getComputedStyle(e.parentElement);
+    pen.font = getComputedStyle(e).font;
+    const width = e.parentElement.clientWidth - parseFloat(paddingLeft) - parseFloat(paddingRight);
+    return e.textContent.split("\n").filter((line) => pen.measureText(line).width > width + 1);
+  };
+  const right = document.querySelector("main").getBoundingClientRect().right;
+  @PARTED
   return {
+    apart: parted,
+    long: all("main pre.cell-code > code").flatMap(long).map((line) => line.trim().slice(0, 60)),
+    broad: all("main table").filter((e) => e.getBoundingClientRect().right > right + 1).map((e) => e.textContent.trim().replace(/\s+/g, " ").slice(0, 60)),
     code: all("main pre").filter(cut).map((e) => e.textContent.slice(0, 60)),
     formulas: all(".katex-display").filter(cut).map((e) => "cut: " + e.textContent.slice(0, 60))
       .concat(all(".katex-display > .katex > .katex-html").filter(uneven).map((e) => "uneven: " + e.textContent.slice(0, 60))),
   };
-})()"""
+})()""".replace("@PARTED", PARTED)
 
 
 def look(browser, path):
@@ -325,7 +359,7 @@ def look(browser, path):
     found |= (
         browser.js(WIDE)
         if not path.is_relative_to(SITE / "source")
-        else {"code": [], "formulas": []}
+        else {"code": [], "formulas": [], "long": [], "broad": [], "apart": []}
     )
     few = found["shown"] + len(found["bad"]) < found["maths"]
     return {
@@ -334,6 +368,10 @@ def look(browser, path):
         "pictures": found["broken"],
         "letters": found["small"],
         "tables": found["cramped"],
+        "columns": found["broad"],
+        "lines": found["long"],
+        "signs": found["parted"] + found["apart"],
+        "sections": found["empty"],
         "names": found["nameless"],
         "code": found["code"],
         "formulas": found["formulas"],
@@ -349,6 +387,10 @@ KINDS = (
     "pictures",
     "letters",
     "tables",
+    "columns",
+    "lines",
+    "signs",
+    "sections",
     "equations",
     "overflow",
     "names",
@@ -537,6 +579,26 @@ def test_version_and_icon(pages):
         ), name
 
 
+def test_letters_of_pictures_are_in_every_font(pages):
+    "Sliders' figures hold text, which the reader's fonts show: no letter beyond the usual ones, such as mathbb's E."
+    pictures = [p.read_text(encoding="utf-8") for p in (SITE / "pictures").glob("*.svg")]
+    rare = lambda svg: [
+        c for c in "".join(re.findall(r"(?s)<text.*?</text>", svg)) if ord(c) > 0xFFFF
+    ]
+    assert sum("<text" in svg for svg in pictures) > 10
+    assert not any(map(rare, pictures)) and rare("<text>\U0001d53c</text>")
+
+
+def test_real_networks_are_all_there(pages):
+    "The notebook leaves out what is not installed; the one that is read has all of them."
+    path = ROOT / "nbs" / "08e_real_networks.ipynb"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    text = next(s for c in cells if "\nNETWORKS = dict(" in (s := "".join(c["source"])))
+    names = re.findall(r"(\w+)=\(", text.partition("\nNETWORKS = dict")[2])
+    rows = re.findall(r"<th[^>]*>(\w+)</th>", pages["real_networks.html"].html)
+    assert len(names) == 5 and all(rows.count(name) == 2 for name in names), (names, rows)
+
+
 def weight(page):
     "The bytes of a page and of its pictures"
     pictures = {
@@ -629,6 +691,16 @@ BREAKS = {
     "pictures": '<img src="nowhere.png" alt="x">',
     "letters": '<img style="width: 100%" alt="x" src="data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 width=%22900%22 height=%229%22/%3E">',
     "tables": f"<table><tr><td style='max-width: 40px'>{'word ' * 20}</td></tr></table>",
+    "columns": f"<table><tr><td style='white-space: nowrap'>{'word ' * 60}</td></tr></table>",
+    "lines": f"<pre class='cell-code'><code>{'word ' * 60}</code></pre>",
+    "signs": "".join(
+        f"<p style='width: {w}px'>word <span class='math inline'>\\(\\gamma\\)</span>, word</p>"
+        for w in range(40, 90)
+    ),
+    "sections": "<section><h2>Nothing</h2></section>",
+    "junk": "<div class='cell-output cell-output-stderr'>100%|███| 3/3 [00:01, 2.1it/s]</div>".replace(
+        "'", '"'
+    ),
     "names": "<nav>x</nav>",
     "code": f"<pre>{'x' * 300}</pre>",
     "formulas": f"<div>\\[{'x+' * 99}x\\]</div>",
@@ -807,6 +879,20 @@ def test_paper(browser, smalldocs):
     assert browser.js(hidden) and browser.js(cut) == 0
     browser.open(SITE / "weak_approximation.html", width=700)
     assert not browser.js(hidden) and browser.js(cut) > 0  # the control is the screen
+
+
+@pytest.mark.parametrize(
+    "page", ["weak_approximation", "diagnosis", "experiments/training", "what_holds"]
+)
+def test_paper_is_wide_enough(page, browser, smalldocs):
+    "A line of code is a line of A4 paper, and no table is wider; what is a list of cells on a phone is a table."
+    browser.open(SITE / f"{page}.html", width=718, media="print")
+    found = browser.js(WIDE)
+    assert not found["long"] and not found["broad"], found
+    heads = "[...document.querySelectorAll('table.stacked thead')].filter((e) => getComputedStyle(e).display === 'none').length"
+    assert browser.js(heads) == 0
+    browser.open(SITE / f"{page}.html", width=718)  # the control is a screen of that width
+    assert browser.js(heads) > 0 and (page == "what_holds" or browser.js(WIDE)["long"])
 
 
 def test_asks_for_no_font_that_is_not_there():

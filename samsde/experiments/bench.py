@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 import samsde
 from ..algorithm import DNSAM, SAM, USAM, Chain
-from ..machinery.style import colours
 from ..ensemble import simulate
 from .experiment import Experiment, Verdict, Verdicts, picture
 from .networks import conv_net, digits
@@ -537,7 +536,7 @@ def draw_targets(figure, table:pd.DataFrame, question:str, label:str, relative:b
     ax = figure.subplots()
     for k, (t, r) in enumerate(reversed(found)):
         # above its line, so that a phone has room for both
-        ax.text(0, k + .25, t.claim, transform=ax.get_yaxis_transform(), size="x-small",
+        ax.text(0, k + .25, t.claim, transform=ax.get_yaxis_transform(), size="small",
                 bbox=dict(facecolor="w", edgecolor="none", pad=.5))
         ax.plot([r.min(), r.max()], [k, k], color="0.4", lw=1)
         ax.plot(1 if relative else t.bound, k, "|", color="k", ms=10)
@@ -561,7 +560,7 @@ def draw_growth(figure, table:pd.DataFrame):
         ax.minorticks_off()
         plain_numbers(ax.yaxis)
         ax.vlines(ms.index, ms["min"], ms["max"], color="0.4", lw=1)
-        ax.plot(ms.index, ms["median"], "o-", color=colours["USAM"])
+        ax.plot(ms.index, ms["median"], "o-", color="k")
         if what == "records": ax.set_ylim(ms["min"].min() / 3, ms["max"].max() * 3)
         else: ax.plot(ms.index, ms["median"].iloc[-1] * ms.index / ms.index[-1], "--", color="0.6")
 

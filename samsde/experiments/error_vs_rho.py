@@ -6,6 +6,7 @@
 __all__ = ['experiment', 'radii', 'error_vs_rho', 'plot', 'verdicts', 'measure', 'show']
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #1657637e
+import math
 import time
 import warnings
 from itertools import product
@@ -165,7 +166,7 @@ def name_axes(axes, used:list, label:str, legends:int):
     if len(used) < axes.size:
         axes.flat[-1].legend(*used[0].get_legend_handles_labels(), loc="center", fontsize="medium")
     else:
-        for ax in used[:legends]: ax.legend(fontsize=8)
+        for ax in used[:legends]: ax.legend()
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #f98fcaba
 def grid(problems:int, algorithms:int): # axes
@@ -194,6 +195,11 @@ def draw_errors(ax, part:pd.DataFrame, algorithm:str):
     linear = part.rho[part.rho > 0].min()
     if linear > 0: ax.set_xscale("symlog", linthresh=linear, linscale=.5)
     ax.set(xlim=(-linear / 4 if linear > 0 else None, None), yscale="log")
+    def two_and_five(v, _): # between the powers of ten, where these are few
+        power = math.floor(math.log10(v))
+        digit, (low, high) = round(v / 10**power), ax.get_ylim()
+        return rf"${digit}\times10^{{{power}}}$" if digit in (2, 5) and high < 50 * low else ""
+    ax.yaxis.set_minor_formatter(two_and_five)
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #5ff948f7
 def plot(table:pd.DataFrame, # from error_vs_rho(...)

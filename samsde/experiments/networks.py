@@ -229,7 +229,8 @@ def cost_panel(ax, table:pd.DataFrame, statistic:str, label:str):
 def curves(ax, rows:pd.DataFrame, name:str=""):
     """One statistic over time, of an algorithm (solid, with its 95 % interval) and of its SDE
     (dashed), a shade for each radius"""
-    for shade, (rho, own) in zip((.4, .7, 1.), rows.groupby("rho")):
+    radii = [*rows.groupby("rho")]
+    for shade, (rho, own) in zip((.4, .7, 1.)[-len(radii):], radii):
         for model, look in (("algorithm", "-"), ("own SDE", "--")):
             m = own[own.model == model].sort_values("time")
             label = f"{name}$\\rho={rho:g}$" if model == "algorithm" else "_"

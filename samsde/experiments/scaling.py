@@ -180,7 +180,8 @@ def panel(ax, part:pd.DataFrame, problem:str, p:str):
     part = part[part["error"] > 1e-12].sort_values("eta")
     for model, algorithm in product(LOOKS, ALGORITHMS):
         curve = part[(part["algorithm"] == algorithm) & (part["model"] == model)]
-        look = dict(color=colours[algorithm], marker="o", ms=4, lw=1, capsize=2) | LOOKS[model]
+        size = 6 if algorithm == "DNSAM" else 4 # seen where SAM's points lie on it
+        look = dict(color=colours[algorithm], marker="o", ms=size, lw=1, capsize=2) | LOOKS[model]
         ax.errorbar(curve["eta"], curve["error"], 2 * curve["se"], label=f"{algorithm}, {model}",
                     **look)
     for model, line in [("own SDE", "-"), ("SGD's SDE", "--")]:
@@ -191,7 +192,7 @@ def panel(ax, part:pd.DataFrame, problem:str, p:str):
         ax.plot(middle.index, straight, "k", lw=.8, ls=line, alpha=.6, zorder=0)
         name = {1/3: "1/3", 1/2: "1/2", 2/3: "2/3", 1: "1"}[order]
         ax.annotate(name, (middle.index[0], straight[0]), (-4, 0), textcoords="offset points",
-                    fontsize=8, ha="right", va="center")
+                    fontsize="small", ha="right", va="center")
     ax.margins(x=.12)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
