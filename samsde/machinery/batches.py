@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'states', 'same_states', 'set_states', 'seed_all', 'seeded', 'rows_of', 'as_tree', 'by_tensors', 'batch_of',
-           'of_loader', 'check_reshuffles', 'run', 'own_loss', 'LossOfOutput', 'check_parameters', 'differentiable',
-           'slopes_of', 'drained', 'product_of', 'BatchNetwork']
+           'tensors_in', 'of_loader', 'check_reshuffles', 'run', 'own_loss', 'LossOfOutput', 'check_parameters',
+           'differentiable', 'slopes_of', 'drained', 'product_of', 'BatchNetwork']
 
 # %% ../../nbs/machinery/batches.ipynb #047f4038
 import random, threading
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import (
-    DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate)
+    DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate)
 
 from .checks import check_grad_possible
 from .comparison import first_line, flat
@@ -76,6 +76,10 @@ def rows_of(data) -> int:
         raise TypeError("data must be a map-style Dataset, with samples by number, "
                         f"got {type(data).__name__}")
     if not by_tensors(data):
+        if isinstance(data, (tuple, Mapping)) and any(
+            isinstance(t, np.ndarray) for t in tree_leaves(as_tree(data))):
+            raise TypeError("data must be tensors or a map-style Dataset, got arrays of numpy: "
+                            "make tensors of them by torch.from_numpy")
         if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str):
             if len(data): return len(data)
             raise ValueError("data must hold at least one sample, got none")
@@ -100,6 +104,15 @@ def batch_of(data, collate_fn:Callable, numbers:list):
     def rows(t): return t[torch.tensor(numbers, device=t.device)]
     if by_tensors(data): return tree_map(rows, as_tree(data))
     return collate_fn([data[i] for i in numbers])
+
+# %% ../../nbs/machinery/batches.ipynb #4c16dc66
+def tensors_in(data) -> list:
+    "The tensors in containers and data sets, all the way down"
+    if isinstance(data, Tensor): return [data]
+    if isinstance(data, Dataset): data = vars(data)
+    if isinstance(data, Mapping): data = tuple(data.values())
+    elif isinstance(data, list) and not tensors_in(data[:1] and data[0]): return []
+    return [t for part in data for t in tensors_in(part)] if isinstance(data, (tuple, list)) else []
 
 # %% ../../nbs/machinery/batches.ipynb #e2f5f27c
 def of_loader(loader:DataLoader) -> dict:
