@@ -583,3 +583,25 @@ def test_a_second_batch_beside_the_first(source, kind, drop):
     if not drop:
         assert_close(a, noise_covariance(algorithm, f, x))
     simulate(SDE(algorithm, fresh(), 0.1, draws=8), x, 0.2, 2)
+
+
+class Counting(nn.Linear):
+    """Its output depends on how often it was called, from the 12th time on."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (1.0 + (self.calls >= 12))
+
+
+def test_what_a_layer_counts_for_itself():
+    net = seeded(lambda: Counting(3, 3))
+    net.calls = 5
+    o = MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), (X, y), 2)
+    gamma = torch.tensor([[3, 4, 0]] * 20)
+    found = o.sample_grad(o.x0, gamma)
+    assert found.equal(found[:1].expand(20, -1)) and net.calls == 5
+    loss = nn.CrossEntropyLoss()(net(X[3:5]), y[3:5])
+    known = torch.autograd.grad(loss, [*net.parameters()])
+    assert_close(found[0], torch.cat([g.flatten() for g in known]))

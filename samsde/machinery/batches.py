@@ -23,7 +23,8 @@ from torch.utils.data import (
 
 from .checks import check_grad_possible
 from .comparison import first_line, flat
-from .network import LAZY, SCRIPT, snapshot, trainable
+from .network import (
+    LAZY, SCRIPT, attributes_of, put_attributes, snapshot, trainable)
 
 # %% ../../nbs/machinery/batches.ipynb #4eab7eb5
 LOCK = threading.RLock()
@@ -249,6 +250,7 @@ class BatchNetwork:
         self.dtype, self.dim = self.x0.dtype, len(self.x0)
         self.devices = [self.x0.device] if self.x0.device.type == "cuda" else []
         self.buffers = {name: b.detach().clone() for name, b in self.module.named_buffers()}
+        self.attributes = attributes_of(self.module)
         self.busy = threading.RLock()
         self.check_copy(module)
 
@@ -256,12 +258,14 @@ class BatchNetwork:
         "Raises ValueError if the first sample as a batch has another gradient in a copy of the module"
         rows = [0, min(1, self.n - 1)]
         before = {name: b.detach().clone() for name, b in module.named_buffers()}
+        attributes = attributes_of(module)
         try: known = self.of_module(module, rows)
         except ValueError: raise
         except Exception as error: # whatever a user's module may raise
             raise ValueError("the module and its loss must take the data, "
                              f"but torch says: {first_line(error)}") from error
         finally:
+            put_attributes(module, attributes)
             with torch.no_grad():
                 for name, b in module.named_buffers(): b.copy_(before[name])
         slack = 64 * torch.finfo(self.dtype).eps**.75 * known.abs().max()
@@ -290,7 +294,8 @@ class BatchNetwork:
             for p, value in zip(params, x.split([p.numel() for p in params])):
                 p.copy_(value.view_as(p))
     def restore(self):
-        "Let the buffers be what they were"
+        "Let buffers and plain attributes be what they were"
+        put_attributes(self.module, self.attributes)
         with torch.no_grad():
             for name, b in self.module.named_buffers():
                 kept = self.buffers.get(name)
