@@ -627,7 +627,9 @@ class IndependentAdditiveMoments(Wrapped):
 def independent_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
                         exact:bool, draws:int, seed) -> StepMoments:
     pairs = with_law(algorithm, objective)
-    if exact: return ExactMoments(algorithm, pairs, x, draws, seed)
+    # where G_ρ = g + ρHu, and both are known
+    affine = isinstance(objective, Quadratic) and getattr(algorithm, "is_linear", False)
+    if exact and not affine: return ExactMoments(algorithm, pairs, x, draws, seed)
     if not isinstance(objective, Additive): return GammaMoments(algorithm, pairs, x, draws, seed)
     own = own_moments(with_source(algorithm, "own"), objective, x, False, draws, seed)
     return IndependentAdditiveMoments(own)
