@@ -738,7 +738,8 @@ class DNSAM(Perturbed):
     Raises ValueError where that norm is missing, zero or not finite."""
     def __init__(self, params, # as in Perturbed, and the next three as well
                  base_optimizer:Callable, rho:float=.05, adaptive:bool=False, *,
-                 full_grad_norm:Callable|None=None, # () -> ‖∇f‖ at the current parameters
+                 # () -> ‖∇f‖ at the current parameters; if adaptive, of |w|∇f
+                 full_grad_norm:Callable|None=None,
                  **kwargs # as in Perturbed
                 ):
         if not callable(full_grad_norm):
@@ -747,7 +748,10 @@ class DNSAM(Perturbed):
         super().__init__(params, base_optimizer, rho, adaptive, **kwargs)
         self.full_grad_norm = full_grad_norm
     def scale(self, terms):
-        n = float(self.full_grad_norm())
+        adaptive = [g for g in self.param_groups if g[self.keys["adaptive"]]]
+        in_units_of = getattr(self.full_grad_norm, "in_units_of", None) # of full_gradient_norm
+        known = in_units_of(params_of(adaptive)) if in_units_of else self.full_grad_norm()
+        n = float(known)
         if 0 < n < math.inf: return 1 / n
         raise ValueError("DNSAM divides by full_grad_norm(), "
                          f"which must be positive and finite, got {n}")
@@ -776,14 +780,13 @@ class LambdaRho:
         if not callable(factor):
             raise TypeError(f"factor must be a function of the step, got {factor!r}")
         self.optimizer, self.factor = optimizer, factor
-        for group in optimizer.param_groups:
-            group.setdefault("initial_rho", group[optimizer.keys["rho"]])
         self._set(0)
     def step(self):
         "To be called once after each step of the optimizer"
         self._set(self.steps + 1)
     def _set(self, steps):
         groups = self.optimizer.param_groups
+        for group in groups: group.setdefault("initial_rho", group[self.optimizer.keys["rho"]])
         radii = [checked_radius(group["initial_rho"] * self.factor(steps)) for group in groups]
         for group, radius in zip(groups, radii): group[self.optimizer.keys["rho"]] = radius
         self.steps = steps
@@ -846,13 +849,24 @@ def gradient_in_parts(module, loss:Callable, pairs:Callable, # () -> pairs (inpu
             done += len(out)
     return total
 
+# %% ../nbs/08_optim.ipynb #c4813310
+@torch.no_grad()
+def in_units(grads:list, module, adaptive) -> list:
+    "The gradients of a module's parameters, those of `adaptive` ones times |w|"
+    params = [p for p in module.parameters() if p.requires_grad]
+    scaled = set(map(id, adaptive))
+    return [g * p.abs() if id(p) in scaled else g for g, p in zip(grads, params)]
+
 # %% ../nbs/08_optim.ipynb #316b9d98
 class FullGradientNorm:
     "What `full_gradient_norm` returns. A copy of it belongs to the copied network."
     def __init__(self, module, loss, parts):
         self.module, self.loss, self.parts = module, loss, parts
 
-    def __call__(self) -> float:
+    def __call__(self) -> float: return self.in_units_of([])
+    def in_units_of(self, adaptive:list # parameters
+                   ) -> float:
+        "‖∇f‖, with |w|∇f for the adaptive parameters"
         before = states({p.device for p in self.module.parameters() if not p.is_cpu})
         sampler = getattr(self.parts, "generator", None)  # of a DataLoader that shuffles
         drawn = None if sampler is None else sampler.get_state()
@@ -861,7 +875,8 @@ class FullGradientNorm:
             if sampler is not None: sampler.set_state(drawn)
         try:
             with torch.enable_grad():
-                return norm(gradient_in_parts(self.module, self.loss, self.pairs, again))
+                grads = gradient_in_parts(self.module, self.loss, self.pairs, again)
+            return norm(in_units(grads, self.module, adaptive))
         finally: again()
 
     def pairs(self):

@@ -8,12 +8,20 @@ import sys
 import pytest
 import torch
 
-from samsde.algorithm import DNSAM, SAM, SGD, USAM, Chain
+from samsde.algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Linear
 from samsde.ensemble import simulate
 from samsde.experiments.examples import SignSAM
 from samsde.hessian_noise import cross_covariance, noise_covariance, sgd_covariance
 from samsde.implicit_regularizer import drift, regularized_loss
-from samsde.objective import FiniteSum, Minibatches, NoisyLoss, Objective, Quadratic
+from samsde.objective import (
+    Additive,
+    FiniteSum,
+    Minibatches,
+    NoisyLoss,
+    Objective,
+    Quadratic,
+    Support,
+)
 from samsde.sde import SDE
 
 KINDS = [SGD(), USAM(0.1), DNSAM(0.1), SAM(0.1), SignSAM(0.1)]
@@ -197,6 +205,92 @@ def test_objective_of_ones_own():
     torch.testing.assert_close(
         step, x - 0.05 * 1.2 * x + math.sqrt(0.1 * 0.05) * math.sqrt(2) * 1.2 * Jx
     )
+
+
+class Law:
+    """One standard normal number, of which no law of the library knows"""
+
+    noiseless = False
+
+    def draw(self, shape, generator=None, *, dtype=None, device=None):
+        return torch.randn(*shape, 1, generator=generator, dtype=dtype, device=device)
+
+    def support(self, draws, generator=None, *, dtype=None, device=None):
+        return Support(self.draw((draws,), generator, dtype=dtype, device=device), False)
+
+    def size(self, draws):
+        return draws
+
+
+class Stretched(Objective):
+    """f_γ(x) = |x|² (1 + γ/2)"""
+
+    dim, law = 2, Law()
+
+    def loss(self, x):
+        return (x * x).sum(-1)
+
+    def sample_loss(self, x, gamma):
+        return (x * x).sum(-1) * (1 + gamma[..., 0] / 2)
+
+
+def test_a_law_of_ones_own():
+    """It has the four names that a law needs, and no batch size."""
+    chain = Chain(USAM(0.1), Stretched(), 0.01)
+    x = torch.ones(2, dtype=torch.float64)
+    gamma = torch.tensor([0.4], dtype=torch.float64)
+    h = 2 * 1.2
+    torch.testing.assert_close(chain.step(x, gamma), x - 0.01 * h * (1 + 0.1 * h) * x)
+    assert simulate(chain, x, 0.05, 3).final.isfinite().all()
+    b, sem = drift(USAM(0.1), Stretched(), x, draws=4000, return_sem=True)
+    assert ((b + 2 * x + 0.1 * 4 * 1.25 * x).abs() < 5 * sem).all()
+
+
+class NoMean(Stretched):
+    def loss(self, x):
+        return 2 * (x * x).sum(-1)
+
+
+class Turning(Additive):
+    """A field that is the gradient of no loss"""
+
+    def grad(self, x):
+        return torch.stack([x[..., 1], -x[..., 0]], -1)
+
+
+class PathMean(Algorithm):
+    def potential(self, g):
+        return (g - g.mean(0)).square().sum(-1) if g.ndim > 1 else g.square().sum(-1)
+
+
+class NumberOfPath(Linear):
+    """c without an axis for the coordinates: with as many paths as coordinates it fits, and is wrong"""
+
+    def scale(self, grad):
+        return 1 / (1 + (grad * grad).sum(-1))
+
+
+class Constant(Algorithm):
+    def potential(self, g):
+        return 1.0
+
+
+bowls = [Quadratic(torch.eye(d, dtype=torch.float64), 0.1) for d in (2, 3)]
+MISTAKES = {
+    "a loss that is no mean": (USAM(0.1), NoMean(), "its loss is not the mean of sample_loss"),
+    "a field": (USAM(0.1), Turning(2, 0.1), "its grad is the gradient of no loss"),
+    "paths together": (PathMean(0.1), bowls[0], "one path after another"),
+    "a scale": (NumberOfPath(0.1), bowls[1], r"shape \(\.\.\., 1\), got \(3,\)"),
+    "a number": (Constant(0.1), bowls[0], "must be a tensor, got float"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_classes_of_ones_own(name):
+    algorithm, objective, words = MISTAKES[name]
+    x = torch.ones(objective.dim, dtype=objective.dtype or torch.float64)
+    with pytest.raises((ValueError, TypeError), match=words):
+        drift(algorithm, objective, x)
 
 
 def test_command_line_as_a_module(tmp_path):

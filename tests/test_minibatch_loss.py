@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from samsde import optim
 from samsde.algorithm import DNSAM, SAM, SGD, USAM, Chain
@@ -501,3 +501,107 @@ def test_a_micro_batch_that_does_not_fit():
     ):
         with pytest.raises(ValueError, match="micro_batch must divide batch_size=4, got 3"):
             use(SAM(0.1, micro_batch=3))
+
+
+@pytest.mark.parametrize("ignored", [*itertools.combinations(range(6), 2)])
+def test_ignored_targets_that_are_spread_evenly(ignored):
+    """The batches of one pass may add up though their law does not: a NaN half, or equal halves."""
+    targets = torch.tensor([0, 1, 2, 1, 0, 2])
+    targets[[*ignored]] = -100
+    net = seeded(lambda: nn.Linear(3, 3))
+    loss = nn.CrossEntropyLoss()
+    o = MinibatchLoss.from_module(net, loss, (X[:6], targets), 4, replace=False)
+    assert o.full == "drawn"
+    batches = [list(rows) for rows in itertools.combinations(range(6), 4)]
+    mean = sum(loss(net(X[rows]), targets[rows]) for rows in batches) / len(batches)
+    assert abs(o.loss(o.x0) - mean) < 5 * o.full_error(o.x0)[0]
+
+
+DATA = {
+    "tensors": lambda X, y: (X, y),
+    "nested": lambda X, y: ((X,), y),
+    "data set": TensorDataset,
+    "its part": lambda X, y: Subset(TensorDataset(X, y), range(8)),
+    "list": lambda X, y: [*zip(X, y)],
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_data_that_are_written_to(kind):
+    data = X.clone()
+    o = MinibatchLoss.from_module(plain_net(), nn.CrossEntropyLoss(), DATA[kind](data, y), 4)
+    before = o.loss(o.x0)
+    data.mul_(3)
+    fresh = MinibatchLoss.from_module(plain_net(), nn.CrossEntropyLoss(), DATA[kind](data, y), 4)
+    assert_close(o.loss(o.x0), fresh.loss(o.x0))
+    assert not torch.isclose(before, fresh.loss(o.x0), rtol=1e-3)  # the control
+
+
+def test_arrays_of_numpy_are_no_two_samples():
+    """As many features as targets have columns: X and y would be stacked to a batch of two."""
+    arrays = X.numpy(), 2 * X.numpy()
+    net = seeded(lambda: nn.Linear(3, 3))
+    with pytest.raises(TypeError, match="arrays of numpy"):
+        MinibatchLoss.from_module(net, nn.MSELoss(), arrays, 1)
+
+
+class DrawsForTheLast(nn.Linear):
+    def forward(self, x):
+        factor = torch.rand(1, dtype=F64) if (x == X[-1]).all(-1).any() else 1.0
+        return super().forward(x) * factor
+
+
+def test_random_numbers_that_the_first_batch_does_not_draw():
+    net = seeded(lambda: DrawsForTheLast(3, 3))
+    o = MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), (X, y), 2)
+    first, last = torch.tensor([0, 1, 0]), torch.tensor([0, 11, 0])
+    o.along(o.x0, first, lambda g: g)
+    for found in (lambda: o.grad(o.x0), lambda: o.along(o.x0, last, lambda g: g)):
+        with pytest.raises(ValueError, match="drew random numbers for one batch"):
+            found()
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+@pytest.mark.parametrize("kind", [USAM, DNSAM, SAM])
+@pytest.mark.parametrize("source", ["independent", "previous"])
+def test_a_second_batch_beside_the_first(source, kind, drop):
+    """A fresh objective, in which nothing was found before; f and its batches are those of one."""
+    net = seeded(lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout(drop), nn.Linear(2, 3)))
+
+    def fresh():
+        return MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), (X[:4], y[:4]), 1)
+
+    x, algorithm = fresh().x0, kind(0.1, source=source)
+    settings = dict(draws=8) if drop else dict(draws=16)
+    for expansion in ("first", "exact"):
+        b = drift(algorithm, fresh(), x, expansion, **settings)
+        if drop:
+            continue
+        f = FiniteSum.from_module(net, nn.CrossEntropyLoss(), X[:4], y[:4])
+        assert_close(b, drift(algorithm, f, x, expansion))
+    a = noise_covariance(algorithm, fresh(), x, **settings)
+    if not drop:
+        assert_close(a, noise_covariance(algorithm, f, x))
+    simulate(SDE(algorithm, fresh(), 0.1, draws=8), x, 0.2, 2)
+
+
+class Counting(nn.Linear):
+    """Its output depends on how often it was called, from the 12th time on."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (1.0 + (self.calls >= 12))
+
+
+def test_what_a_layer_counts_for_itself():
+    net = seeded(lambda: Counting(3, 3))
+    net.calls = 5
+    o = MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), (X, y), 2)
+    gamma = torch.tensor([[3, 4, 0]] * 20)
+    found = o.sample_grad(o.x0, gamma)
+    assert found.equal(found[:1].expand(20, -1)) and net.calls == 5
+    loss = nn.CrossEntropyLoss()(net(X[3:5]), y[3:5])
+    known = torch.autograd.grad(loss, [*net.parameters()])
+    assert_close(found[0], torch.cat([g.flatten() for g in known]))

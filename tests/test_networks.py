@@ -1185,6 +1185,31 @@ def test_after_many_calls(name):
             torch.testing.assert_close(last, known[quantity][:3], rtol=1e-6, atol=1e-9)
 
 
+class Warming(nn.Linear):
+    """Its output depends on how often it was called, from the 300th time on"""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (1.0 + (self.calls >= 300))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_what_a_layer_counts_for_itself(recorded):
+    X, y = normal(1, 6, 3), normal(2, 6, 1)
+    objective = FiniteSum.from_module(Warming(3, 1).double(), nn.MSELoss(), X, y)
+    first = objective.grad(objective.x0)
+    for _ in range(300):
+        last = objective.grad(objective.x0)
+    assert last.equal(first)
+    ends = [
+        simulate(Chain(SGD(), o, 0.01), objective.x0, 4.0, 2, threads=1, record=recorded).final
+        for o in (objective, FiniteSum(lambda x: (X @ x[:3] + x[3] - y[:, 0]) ** 2, 6, 4))
+    ]
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=0)
+
+
 # --- cases that were wrong once ---
 # Each has a control: what a wrong way would give is seen to differ.
 

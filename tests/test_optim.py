@@ -806,6 +806,47 @@ def test_norm_from_a_loader_with_its_own_generator():
         full_gradient_norm(net, loss, torch.utils.data.DataLoader(data, 5, sampler=Other()))()
 
 
+def test_the_norm_of_an_adaptive_step():
+    """DNSAM divides by the norm of |w|∇f in the groups that are adaptive, as the chain does."""
+    net = make()
+    norm = full_gradient_norm(net, F.cross_entropy, X, y)
+    groups = [
+        dict(params=net[0].parameters(), adaptive=True),
+        dict(params=net[2].parameters(), adaptive=False),
+    ]
+    optimizer = DNSAM(groups, SGD, rho=0.1, lr=0.2, full_grad_norm=norm)
+
+    def part(net):
+        return F.cross_entropy(net(X[:5]), y[:5])
+
+    params, units = [*net.parameters()], [p.detach().abs() for p in net.parameters()]
+    units[2:] = [torch.ones_like(p) for p in params[2:]]
+    full, g = (torch.autograd.grad(f(net), params) for f in (loss_of, part))
+    ends = []
+    for size in (flat([a * t for a, t in zip(full, units)]).norm(), flat(full).norm()):
+        moved = copy.deepcopy(net)
+        with torch.no_grad():
+            for p, a, t in zip(moved.parameters(), g, units):
+                p.add_(0.1 / size * t * t * a)
+        slope = torch.autograd.grad(part(moved), [*moved.parameters()])
+        ends.append(flat(params) - 0.2 * flat(slope))
+    optimizer.step(closure_of(net, optimizer, part))
+    torch.testing.assert_close(flat(net.parameters()), ends[0], rtol=0, atol=1e-14)
+    assert (ends[1] - ends[0]).abs().max() > 1e-4  # the control: the norm of ∇f
+
+
+def test_a_group_that_comes_later_has_a_schedule_too():
+    net = make()
+    optimizer = SAM(net[0].parameters(), SGD, rho=0.1, lr=0.1)
+    scheduler = LinearRho(optimizer, 1.0, 0.0, 10)
+    for k in range(7):
+        if k == 5:
+            optimizer.add_param_group(dict(params=net[2].parameters(), rho=0.4))
+        optimizer.step(closure_of(net, optimizer))
+        scheduler.step()
+    assert [g["rho"] for g in optimizer.param_groups] == pytest.approx([0.03, 0.12])
+
+
 def test_norm_with_a_loss_that_reads_the_parameters():
     net = make()
 

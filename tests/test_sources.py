@@ -420,3 +420,17 @@ def test_a_loss_where_the_drift_descends_one(source):
             slope = torch.autograd.grad(value, x)[0]
             found = -drift(a, objective, x.detach(), draws=2000)
             assert_close(found, slope, rtol=1e-6 if drawn else 1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [USAM, DNSAM])
+def test_an_independent_draw_on_a_quadratic_is_known_exactly(kind):
+    """G = H(x + ρc(Hx + Z')) + Z is affine in both draws, so nothing has to be drawn for its moments."""
+    H = torch.tensor([[1.3, 0.4], [0.4, 0.7]], dtype=F64)
+    cov = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=F64)
+    x = torch.tensor([1.0, -0.5], dtype=F64)
+    objective, algorithm = Quadratic(H, cov=cov), kind(0.3, source="independent")
+    rho = 0.3 / (H @ x).norm() if kind is DNSAM else 0.3
+    known = cov + rho**2 * H @ cov @ H
+    assert_close(noise_covariance(algorithm, objective, x, "exact"), known, rtol=1e-12, atol=0)
+    drawn = noise_covariance(algorithm, NoisyLoss(objective.loss, 2, cov=cov), x, "exact")
+    assert 1e-3 < (drawn - known).abs().max() < 0.1  # the control, from 1024 draws

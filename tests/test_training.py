@@ -486,3 +486,32 @@ def test_a_weak_error_of_a_kinetic_model():
         chain, KineticSDE(SGD(), line, eta, momentum=mu), one, 2.0, lambda x: x[..., 0], 2000
     )
     assert abs(other.difference - truth) > 10 * other.sem
+
+
+@pytest.mark.parametrize("name", ["schedule", "rho_schedule"])
+def test_a_function_of_time_is_another_schedule_in_a_kinetic_model(name):
+    """At the same step the times differ, by 1 - mu. Rates of each step are the same in both."""
+
+    def falling(t):
+        return 1 / (1 + t)
+
+    def pair(eta, schedule):
+        how = {"momentum": 1 - 0.8 * eta**0.5, name: schedule}
+        return Chain(USAM(0.3), line, eta, **how), KineticSDE(USAM(0.3), line, eta, **how)
+
+    def gap(eta, chain, sde):
+        n = round(2 / eta**0.5)
+        ends = [linear_moments(p, one, n * float(p.time_step))[0] for p in (chain, sde)]
+        return (ends[0] - ends[1]).abs().item()
+
+    chain, sde = pair(2.0**-6, falling)
+    with pytest.raises(ValueError, match=f"{name} is a function of time, which runs by √η"):
+        weak_error(chain, sde, one, 2.0, lambda x: x[..., 0], 100)
+    gaps = dict(rates=[], function=[])
+    for eta in (2.0**-10, 2.0**-12, 2.0**-14):
+        steps = torch.arange(round(2 / eta**0.5), dtype=F64) * eta**0.5
+        value = eta if name == "schedule" else 0.3
+        gaps["rates"].append(gap(eta, *pair(eta, value * falling(steps))))
+        gaps["function"].append(gap(eta, *pair(eta, falling)))
+    assert gaps["rates"][2] < 0.6 * gaps["rates"][1] < 0.36 * gaps["rates"][0]
+    assert gaps["function"][2] > 0.6 * gaps["function"][1]  # the control

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'states', 'same_states', 'set_states', 'seed_all', 'seeded', 'rows_of', 'as_tree', 'by_tensors', 'batch_of',
-           'of_loader', 'check_reshuffles', 'run', 'own_loss', 'LossOfOutput', 'check_parameters', 'differentiable',
-           'slopes_of', 'drained', 'product_of', 'BatchNetwork']
+           'tensors_in', 'of_loader', 'check_reshuffles', 'run', 'own_loss', 'LossOfOutput', 'check_parameters',
+           'differentiable', 'slopes_of', 'drained', 'product_of', 'BatchNetwork']
 
 # %% ../../nbs/machinery/batches.ipynb #047f4038
 import random, threading
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import (
-    DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate)
+    DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate)
 
 from .checks import check_grad_possible
 from .comparison import first_line, flat
-from .network import LAZY, SCRIPT, snapshot, trainable
+from .network import (
+    LAZY, SCRIPT, attributes_of, put_attributes, snapshot, trainable)
 
 # %% ../../nbs/machinery/batches.ipynb #4eab7eb5
 LOCK = threading.RLock()
@@ -76,6 +77,10 @@ def rows_of(data) -> int:
         raise TypeError("data must be a map-style Dataset, with samples by number, "
                         f"got {type(data).__name__}")
     if not by_tensors(data):
+        if isinstance(data, (tuple, Mapping)) and any(
+            isinstance(t, np.ndarray) for t in tree_leaves(as_tree(data))):
+            raise TypeError("data must be tensors or a map-style Dataset, got arrays of numpy: "
+                            "make tensors of them by torch.from_numpy")
         if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str):
             if len(data): return len(data)
             raise ValueError("data must hold at least one sample, got none")
@@ -100,6 +105,15 @@ def batch_of(data, collate_fn:Callable, numbers:list):
     def rows(t): return t[torch.tensor(numbers, device=t.device)]
     if by_tensors(data): return tree_map(rows, as_tree(data))
     return collate_fn([data[i] for i in numbers])
+
+# %% ../../nbs/machinery/batches.ipynb #4c16dc66
+def tensors_in(data) -> list:
+    "The tensors in containers and data sets, all the way down"
+    if isinstance(data, Tensor): return [data]
+    if isinstance(data, Dataset): data = vars(data)
+    if isinstance(data, Mapping): data = tuple(data.values())
+    elif isinstance(data, list) and not tensors_in(data[:1] and data[0]): return []
+    return [t for part in data for t in tensors_in(part)] if isinstance(data, (tuple, list)) else []
 
 # %% ../../nbs/machinery/batches.ipynb #e2f5f27c
 def of_loader(loader:DataLoader) -> dict:
@@ -236,6 +250,7 @@ class BatchNetwork:
         self.dtype, self.dim = self.x0.dtype, len(self.x0)
         self.devices = [self.x0.device] if self.x0.device.type == "cuda" else []
         self.buffers = {name: b.detach().clone() for name, b in self.module.named_buffers()}
+        self.attributes = attributes_of(self.module)
         self.busy = threading.RLock()
         self.check_copy(module)
 
@@ -243,12 +258,14 @@ class BatchNetwork:
         "Raises ValueError if the first sample as a batch has another gradient in a copy of the module"
         rows = [0, min(1, self.n - 1)]
         before = {name: b.detach().clone() for name, b in module.named_buffers()}
+        attributes = attributes_of(module)
         try: known = self.of_module(module, rows)
         except ValueError: raise
         except Exception as error: # whatever a user's module may raise
             raise ValueError("the module and its loss must take the data, "
                              f"but torch says: {first_line(error)}") from error
         finally:
+            put_attributes(module, attributes)
             with torch.no_grad():
                 for name, b in module.named_buffers(): b.copy_(before[name])
         slack = 64 * torch.finfo(self.dtype).eps**.75 * known.abs().max()
@@ -277,7 +294,8 @@ class BatchNetwork:
             for p, value in zip(params, x.split([p.numel() for p in params])):
                 p.copy_(value.view_as(p))
     def restore(self):
-        "Let the buffers be what they were"
+        "Let buffers and plain attributes be what they were"
+        put_attributes(self.module, self.attributes)
         with torch.no_grad():
             for name, b in self.module.named_buffers():
                 kept = self.buffers.get(name)

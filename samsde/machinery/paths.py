@@ -218,7 +218,10 @@ def gradient(f:Callable, # (..., d) -> (...)
     with torch.enable_grad():
         if track: z = x.view_as(x)
         else: z = (x.detach().clone() if x.is_inference() else x.detach()).requires_grad_()
-        total = f(z).sum()
+        values = f(z)
+        if not isinstance(values, Tensor):
+            raise TypeError(f"a loss or potential must be a tensor, got {type(values).__name__}")
+        total = values.sum()
         if not total.requires_grad: return torch.zeros_like(x)
         how = dict(create_graph=track, allow_unused=True, materialize_grads=True)
         return torch.autograd.grad(total, z, **how)[0]
