@@ -24,7 +24,7 @@ from samsde.algorithm import (
     shuffled)
 from .machinery.checks import broadcast_paths, check_int, per_path
 from .objective import (
-    Additive, FiniteSum, Minibatches, Objective, Quadratic, Support, gradient)
+    Additive, FiniteSum, MinibatchLoss, Minibatches, Objective, Quadratic, Support, gradient)
 from .random_direction import gaussian_factors, mean_square_across
 from .sample_sums import (
     HALF_SQUARE, NORM, Potential, gradient_of_sum, signed_products, product_method)
@@ -603,6 +603,7 @@ def with_law(algorithm:Algorithm, objective:Objective) -> Objective:
     law, m = objective.law, algorithm.micro_batch
     cut = algorithm.is_cut(law) and not (law.replace or law.is_ordered)
     pairs = algorithm.source in ("independent", "previous")
+    if isinstance(objective, MinibatchLoss): objective.full # found once, not in each copy
     other = copy.copy(objective)
     if cut: other.law = Cuts(law, m, ordered=algorithm.source == "previous")
     if pairs: other.law = Pairs(other.law, Cuts(law, m, ordered=True) if cut else law)
@@ -626,7 +627,9 @@ class IndependentAdditiveMoments(Wrapped):
 def independent_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
                         exact:bool, draws:int, seed) -> StepMoments:
     pairs = with_law(algorithm, objective)
-    if exact: return ExactMoments(algorithm, pairs, x, draws, seed)
+    # where G_ρ = g + ρHu, and both are known
+    affine = isinstance(objective, Quadratic) and getattr(algorithm, "is_linear", False)
+    if exact and not affine: return ExactMoments(algorithm, pairs, x, draws, seed)
     if not isinstance(objective, Additive): return GammaMoments(algorithm, pairs, x, draws, seed)
     own = own_moments(with_source(algorithm, "own"), objective, x, False, draws, seed)
     return IndependentAdditiveMoments(own)

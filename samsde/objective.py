@@ -501,7 +501,8 @@ import itertools
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .machinery.batches import BatchNetwork, LossOfOutput, check_reshuffles, of_loader
+from .machinery.batches import (
+    BatchNetwork, LossOfOutput, check_reshuffles, of_loader, tensors_in)
 
 # %% ../nbs/00b_minibatch_loss.ipynb #d2dc5291
 def with_seeds(numbers:Tensor, generator) -> Tensor: # (..., B) -> (..., B + 1)
@@ -627,7 +628,7 @@ class BatchDerivatives(Objective):
             kind = getattr(gamma, "dtype", type(gamma).__name__)
             raise TypeError(f"gamma must be sample numbers and a seed, got {kind}")
         if gamma.ndim and gamma.shape[-1] > 1: return gamma
-        shape = f"(..., {self.law.batch_size + 1})"
+        shape = f"(..., {self.minibatches.batch_size + 1})"
         raise ValueError(f"gamma must have shape {shape}, got {tuple(gamma.shape)}")
     def at(self, what:str, # "value", "slope" or "product"
            x:Tensor, gamma:Tensor, v=None) -> Tensor: # (d,), (b + 1,), (d,)
@@ -635,11 +636,14 @@ class BatchDerivatives(Objective):
         *rows, seed = gamma.tolist()
         if what == "value": found = self.network.value(x, rows, seed)
         else: found = self.network.derivative(x, rows, seed, v)
-        if found[-1] and not self.law.random: raise ValueError(NO_DRAWS)
+        self.check_draws(found[-1])
         place = 0 if what == "value" else ("slope", "product").index(what) + 1
         if not torch.isfinite(found[0]) and not x.equal(self.x0): self.check_number(rows, seed)
         elif not torch.isfinite(found[0]): refuse_number(rows, found[0])
         return found[place]
+    def check_draws(self, drew:bool):
+        "Raises ValueError if random numbers were drawn that the first batch did not draw"
+        if drew and not self.minibatches.random: raise ValueError(NO_DRAWS)
     def check_number(self, rows:list, seed:int):
         "Raises ValueError if these rows have no finite loss at `x0` either"
         f = self.network.value(self.x0, rows, seed)[0]
@@ -679,7 +683,8 @@ class PathByPath(BatchDerivatives):
         def direction(g):
             seen.append(to_direction(g))
             return seen[0]
-        f, g, Hv, _ = self.network.derivative(self.check(x), rows, seed, direction)
+        f, g, Hv, drew = self.network.derivative(self.check(x), rows, seed, direction)
+        self.check_draws(drew)
         if not torch.isfinite(f): self.check_number(rows, seed)
         return g, seen[0], Hv
 
@@ -707,15 +712,18 @@ class Differentiated(PathByPath):
 
 # %% ../nbs/00b_minibatch_loss.ipynb #f0b48f3f
 def adds_up(network:BatchNetwork, rows:list, x:Tensor) -> bool: # (d,)
-    "Is the loss of a batch that of its samples?"
-    cut = len(rows) // 2
-    if not cut: return True
-    halves = rows, rows[:cut], rows[cut:]
-    try: both, a, b = (network.value(x, part, 0)[0] for part in halves)
+    "Is the loss of a batch that of its halves, and that of its first sample and the others?"
+    cuts = {cut for cut in (1, len(rows) // 2) if 0 < cut < len(rows)}
+    return all(adds_up_at(network, rows, x, cut) for cut in cuts)
+
+def adds_up_at(network:BatchNetwork, rows:list, x:Tensor, cut:int) -> bool:
+    parts = rows, rows[:cut], rows[cut:]
+    try: both, a, b = (network.value(x, part, 0)[0] for part in parts)
     except (RuntimeError, ValueError): return False # such as batch normalisation of one row
+    if not torch.isfinite(both): return not x.equal(network.x0) # far off it may overflow
     size = max(both.abs(), a.abs(), b.abs())
     gap = (both - (cut * a + (len(rows) - cut) * b) / len(rows)).abs()
-    return not torch.isfinite(gap) or bool(gap <= 16 * torch.finfo(network.dtype).eps**.75 * size)
+    return bool(gap <= 16 * torch.finfo(network.dtype).eps**.75 * size)
 
 def all_add_up(network:BatchNetwork, batches:list, bar) -> bool: # of rows
     "Do all batches add up at `x0`, and a few of them at two points further off?"
@@ -738,7 +746,7 @@ class ByBatches(Differentiated):
         "The minibatches of which f is the mean"
         return self.found[1] if self.full else []
     def find_full(self) -> tuple[str, list]:
-        law, n = self.law, self.law.n
+        law, n = self.minibatches, self.minibatches.n
         if law.count <= n:
             return "enumerated", [(gamma, 1 / law.count) for gamma in law.support(n).gammas]
         generator = torch.Generator().manual_seed(0)
@@ -751,9 +759,10 @@ class ByBatches(Differentiated):
         return "drawn", [(gamma, 1 / self.full_batches) for gamma in drawn]
     def some_batches(self, K:int, generator) -> Tensor: # (K, B + 1)
         "K minibatches; without replacement, those of whole passes over the data"
-        n, B = self.law.n, self.law.batch_size
-        drawn = self.law.draw((K,), generator)
-        if self.law.replace or B == n: return drawn
+        law = self.minibatches
+        n, B = law.n, law.batch_size
+        drawn = law.draw((K,), generator)
+        if law.replace or B == n: return drawn
         def of_pass(): return torch.randperm(n, generator=generator)[:n // B * B].reshape(-1, B)
         passes = [of_pass() for _ in range(-(-K // (n // B)))]
         return torch.cat([torch.cat(passes)[:K], drawn[:, -1:]], -1)
@@ -780,17 +789,22 @@ class MeanOverBatches(ByBatches):
         return total
     def all_of(self, x:Tensor) -> Errors:
         "A pass over the batches of f at one point"
-        for point, data, found in self.known:
-            if point.equal(x) and data == self.data_version(): return found
+        data = [(t, version(t)) for t in tensors_in(self.network.data)]
+        def unchanged(before):
+            return len(before) == len(data) and all(
+                a is b and v == w for (a, v), (b, w) in zip(before, data))
+        for point, before, found in self.known:
+            if point.equal(x) and unchanged(before): return found
         found = self.one_pass_at(x)
-        self.known = [(x.detach().clone(), self.data_version(), found), *self.known[:1]]
+        self.known = [(x.detach().clone(), data, found), *self.known[:1]]
         return found
     def one_pass_at(self, x:Tensor) -> Errors:
         f = f2 = g2 = 0.
         g = torch.zeros_like(x)
         for gamma, w in self.bar(self.batches(), "∇f"):
             *rows, seed = gamma.tolist()
-            value, slope = self.network.derivative(x, rows, seed)[:2]
+            value, slope, _, drew = self.network.derivative(x, rows, seed)
+            self.check_draws(drew)
             if not torch.isfinite(value): self.check_number(rows, seed)
             f = f + w * value.double()
             g.add_(slope, alpha=w)
@@ -801,12 +815,6 @@ class MeanOverBatches(ByBatches):
         def error(square, mean): return (max(0., (square - mean).item()) / (K - 1))**.5
         size = torch.linalg.vector_norm(g).double()
         return Errors(f.to(x.dtype), g, error(f2, f**2), error(g2, size**2))
-    def data_version(self) -> tuple:
-        "What tells that tensors in the data were written to"
-        data = self.network.data
-        if isinstance(data, dict): data = tuple(data.values())
-        values = data if isinstance(data, tuple) else ()
-        return tuple(version(t) for t in values if isinstance(t, Tensor))
 
 # %% ../nbs/00b_minibatch_loss.ipynb #9c1a80f3
 class MinibatchLoss(MeanOverBatches):
@@ -824,7 +832,9 @@ class MinibatchLoss(MeanOverBatches):
         random = network.value(network.x0, first, 0)[1]
         self.network, self.x0 = network, network.x0
         self.dtype, self.dim = network.dtype, network.dim
-        self.law = SeededMinibatches(network.n, batch_size, replace, random)
+        # of the loss, and of what a step draws, which may be more
+        self.minibatches = SeededMinibatches(network.n, batch_size, replace, random)
+        self.law = self.minibatches
         passes = max(16, -(-network.n // batch_size))
         if full_batches is None: self.full_batches = passes
         else: self.full_batches = check_int("full_batches", full_batches, least=2)
@@ -832,7 +842,7 @@ class MinibatchLoss(MeanOverBatches):
         self.cut_into = {} # m -> the same in micro-batches of m
     def with_batch(self, batch_size:int):
         "The same losses in minibatches of another size"
-        how = self.network, batch_size, self.law.sampling
+        how = self.network, batch_size, self.minibatches.sampling
         return MinibatchLoss(*how, progress=self.progress)
     def full_error(self, x:Tensor # one point, (d,)
                   ) -> tuple[float, float]:

@@ -320,6 +320,12 @@ def together(chain:Chain, sde:SDE):
     if sde.kinetic and float(chain.eta) != float(sde.eta):
         raise ValueError(
             f"chain and a kinetic sde must have the same eta, got {chain.eta} and {sde.eta}")
+    for name in ("schedule", "rho_schedule") if sde.kinetic else ():
+        known = getattr(chain, name)
+        if callable(known) and known == getattr(sde, name):
+            raise ValueError(
+                f"{name} is a function of time, which runs by √η in a kinetic sde and by "
+                "η/(1 - momentum) in its chain: give a tensor with a number for each step")
     if not sde.kinetic and float(chain.time_step) != float(sde.time_step):
         raise ValueError(
             "a step of chain and sde must stand for the same time (eta, or eta/(1 - momentum)), "
