@@ -380,21 +380,8 @@ def diagnose(algorithm:Algorithm, # with one radius
              progress:bool|None=None, # show a bar? If None, where it will take more than 3 s
              **training # as of a Chain: momentum, nesterov, weight_decay, ...; no schedule
             ) -> Diagnosis:
-    """Is the SDE of an algorithm a fair model at a point? The terms:
-    "gradient", ‖ḡ‖; "regulariser", ρ‖E[Hu]‖/‖ḡ‖;
-    "of the drift, gradient" and "…, regulariser": the norms of ḡ and ρE[Hu] over ‖b‖;
-    "of the drift, noise in it", that of ρE[Hu] less ρHu of the full gradient, the part due to noise;
-    "error of the regulariser", what draws alone would give, over ‖b‖, where it is from draws;
-    "neglected in ρ", ‖E[G] − E[g + ρHu]‖/‖b‖, and "error of that", what draws alone would give;
-    "neglected in η", ½‖b(x + ηb) − b(x)‖/‖b‖, with momentum at η_e and times (1 + μ)/(1 − μ);
-    "noise", the root of the noise's total variance in one step over ‖ηb‖; "noise, SGD", SGD's;
-    "largest eigenvalue", λ of ∇²f; "c", E[u]·ḡ/‖ḡ‖²; "stability number", ηλ(1 + ρcλ)/2.
-    "model": which SDE is fair, that of "order 1", of "order 2", a "kinetic" one, or "none", by the
-    terms "momentum number", η_e λ(1 + ρcλ)/(1 − μ), and "neglected, kinetic";
-    where the previous batch perturbs, the moments of a step are those of the long run.
-    An SDE has the noise of independent minibatches; where they are reshuffled, `epoch_terms` along
-    the steepest direction tell what part of that noise's variance there is.
-    False where a neglected part is more than `tolerance`, or that number is 1 or more.
+    """Is the SDE of an algorithm a fair model at a point? The terms are those of the table above.
+    False where a neglected part is more than `tolerance`, or the stability number is 1 or more.
     A draw costs two gradients and a product with the Hessian, and up to two gradients more for the
     change in η; the eigenvectors cost some 30 products with ∇²f. A bar says how long that takes.
     Raises ValueError or TypeError on bad input."""
