@@ -502,7 +502,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .machinery.batches import (
-    BatchNetwork, LossOfOutput, check_reshuffles, of_loader, tensors_in)
+    BatchNetwork, LossOfOutput, check_reshuffles, marks, of_loader, same_marks)
 
 # %% ../nbs/00b_minibatch_loss.ipynb #d2dc5291
 def with_seeds(numbers:Tensor, generator) -> Tensor: # (..., B) -> (..., B + 1)
@@ -789,12 +789,9 @@ class MeanOverBatches(ByBatches):
         return total
     def all_of(self, x:Tensor) -> Errors:
         "A pass over the batches of f at one point"
-        data = [(t, version(t)) for t in tensors_in(self.network.data)]
-        def unchanged(before):
-            return len(before) == len(data) and all(
-                a is b and v == w for (a, v), (b, w) in zip(before, data))
+        data = marks(self.network.data)
         for point, before, found in self.known:
-            if point.equal(x) and unchanged(before): return found
+            if point.equal(x) and same_marks(before, data): return found
         found = self.one_pass_at(x)
         self.known = [(x.detach().clone(), data, found), *self.known[:1]]
         return found

@@ -537,6 +537,40 @@ def test_data_that_are_written_to(kind):
     assert not torch.isclose(before, fresh.loss(o.x0), rtol=1e-3)  # the control
 
 
+class Held(torch.utils.data.Dataset):
+    "Its samples depend on what is no tensor"
+
+    def __init__(self):
+        self.array = X.numpy().copy()
+        self.factor, self.kept, self.transform = 1.0, {"by": [np.ones(1)]}, torch.clone
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, i):
+        row = torch.from_numpy(self.array[i] * self.factor * self.kept["by"][0])
+        return self.transform(row), y[i]
+
+
+WRITES = {
+    "an array": lambda data: data.array.__imul__(3),
+    "a number": lambda data: setattr(data, "factor", 3.0),
+    "deep inside": lambda data: data.kept["by"][0].__imul__(3),
+    "a function": lambda data: setattr(data, "transform", lambda row: 3 * row),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_data_of_ones_own_that_are_written_to(write):
+    data = Held()
+    o = MinibatchLoss.from_module(plain_net(), nn.CrossEntropyLoss(), data, 4)
+    before = o.loss(o.x0)
+    WRITES[write](data)
+    known = MinibatchLoss.from_module(plain_net(), nn.CrossEntropyLoss(), (3 * X, y), 4)
+    assert_close(o.loss(o.x0), known.loss(o.x0))
+    assert not torch.isclose(before, known.loss(o.x0), rtol=1e-3)  # the control
+
+
 def test_arrays_of_numpy_are_no_two_samples():
     """As many features as targets have columns: X and y would be stacked to a batch of two."""
     arrays = X.numpy(), 2 * X.numpy()

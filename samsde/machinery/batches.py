@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'states', 'same_states', 'set_states', 'seed_all', 'seeded', 'rows_of', 'as_tree', 'by_tensors', 'batch_of',
-           'tensors_in', 'of_loader', 'check_reshuffles', 'run', 'own_loss', 'LossOfOutput', 'check_parameters',
-           'differentiable', 'slopes_of', 'drained', 'product_of', 'BatchNetwork']
+           'is_plain', 'parts_of', 'marks', 'same_marks', 'of_loader', 'check_reshuffles', 'run', 'own_loss',
+           'LossOfOutput', 'check_parameters', 'differentiable', 'slopes_of', 'drained', 'product_of', 'BatchNetwork']
 
 # %% ../../nbs/machinery/batches.ipynb #047f4038
-import random, threading
+import random, threading, zlib
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Callable
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import (
-    DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate)
+    DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate)
 
 from .checks import check_grad_possible
 from .comparison import first_line, flat
 from .network import (
     LAZY, SCRIPT, attributes_of, put_attributes, snapshot, trainable)
+from .record import FIXED, PLAIN, version
 
 # %% ../../nbs/machinery/batches.ipynb #4eab7eb5
 LOCK = threading.RLock()
@@ -107,13 +108,32 @@ def batch_of(data, collate_fn:Callable, numbers:list):
     return collate_fn([data[i] for i in numbers])
 
 # %% ../../nbs/machinery/batches.ipynb #4c16dc66
-def tensors_in(data) -> list:
-    "The tensors in containers and data sets, all the way down"
-    if isinstance(data, Tensor): return [data]
-    if isinstance(data, Dataset): data = vars(data)
-    if isinstance(data, Mapping): data = tuple(data.values())
-    elif isinstance(data, list) and not tensors_in(data[:1] and data[0]): return []
-    return [t for part in data for t in tensors_in(part)] if isinstance(data, (tuple, list)) else []
+def is_plain(value) -> bool:
+    return isinstance(value, PLAIN) or isinstance(value, tuple) and all(map(is_plain, value))
+
+def parts_of(thing) -> list:
+    "What an object holds, as far as one can look into it"
+    if isinstance(thing, Mapping): return [*thing.keys(), *thing.values()]
+    if isinstance(thing, (list, tuple, set)): return [*thing]
+    if isinstance(thing, np.ndarray): return thing.ravel().tolist()
+    return [] if isinstance(thing, FIXED) else [*getattr(thing, "__dict__", {}).values()]
+
+def marks(thing, seen:set|None=None # ids of what has been looked into
+         ) -> list: # of objects, each with what tells that it was written to
+    seen = set() if seen is None else seen
+    if isinstance(thing, Tensor): return [(thing, version(thing))]
+    if isinstance(thing, np.ndarray) and thing.dtype != object:
+        return [(thing, zlib.crc32(np.ascontiguousarray(thing).reshape(-1).view(np.uint8)))]
+    if is_plain(thing): return [(None, hash(thing))]
+    if isinstance(thing, list) and all(map(is_plain, thing)): return [(thing, hash(tuple(thing)))]
+    if id(thing) in seen: return []
+    seen.add(id(thing))
+    parts = parts_of(thing)
+    return [(thing, len(parts))] + [mark for part in parts for mark in marks(part, seen)]
+
+def same_marks(before:list, now:list) -> bool:
+    return len(before) == len(now) and all(
+        a is b and mark == other for (a, mark), (b, other) in zip(before, now))
 
 # %% ../../nbs/machinery/batches.ipynb #e2f5f27c
 def of_loader(loader:DataLoader) -> dict:
