@@ -173,7 +173,7 @@ def growth(size:dict) -> dict: # contestant -> a function that builds the job
         return timed(ensemble(USAM, torch.float32, size, steps // n, observe=None), steps)
     jobs = {f"d = {d}": lambda d=d: of_paths(100, d=d, paths=1_000) for d in sizes["d"]}
     jobs |= {f"N = {n}": lambda n=n: of_samples(n) for n in sizes["N"]}
-    jobs |= {f"paths = {n}": lambda n=n: of_paths(min(1_000, 10**6 // n), paths=n)
+    jobs |= {f"paths = {n}": lambda n=n: of_paths(min(1_000, 10**7 // n), paths=n)
              for n in sizes["paths"]}
     return jobs | {f"records = {n}": lambda n=n: of_records(n) for n in sizes["records"]}
 
@@ -203,7 +203,9 @@ def peak_memory(records:int, paths:int) -> Callable:
 # %% ../../nbs/experiments/bench.ipynb #31be84b1
 def starting(*words:str) -> Callable:
     "A new Python"
-    return lambda: subprocess.run([sys.executable, *words], check=True, capture_output=True)
+    installed = os.environ | {"PYTHONDONTWRITEBYTECODE": ""} # what is installed is compiled once
+    return lambda: subprocess.run([sys.executable, *words], env=installed, check=True,
+                                  capture_output=True)
 
 # %% ../../nbs/experiments/bench.ipynb #e8a8a6f3
 def settings(n:int, by_sweep:bool) -> Callable:
@@ -475,8 +477,13 @@ WHY = { # of the targets that are missed, by contestant
     **{f"step, {kind}, B = 32": "three passes, where B = 1 has one" for kind in KINDS},
     **{f"step, {kind}, transformer": "a step has the bound of three gradients, which are 1.4 times "
        "the sample gradients" for kind in KINDS},
-    **{f"samsde, {net}": "the parameters are copied, and put back to the last bit"
-       for net in ("large", "tiny")},
+    "samsde, large": "the parameters are copied, and put back to the last bit",
+    "samsde, tiny": "the same operations without options and checks take 1.05 "
+       "(benchmarks/optim_speed.py)",
+    "USAM, float32": "of 210 µs, random numbers take 120, the step 70, and what looks for changes "
+       "of the process and finds its record 20",
+    "records = 1000": "two passes over the paths in double precision take a fifth of a step on one "
+       "thread; two threads share a memory",
     **{f"{peer}, {net}": "two closures and the base optimizer's step are most of the time, for "
        "both" for peer in ("pytorch_optimizer", "pytorch_optimizer foreach", "davda54")
        for net in ("large", "tiny")},

@@ -36,10 +36,8 @@ class Reading(NamedTuple):
 
     def same(self) -> bool:
         now = self.fetch()
-        if now is not self.value:
-            alike = isinstance(now, PLAIN) and type(now) is type(self.value)
-            return alike and now == self.value
-        return self.version is None or version(now) == self.version
+        if now is self.value: return self.version is None or version(now) == self.version
+        return isinstance(now, PLAIN) and type(now) is type(self.value) and now == self.value
 
 # %% ../../nbs/machinery/record.ipynb #e00adc3c
 def trusted(thing) -> bool:
@@ -118,7 +116,10 @@ def readings(*things, limit:int=2000, # of objects
         todo += [(f, outside) for f in (read_by(value) if function else held_by(value))]
     return found
 
-def unchanged(found:list) -> bool: return all(reading.same() for reading in found)
+def unchanged(found:list) -> bool:
+    for reading in found:
+        if not reading.same(): return False
+    return True
 
 # %% ../../nbs/machinery/record.ipynb #3e25c9da
 aten = torch.ops.aten
