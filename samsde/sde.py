@@ -22,39 +22,40 @@ from .moments import (
 from .objective import Objective
 from .sample_sums import seed_of
 
-# %% ../nbs/05_sde.ipynb #50a07ed7
-def along(b, # a vector field, (..., d) -> (..., d)
-          x:Tensor, # (..., d)
-          direction # b(x) -> v, (..., d)
-         ) -> tuple[Tensor, Tensor]: # b(x) and (∇b) v, each (..., d)
-    "A field and its derivative in a direction that its value decides, without a Jacobian"
-    with torch.enable_grad():
-        z = x.detach().requires_grad_()
-        value = b(z)
-        if not value.requires_grad: return value, torch.zeros_like(value)
-        w = torch.zeros_like(value, requires_grad=True)
-        back, = torch.autograd.grad(value, z, w, create_graph=True)
-        value = value.detach()
-        return value, torch.autograd.grad(back, w, direction(value))[0]
-
-def along_itself(b, x:Tensor) -> tuple[Tensor, Tensor]: return along(b, x, lambda value: value)
-
-# %% ../nbs/05_sde.ipynb #f1a5e10b
-def turned_by_last(sde:Model, x:Tensor, # (..., d)
-                   seed) -> Tensor: # (..., d)
-    "How a step moves the mean gradient of the next one, whose perturbation it has found"
-    algorithm, rho = with_source(sde.algorithm, "independent"), per_path(sde.algorithm.rho, x)
-    pairs = with_law(sde.algorithm, sde.objective) # γ, and γ′ behind it
-    def product(both):
-        z = broadcast_paths(x, gamma=both)
-        G = algorithm.direction(sde.objective, z, both) + sde.decay * z
-        def curved(gamma):
-            up = z + rho * algorithm.perturbation(sde.objective, z, gamma)
-            return sde.objective.hvp(up, G) + sde.decay * G
-        own = with_source(algorithm, "own")
-        return own.mean_over_cuts(curved, sde.objective.law, algorithm.of_gradient(both))
-    support = gamma_support(pairs, x, sde.draws, seed)
-    return expectation(product, support, x, sde.objective.chunk)[0]
+# %% ../nbs/05_sde.ipynb #4797a92c
+class EulerScheme:
+    "How the state of an SDE moves. Here it is a point, and an Euler step moves it."
+    memory = () # what a state holds besides the point: "v", a velocity; "k", the number of steps
+    def __init__(self, sde:Model): self.sde = sde
+    def drift(self, x:Tensor, seed) -> Tensor: return self.sde.field(x, seed)
+    def start(self, x:Tensor) -> Tensor:
+        "The point of the state in which a path starts at x"
+        return x
+    def position(self, y:Tensor, last:Tensor) -> Tensor:
+        "x of a state with the point y, whose memory ends with `last`"
+        return y
+    def euler(self, x:Tensor, xi:Tensor, h:float, seed) -> Tensor:
+        "x − combine(h, √(η_e h) ξ, ρ), where drift and noise have the same moments"
+        sde = self.sde
+        mean, noise = sde.moments(x, seed)
+        if sde.order == 2 or mean is not noise:
+            return x + h * sde.drift(x, seed) + h**.5 * sde.diffusion(x, xi, seed)
+        s = (per_path(sde.rate, x) * h)**.5
+        after = mean.euler(x, h, s, xi, per_path(sde.algorithm.rho, x))
+        return after - h * sde.decay * x if sde.decay else after
+    def step(self, x:Tensor, known:dict, xi:Tensor, h:float, seed, k:float) -> Tensor:
+        """The point after a time h, from a record if there is one. `known` is what else the state
+        holds, and k the time in steps."""
+        sde, name = self.sde, ("sde", h)
+        def plain(x, xi): return self.euler(x, xi, h, seed)
+        if has_record(sde, name, x, xi): return sde.taken(name, plain, x, xi)
+        mean, noise = sde.moments(x, seed)
+        if max(mean.passes, noise.passes) > 1: return plain(x, xi) # a record would be as long
+        drawn = noise.drawn if mean is noise else None
+        if drawn is None: return sde.taken(name, plain, x, xi)
+        def with_drawn(x, xi, gammas):
+            return self.euler(x, xi, h, drawn._replace(gammas=gammas))
+        return sde.taken(name, with_drawn, x, xi, drawn.gammas)
 
 # %% ../nbs/05_sde.ipynb #49d6c7a2
 def check_second_order(sde:Model, expansion:str, kinetic:bool):
@@ -142,23 +143,14 @@ class SDE(Model):
         return f"SDE({self.algorithm}, {where}, eta={self.eta}; {self.method})"
     def settings(self, seed=None) -> dict:
         return dict(draws=self.draws, seed=self.seed or 0 if seed is None else seed)
+    def field(self, x:Tensor, seed=None) -> Tensor:
+        "The drift to first order in η, (..., d) -> (..., d)"
+        b = drift(self.algorithm, self.objective, x, self.expansion, **self.settings(seed))
+        return b - self.decay * x
     def drift(self, x:Tensor, seed=None # a number or a generator; None: the SDE's own
              ) -> Tensor:
         "b(x), (..., d) -> (..., d)"
-        x = self.over_sweep(x)
-        def field(z):
-            b = drift(self.algorithm, self.objective, z, self.expansion, **self.settings(seed))
-            return b - self.decay * z
-        if self.order == 1: return field(x)
-        rate = per_path(self.rate, x)
-        if self.is_late:
-            b, derivative = along_itself(field, x)
-            turned = turned_by_last(self, x, self.settings(seed)["seed"])
-            return b + rate * (turned - 1.5 * derivative)
-        def ahead(b): # half a step, and the lag less what does not pass through the velocity
-            return b / 2 + (self.memory_factor - 1) / 2 * (b + self.outside * x)
-        b, derivative = along(field, x, ahead)
-        return b - rate * derivative
+        return self.scheme.drift(self.over_sweep(x), seed)
     def diffusion(self, x:Tensor, xi:Tensor, seed=None) -> Tensor:
         "−√η_e R(x) ξ, (..., d) and (..., noise_dim) -> (..., d)"
         x = self.over_sweep(x)
@@ -172,26 +164,6 @@ class SDE(Model):
         return per_path(per_path(self.rate, x), x) * a
     def draw(self, shape:tuple, generator=None, *, dtype=None, device=None) -> Tensor:
         return torch.randn(*shape, self.noise_dim, generator=generator, dtype=dtype, device=device)
-    def euler(self, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
-        "x − combine(h, √(η_e h) ξ, ρ), where drift and noise have the same moments"
-        mean, noise = self.moments(x, seed)
-        if self.order == 2 or mean is not noise:
-            return x + dt * self.drift(x, seed) + dt**.5 * self.diffusion(x, xi, seed)
-        s = (per_path(self.rate, x) * dt)**.5
-        after = mean.euler(x, dt, s, xi, per_path(self.algorithm.rho, x))
-        return after - dt * self.decay * x if self.decay else after
-    def euler_replayed(self, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
-        "`euler` with γ drawn before, from a record if there is one"
-        if self.is_late: return self.euler(x, xi, dt, seed) # pairs of γ are drawn within
-        name = "sde", dt
-        def without(x, xi): return self.euler(x, xi, dt, seed)
-        if has_record(self, name, x, xi): return self.taken(name, without, x, xi)
-        mean, noise = self.moments(x, seed)
-        if max(mean.passes, noise.passes) > 1: return without(x, xi) # a record would be as long
-        drawn = noise.drawn if mean is noise else None
-        if drawn is None: return self.taken(name, without, x, xi)
-        def step(x, xi, gammas): return self.euler(x, xi, dt, drawn._replace(gammas=gammas))
-        return self.taken(name, step, x, xi, drawn.gammas)
     def step(self, x:Tensor, xi:Tensor, dt:float) -> Tensor:
         "Euler–Maruyama, x + dt b(x) + √dt · diffusion(x, ξ), without a schedule"
         if self.kinetic:
@@ -202,21 +174,21 @@ class SDE(Model):
             raise ValueError(f"dt must be at most eta={self.rate}, got {dt}")
         x = self.over_sweep(x)
         x = broadcast_paths(x, xi=check_points("xi", xi, self.noise_dim, x.dtype))
-        return self.euler_replayed(x, xi, dt, self.seed or 0)
+        scheme = EulerScheme(self) if self.is_scheduled else self.scheme
+        return scheme.step(x, {}, xi, dt, self.seed or 0, 0.0)
     def advance(self, state:Tensor, draw, steps:list) -> Tensor:
         "The time of one step of the algorithm, in steps of these lengths; `draw` gives fresh noise"
-        x, *rest = self.split(state) if self.memory else [state]
+        scheme = self.scheme
+        x, *rest = self.split(state) if scheme.memory else [state]
         x = self.over_sweep(x)
-        known = {name: v.expand(*x.shape[:-1], -1) for name, v in zip(self.memory, rest)}
-        t = rest[-1].flatten()[0].item() if "k" in known else 0.0
+        known = {name: v.expand(*x.shape[:-1], -1) for name, v in zip(scheme.memory, rest)}
+        k = rest[-1].flatten()[0].item() if "k" in known else 0.0
         for h in steps:
             xi = draw()
             seed = self.seed
             if seed is None: seed = torch.Generator(x.device).manual_seed(seed_of(xi))
-            if self.kinetic: x, known["v"] = kinetic_step(self, x, known["v"], xi, h, seed, t)
-            elif self.is_scheduled: x = scheduled_step(self, x, xi, h, seed, t)
-            else: x = self.euler_replayed(x, xi, h, seed)
-            t += h / sum(steps)
+            x = scheme.step(x, known, xi, h, seed, k)
+            k += h / sum(steps)
         if "k" in known: known["k"] = known["k"] + 1
         return joined([x, *known.values()])
     @property
@@ -224,15 +196,6 @@ class SDE(Model):
         "Weight decay per unit of time"
         if not (self.weight_decay and self.decoupled): return self.weight_decay
         return self.weight_decay * (1 - self.momentum) / (1 - self.dampening * (self.momentum > 0))
-    @property
-    def lags(self) -> bool: return self.order == 2 and self.momentum > 0
-    @property
-    def is_late(self) -> bool:
-        "Of second order, with the perturbation of the step before?"
-        return self.order == 2 and self.algorithm.source == "previous"
-    @property
-    def memory(self):
-        return ("v",) * self.kinetic + ("k",) * (self.lags or self.is_late or self.is_scheduled)
     @property
     def memory_factor(self) -> float:
         "What momentum makes of Euler's correction −(η/2)(∇b)b"
@@ -246,29 +209,22 @@ class SDE(Model):
         "E G_ρ, with the weight decay that passes through the velocity"
         b = drift(self.algorithm, self.objective, y, self.expansion, **self.settings())
         return (self.decay - self.outside) * y - b
-    def first_gap(self, x:Tensor) -> Tensor:
-        "How much further the first step goes than E G_ρ would, where nothing perturbs it yet"
-        x = self.over_sweep(x)
-        gap = self.objective.grad(x) + (self.decay - self.outside) * x - self.mean_gradient(x)
-        return per_path(self.rate, x) * gap
-    def start(self, x):
-        """The state in which a path starts at x, (..., d) -> (..., m). At second order x is moved
-        a little: the first step is not perturbed, or torch does not dampen its first buffer."""
-        if self.is_late: x = x - self.first_gap(x)
-        if self.lags and self.dampening:
-            first = per_path(self.eta, x) * self.dampening / (1 - self.momentum)
-            x = self.over_sweep(x)
-            x = x - first * self.mean_gradient(x)
-        return super().start(x)
+    @property
+    def scheme(self) -> EulerScheme:
+        "How a state moves"
+        if self.kinetic: return KineticScheme(self)
+        if self.is_scheduled: return ScheduledScheme(self)
+        if self.order == 1: return EulerScheme(self)
+        late = self.algorithm.source == "previous"
+        return LateScheme(self) if late else SecondOrderScheme(self)
+    @property
+    def memory(self): return self.scheme.memory
+    def start(self, x): return super().start(self.scheme.start(x))
     def position(self, state):
-        "Y; at second order with momentum, x = Y + lag, by which the velocity is behind"
-        y, *k = self.split(state) if self.memory else [state]
-        if self.is_late: return y + (k[0] == 0) * self.first_gap(y)
-        if not self.lags: return y
-        mu, left = self.momentum, self.momentum**k[0]
-        lag = per_path(self.rate, y) * mu**(1 + self.nesterov) * (1 - left)
-        first = per_path(self.eta, y) * self.dampening * left # of torch's first buffer
-        return y + (lag + first) / (1 - mu) * self.mean_gradient(y)
+        scheme = self.scheme
+        if not scheme.memory: return state
+        y, *rest = self.split(state)
+        return scheme.position(y, rest[-1])
     def to_torchsde(self):
         "For torchsde.sdeint. Raises ValueError where a state is more than a point."
         if not self.memory: return ForTorchsde(self)
@@ -276,36 +232,42 @@ class SDE(Model):
             f"torchsde takes an SDE whose state is its point, got {', '.join(self.memory)} besides")
 
 # %% ../nbs/05_sde.ipynb #cf979f71
-def at_step(sde:SDE, t:float, x:Tensor) -> SDE:
-    "The SDE with the radius that it has at step t"
+def at_step(sde:SDE, k:float, x:Tensor) -> SDE:
+    "The SDE with the radius that it has at step k"
     if sde.rho_schedule is None: return sde
     other = copy.copy(sde)
-    other.algorithm = sde.with_radius(x.new_tensor(sde.radius_factor(t)))
+    other.algorithm = sde.with_radius(x.new_tensor(sde.radius_factor(k)))
     other.rho_schedule = None
     return other
 
-def scheduled_step(sde:SDE, x:Tensor, xi:Tensor, dt:float, seed, t:float) -> Tensor:
-    "dX = s b dt + s √η_e R dW, with s and the radius of step t"
-    now = at_step(sde, t, x)
-    move = dt * now.drift(x, seed) + dt**.5 * now.diffusion(x, xi, seed)
-    return x + sde.factor(t) * move
+class ScheduledScheme(EulerScheme):
+    "dX = s b dt + s √η_e R dW, with s and the radius of step k"
+    memory = "k",
+    def step(self, x, known, xi, h, seed, k):
+        now = at_step(self.sde, k, x)
+        move = h * now.drift(x, seed) + h**.5 * now.diffusion(x, xi, seed)
+        return x + self.sde.factor(k) * move
 
 # %% ../nbs/05_sde.ipynb #1ad9833d
 def exponential(a): return a.exp() if isinstance(a, Tensor) else math.exp(a)
 
 # %% ../nbs/05_sde.ipynb #52d9af64
-def kinetic_step(sde:SDE, x:Tensor, P:Tensor, xi:Tensor, h:float, seed, t:float
-                ) -> tuple[Tensor, Tensor]:
+class KineticScheme(EulerScheme):
     "Half a kick, half a drift, friction and noise exactly, and back again"
-    now, s = at_step(sde, t, x), sde.factor(t)
-    c = per_path(sde.friction, x)
-    P = P + h / 2 * now.drift(x, seed)
-    x = x + h / 2 * s * P
-    kick = ((1 - exponential(-2 * c * h)) / (2 * c))**.5 / per_path(sde.eta, x)**.25
-    # diffusion is −√η R ξ, and the noise of P η^{1/4} R ξ with the sign of −v
-    P = exponential(-c * h) * P + kick * now.diffusion(x, xi, seed)
-    x = x + h / 2 * s * P
-    return x, P + h / 2 * now.drift(x, seed)
+    @property
+    def memory(self): return ("v", "k") if self.sde.is_scheduled else ("v",)
+    def step(self, x, known, xi, h, seed, k):
+        sde, P = self.sde, known["v"]
+        now, s = at_step(sde, k, x), sde.factor(k)
+        c = per_path(sde.friction, x)
+        P = P + h / 2 * now.drift(x, seed)
+        x = x + h / 2 * s * P
+        kick = ((1 - exponential(-2 * c * h)) / (2 * c))**.5 / per_path(sde.eta, x)**.25
+        # diffusion is −√η R ξ, and the noise of P η^{1/4} R ξ with the sign of −v
+        P = exponential(-c * h) * P + kick * now.diffusion(x, xi, seed)
+        x = x + h / 2 * s * P
+        known["v"] = P + h / 2 * now.drift(x, seed)
+        return x
 
 # %% ../nbs/05_sde.ipynb #4e0582f9
 class KineticSDE(SDE):
@@ -313,6 +275,85 @@ class KineticSDE(SDE):
     def __init__(self, algorithm:Algorithm, objective:Objective, eta,
                  expansion:str="first", noise:str="factor", **settings): # of an SDE
         super().__init__(algorithm, objective, eta, expansion, noise, kinetic=True, **settings)
+
+# %% ../nbs/05_sde.ipynb #50a07ed7
+def along(b, # a vector field, (..., d) -> (..., d)
+          x:Tensor, # (..., d)
+          direction # b(x) -> v, (..., d)
+         ) -> tuple[Tensor, Tensor]: # b(x) and (∇b) v, each (..., d)
+    "A field and its derivative in a direction that its value decides, without a Jacobian"
+    with torch.enable_grad():
+        z = x.detach().requires_grad_()
+        value = b(z)
+        if not value.requires_grad: return value, torch.zeros_like(value)
+        w = torch.zeros_like(value, requires_grad=True)
+        back, = torch.autograd.grad(value, z, w, create_graph=True)
+        value = value.detach()
+        return value, torch.autograd.grad(back, w, direction(value))[0]
+
+def along_itself(b, x:Tensor) -> tuple[Tensor, Tensor]: return along(b, x, lambda value: value)
+
+# %% ../nbs/05_sde.ipynb #5d149578
+class SecondOrderScheme(EulerScheme):
+    "The drift less −(η/2)(∇b)b, times what momentum makes of it; with momentum, x = Y + lag"
+    @property
+    def memory(self): return ("k",) if self.sde.momentum else ()
+    def drift(self, x, seed):
+        sde = self.sde
+        def field(z): return sde.field(z, seed)
+        def ahead(b): # half a step, and the lag less what does not pass through the velocity
+            return b / 2 + (sde.memory_factor - 1) / 2 * (b + sde.outside * x)
+        b, derivative = along(field, x, ahead)
+        return b - per_path(sde.rate, x) * derivative
+    def start(self, x):
+        sde = self.sde
+        if not sde.momentum or not sde.dampening: return x
+        x = sde.over_sweep(x)
+        first = per_path(sde.eta, x) * sde.dampening / (1 - sde.momentum)
+        return x - first * sde.mean_gradient(x)
+    def position(self, y, last):
+        sde = self.sde
+        mu, left = sde.momentum, sde.momentum**last
+        lag = per_path(sde.rate, y) * mu**(1 + sde.nesterov) * (1 - left)
+        first = per_path(sde.eta, y) * sde.dampening * left # of torch's first buffer
+        return y + (lag + first) / (1 - mu) * sde.mean_gradient(y)
+
+# %% ../nbs/05_sde.ipynb #f1a5e10b
+def turned_by_last(sde:Model, x:Tensor, # (..., d)
+                   seed) -> Tensor: # (..., d)
+    "How a step moves the mean gradient of the next one, whose perturbation it has found"
+    algorithm, rho = with_source(sde.algorithm, "independent"), per_path(sde.algorithm.rho, x)
+    pairs = with_law(sde.algorithm, sde.objective) # γ, and γ′ behind it
+    def product(both):
+        z = broadcast_paths(x, gamma=both)
+        G = algorithm.direction(sde.objective, z, both) + sde.decay * z
+        def curved(gamma):
+            up = z + rho * algorithm.perturbation(sde.objective, z, gamma)
+            return sde.objective.hvp(up, G) + sde.decay * G
+        own = with_source(algorithm, "own")
+        return own.mean_over_cuts(curved, sde.objective.law, algorithm.of_gradient(both))
+    support = gamma_support(pairs, x, sde.draws, seed)
+    return expectation(product, support, x, sde.objective.chunk)[0]
+
+# %% ../nbs/05_sde.ipynb #396a6e0d
+class LateScheme(EulerScheme):
+    "Second order where the batch before perturbs, Eq. (6c.1)"
+    memory = "k",
+    def step(self, x, known, xi, h, seed, k): # without a record, since pairs of γ are drawn
+        return self.euler(x, xi, h, seed)
+    def drift(self, x, seed):
+        sde = self.sde
+        b, derivative = along_itself(lambda z: sde.field(z, seed), x)
+        turned = turned_by_last(sde, x, sde.settings(seed)["seed"])
+        return b + per_path(sde.rate, x) * (turned - 1.5 * derivative)
+    def first_gap(self, x:Tensor) -> Tensor:
+        "How much further the first step goes than E G_ρ would"
+        sde = self.sde
+        x = sde.over_sweep(x)
+        gap = sde.objective.grad(x) + (sde.decay - sde.outside) * x - sde.mean_gradient(x)
+        return per_path(sde.rate, x) * gap
+    def start(self, x): return x - self.first_gap(x)
+    def position(self, y, last): return y + (last == 0) * self.first_gap(y)
 
 # %% ../nbs/05_sde.ipynb #c74e5ec0
 def one_process(process) -> Chain|SDE:

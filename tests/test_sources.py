@@ -15,7 +15,7 @@ from samsde.hessian_noise import cross_covariance, noise_covariance, sgd_covaria
 from samsde.implicit_regularizer import drift, regularized_loss
 from samsde.moments import product
 from samsde.objective import FiniteSum, NoisyLoss, Quadratic
-from samsde.sde import SDE
+from samsde.sde import SDE, SecondOrderScheme
 from samsde.weak_errors import (
     chain_operator,
     circle_problem,
@@ -287,7 +287,7 @@ def test_the_second_order_of_the_previous_batch(how):
     """Order 2 on the circle; without the correction of Eq. (6c.1) the order is 1."""
 
     class Plain(SDE):
-        is_late = False
+        scheme = property(SecondOrderScheme)
 
     problem = periodic_examples(1, batch_size=2, replace=False)[USAM]
     second = dict(expansion="exact", noise="exact", order=2)
