@@ -97,9 +97,9 @@ class Algorithm:
         """G_ρ(x) = ∇f_γ(x + ρ u), with the same γ twice where the source is its own.
         Micro-batches are averaged."""
         if self.unperturbed: return objective.sample_grad(x, self.of_gradient(gamma))
-        def perturbed(part):
-            up = x + per_path(self.rho, x) * self.ascent(objective, x, part)
-            return objective.sample_grad(up, self.of_gradient(part))
+        def perturbed(cut):
+            up = x + per_path(self.rho, x) * self.ascent(objective, x, cut)
+            return objective.sample_grad(up, self.of_gradient(cut))
         return self.mean_over_cuts(perturbed, objective.law, gamma)
     def mean_over_cuts(self, fn, law, gamma:Tensor) -> Tensor:
         "fn(γ), or its mean over the micro-batches"
@@ -614,7 +614,7 @@ class Chain(Model):
         if isinstance(self.objective, Additive):
             xi = sum((h / sum(steps))**.5 * draw() for h in steps)
             parts = xi.split(self.size, -1)
-            return self.step(state, joined([self.objective.law(part) for part in parts]))
+            return self.step(state, joined([self.objective.law(z) for z in parts]))
         if len(steps) > 1:
             raise ValueError(
                 f"a chain with minibatches has no time step below eta={self.time_step}, "

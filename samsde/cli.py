@@ -91,16 +91,16 @@ ALGORITHMS = "USAM", "DNSAM", "SAM"
 
 def add_own_options(run:argparse.ArgumentParser):
     "The options of one experiment"
-    own = run.add_argument_group("options of error_vs_rho")
-    own.add_argument("--problem", nargs="+", choices=PROBLEMS, dest="problems",
+    group = run.add_argument_group("options of error_vs_rho")
+    group.add_argument("--problem", nargs="+", choices=PROBLEMS, dest="problems",
                      help="which losses (default: all)")
-    own.add_argument("--algorithm", nargs="+", choices=ALGORITHMS, dest="algorithms",
+    group.add_argument("--algorithm", nargs="+", choices=ALGORITHMS, dest="algorithms",
                      help="which algorithms (default: all)")
-    own.add_argument("--eta", type=number("eta", least=1e-12),
+    group.add_argument("--eta", type=number("eta", least=1e-12),
                      help="learning rate η (default: 0.05)")
-    own.add_argument("--rho", nargs="+", type=number("rho", zero=True), dest="rhos",
+    group.add_argument("--rho", nargs="+", type=number("rho", zero=True), dest="rhos",
                      help="radii ρ (default: seven from 0 to 4√η)")
-    own.add_argument("--runs", type=count("runs", 3, 10**9),
+    group.add_argument("--runs", type=count("runs", 3, 10**9),
                      help="runs of each algorithm and model")
 
 # %% ../nbs/09_cli.ipynb #5cb7a2a1
@@ -216,15 +216,15 @@ def reproduce(experiment, # an Experiment
     import torch
     from samsde.machinery.store import replacing
     begin = time.perf_counter()
-    own = own_options(experiment, options) | checkpoints_of(experiment, options)
+    chosen = own_options(experiment, options) | checkpoints_of(experiment, options)
     check_place(options.out, [experiment])
     terminal = sys.stderr is not None and sys.stderr.isatty()
     if sys.stderr and not terminal and "told" in inspect.signature(experiment.measure).parameters:
-        own["told"] = lambda line: print(line, file=sys.stderr, flush=True)
+        chosen["told"] = lambda line: print(line, file=sys.stderr, flush=True)
     table = experiment.measure(quick=options.quick, seed=options.seed,
                                dtype=getattr(torch, options.dtype),
                                device=options.device or torch.device("cpu"),
-                               progress=terminal, **own)
+                               progress=terminal, **chosen)
     try:
         csv, png = experiment.save(table, options.out)
         text = report(experiment, table)
@@ -233,7 +233,7 @@ def reproduce(experiment, # an Experiment
     except OSError: # on a full disk, say: what can be saved of the work is what can be printed
         say(f"{report(experiment, table)}\n\n{table.to_csv(index=False)}")
         raise
-    if "checkpoints" in own: shutil.rmtree(own["checkpoints"], ignore_errors=True)
+    if "checkpoints" in chosen: shutil.rmtree(chosen["checkpoints"], ignore_errors=True)
     seconds = time.perf_counter() - begin
     say(f"{text}\n\n{csv}, {png} and {txt} written in {seconds:.0f} s.",
         f": the verdicts are in {txt}")

@@ -322,7 +322,7 @@ def named_parts(sde:SDE, x:Tensor, grad:Tensor, here:Tensor, step:Drawn) -> dict
     if not sde.decay: del parts["weight decay"]
     size = norm(here)
     return {"gradient": norm(grad), "regulariser": norm(regulariser) / norm(grad),
-            **{f"of the drift, {name}": norm(part) / size for name, part in parts.items()},
+            **{f"of the drift, {name}": norm(term) / size for name, term in parts.items()},
             "error of the regulariser": step.regulariser_sem / size}
 
 # %% ../nbs/08b_diagnosis.ipynb #ec32f61e
@@ -738,7 +738,7 @@ def parts_of_drift(grad:Tensor, step:Drawn, decay:Tensor, x:Tensor) -> tuple[Ten
     size = norm(here)
     if size == 0:
         raise ValueError("the drift is exactly zero here, and nothing is small against it")
-    return here, {f"of the drift, {name}": part / size for name, part in parts.items()}
+    return here, {f"of the drift, {name}": term / size for name, term in parts.items()}
 
 # %% ../nbs/08b_diagnosis.ipynb #caeb296b
 def noise_in_run(algorithm:Algorithm, objective:MinibatchLoss, x:Tensor, grad:Tensor,

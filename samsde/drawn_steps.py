@@ -41,8 +41,8 @@ class KnownGradient(Objective):
 # %% ../nbs/08a_drawn_steps.ipynb #b463a7ed
 def is_plain(algorithm:Algorithm) -> bool:
     "Is G = ∇f_γ(x + ρu), with u from the same batch?"
-    own = (algorithm.source, algorithm.micro_batch) == ("own", None)
-    return own and not overrides(algorithm, "direction")
+    plain = (algorithm.source, algorithm.micro_batch) == ("own", None)
+    return plain and not overrides(algorithm, "direction")
 
 def is_fused(algorithm:Algorithm, objective:Objective) -> bool:
     "Can one graph give ∇f_γ and H_γ u, one γ after another?"
@@ -73,7 +73,7 @@ def with_product(objective:Objective, x:Tensor, gammas:Tensor, # (k, d) and (k, 
 # %% ../nbs/08a_drawn_steps.ipynb #062be80b
 def perturbations(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor) -> Tensor:
     "u of each γ, (k, d); the mean over its micro-batches"
-    def of_cut(part): return algorithm.ascent(objective, x, part)
+    def of_cut(cut): return algorithm.ascent(objective, x, cut)
     return algorithm.mean_over_cuts(of_cut, objective.law, gammas)
 
 # %% ../nbs/08a_drawn_steps.ipynb #3742a98d
@@ -98,14 +98,15 @@ def late_parts(algorithm:Algorithm, objective:Objective, x:Tensor,
                mean:Tensor # E u, (d,)
               ) -> tuple: # of (k, d)
     "What `step_parts` gives, where the perturbation is that of the batch before"
-    other, own = with_source(algorithm, "independent"), with_source(algorithm, "own")
+    other, same = with_source(algorithm, "independent"), with_source(algorithm, "own")
     gammas, before = pairs.chunk(2, -1)
     points, rho = x.expand(len(pairs), -1), algorithm.rho
     def next_mean(gamma): # E of the next step's gradient
-        def of_cut(part):
-            return objective.grad(points + rho * own.perturbation(objective, points, part))
-        return own.mean_over_cuts(of_cut, objective.law, gamma)
-    g, u = objective.sample_grad(points, gammas), perturbations(own, objective, points, gammas)
+        def of_cut(cut):
+            return objective.grad(points + rho * same.perturbation(objective, points, cut))
+        return same.mean_over_cuts(of_cut, objective.law, gamma)
+    g = objective.sample_grad(points, gammas)
+    u = perturbations(same, objective, points, gammas)
     curved = objective.hvp(points, u - mean) + objective.sample_hvp(points, gammas, mean.expand_as(u))
     G = other.direction(objective, points, pairs) + next_mean(gammas) - next_mean(before)
     return g, u, g + rho * curved, G

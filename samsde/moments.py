@@ -167,12 +167,12 @@ def hessian_perturbation(algorithm:Algorithm, objective:Objective,
                         ) -> Tensor: # (..., d)
     """H_γ u, the Hessian-vector product of Theorem 3.1.
     u is that of the algorithm's source, and micro-batches are averaged."""
-    def product(part):
-        z = broadcast_paths(x, gamma=part)
+    def product(cut):
+        z = broadcast_paths(x, gamma=cut)
         if algorithm.has_potential and algorithm.source == "own":
-            return gradient(lambda y: algorithm.potential(objective.sample_grad(y, part)), z)
-        u = algorithm.ascent(objective, z, part)
-        return objective.sample_hvp(z, algorithm.of_gradient(part), u)
+            return gradient(lambda y: algorithm.potential(objective.sample_grad(y, cut)), z)
+        u = algorithm.ascent(objective, z, cut)
+        return objective.sample_hvp(z, algorithm.of_gradient(cut), u)
     return algorithm.mean_over_cuts(product, objective.law, gamma)
 
 # %% ../nbs/02d_moments.ipynb #5a9f8170
@@ -222,8 +222,8 @@ class GammaMoments(StepMoments):
     def drawn(self) -> Support|None: return None if self.is_exact else self.support
     @property
     def passes(self) -> int:
-        pieces = chunks(self.support.gammas, self.x, chunk=self.objective.chunk)
-        return len(pieces) if self.objective.one_pass(self.x) else len(pieces) + 1
+        slices = chunks(self.support.gammas, self.x, chunk=self.objective.chunk)
+        return len(slices) if self.objective.one_pass(self.x) else len(slices) + 1
     @property
     def method(self) -> str: return f"{self.size} minibatches"
     def columns(self, rho):
@@ -590,7 +590,7 @@ class Cuts:
         if self.size(draws) != self.count:
             return Support(self.draw((self.size(draws),), generator, device=device), False)
         every = itertools.combinations(range(self.law.n), self.law.batch_size)
-        cut = torch.tensor([way for samples in every for way in ways_to_cut(samples, self.m)],
+        cut = torch.tensor([order for samples in every for order in ways_to_cut(samples, self.m)],
                            device=device)
         if self.ordered:
             orders = torch.tensor([*itertools.permutations(range(self.parts))], device=device)
@@ -631,8 +631,8 @@ def independent_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
     affine = isinstance(objective, Quadratic) and getattr(algorithm, "is_linear", False)
     if exact and not affine: return ExactMoments(algorithm, pairs, x, draws, seed)
     if not isinstance(objective, Additive): return GammaMoments(algorithm, pairs, x, draws, seed)
-    own = own_moments(with_source(algorithm, "own"), objective, x, False, draws, seed)
-    return IndependentAdditiveMoments(own)
+    inner = own_moments(with_source(algorithm, "own"), objective, x, False, draws, seed)
+    return IndependentAdditiveMoments(inner)
 
 def with_source(algorithm:Algorithm, source:str) -> Algorithm:
     other = copy.copy(algorithm)
@@ -646,7 +646,7 @@ class PreviousMoments(GammaMoments):
     def mean_u(self) -> Tensor: # (..., d)
         return expectation(self.u, self.support, self.x, self.objective.chunk)[0]
     def u(self, gamma:Tensor) -> Tensor:
-        def of_cut(part): return self.algorithm.perturbation(self.objective, self.x, part)
+        def of_cut(cut): return self.algorithm.perturbation(self.objective, self.x, cut)
         return self.algorithm.mean_over_cuts(of_cut, self.objective.law, gamma)
     def Hu(self, gamma):
         x = broadcast_paths(self.x, gamma=gamma)
@@ -746,16 +746,16 @@ def noise_share(law:Minibatches, m:int) -> float:
 def micro_moments(algorithm:Algorithm, objective:FiniteSum, x:Tensor,
                   exact:bool, draws:int, seed) -> StepMoments:
     law, m = objective.law, algorithm.micro_batch
-    whole = copy.copy(algorithm)
-    whole.micro_batch = None
+    uncut = copy.copy(algorithm)
+    uncut.micro_batch = None
     if algorithm.source == "full":
-        return whole.moments(objective, x, exact=exact, draws=draws, seed=seed)
+        return uncut.moments(objective, x, exact=exact, draws=draws, seed=seed)
     if exact and not law.replace: # micro-batches of one share θ too, if they perturb themselves
         if algorithm.source == "previous":
             return previous_moments(algorithm, objective, x, exact, draws, seed)
         if m > 1 or algorithm.source == "independent":
             return ExactMoments(algorithm, with_law(algorithm, objective), x, draws, seed)
-    inner = whole.moments(objective.with_batch(m), x, exact=exact, draws=draws, seed=seed)
+    inner = uncut.moments(objective.with_batch(m), x, exact=exact, draws=draws, seed=seed)
     return MicroBatchMoments(inner, noise_share(law, m))
 
 # %% ../nbs/02d_moments.ipynb #1dd0bc25
@@ -850,12 +850,12 @@ def third_perturbation(algorithm:Algorithm, objective:Objective,
                       ) -> Tensor: # (..., d)
     """T_γ[u, u] of Eq. (2d.7).
     u is that of the algorithm's source, and micro-batches are averaged."""
-    def product(part):
-        z = broadcast_paths(x, gamma=part)
+    def product(cut):
+        z = broadcast_paths(x, gamma=cut)
         if algorithm.source == "previous":
-            return objective.third(z, algorithm.perturbation(objective, z, part))
-        u = algorithm.ascent(objective, z, part)
-        return objective.sample_third(z, algorithm.of_gradient(part), u)
+            return objective.third(z, algorithm.perturbation(objective, z, cut))
+        u = algorithm.ascent(objective, z, cut)
+        return objective.sample_third(z, algorithm.of_gradient(cut), u)
     return algorithm.mean_over_cuts(product, objective.law, gamma)
 
 # %% ../nbs/02d_moments.ipynb #2344567e

@@ -380,7 +380,7 @@ class MeansOfSamples(WeightedSums):
         paths = x[..., 0].numel()
         if self.chunk is None or b * paths <= self.chunk: return mean(gamma)
         parts = gamma.split(max(1, self.chunk // max(1, paths)), -1)
-        return sum(part.shape[-1] / b * mean(part) for part in parts)
+        return sum(cut.shape[-1] / b * mean(cut) for cut in parts)
 
 # %% ../nbs/00_objective.ipynb #553a533d
 def check_function(fn, name:str, of:str):
@@ -718,7 +718,7 @@ def adds_up(network:BatchNetwork, rows:list, x:Tensor) -> bool: # (d,)
 
 def adds_up_at(network:BatchNetwork, rows:list, x:Tensor, cut:int) -> bool:
     parts = rows, rows[:cut], rows[cut:]
-    try: both, a, b = (network.value(x, part, 0)[0] for part in parts)
+    try: both, a, b = (network.value(x, rows, 0)[0] for rows in parts)
     except (RuntimeError, ValueError): return False # such as batch normalisation of one row
     if not torch.isfinite(both): return not x.equal(network.x0) # far off it may overflow
     size = max(both.abs(), a.abs(), b.abs())
@@ -917,8 +917,8 @@ class InMicroBatches(Objective):
         if self.single.numbers(gamma).shape[-1] == self.m + 1: return fn(gamma)
         return fn(self.law.cut(gamma, self.m)).mean(0)
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
-        return self.mean(lambda part: self.single.sample_loss(x, part), gamma)
+        return self.mean(lambda cut: self.single.sample_loss(x, cut), gamma)
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor:
-        return self.mean(lambda part: self.single.sample_grad(x, part), gamma)
+        return self.mean(lambda cut: self.single.sample_grad(x, cut), gamma)
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
-        return self.mean(lambda part: self.single.sample_hvp(x, part, v), gamma)
+        return self.mean(lambda cut: self.single.sample_hvp(x, cut, v), gamma)

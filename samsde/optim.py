@@ -49,7 +49,7 @@ def norm_in(tensors:list, dtype) -> float:
     if PLAIN.issuperset(map(type, tensors)): return norm_on_mesh(tensors, dtype)
     meshes = {}
     for t in tensors: meshes.setdefault(t.device_mesh if is_sharded(t) else None, []).append(t)
-    return math.hypot(*(norm_on_mesh(part, dtype) for part in meshes.values()))
+    return math.hypot(*(norm_on_mesh(group, dtype) for group in meshes.values()))
 
 # %% ../nbs/08_optim.ipynb #76e7c0eb
 # norms whose squares were in range
@@ -337,13 +337,13 @@ class SharedGroups(Optimizer):
         super().__init__(params, checked_options(**options))
         groups = vars(self).pop("param_groups")
         refuse_fsdp1(params_of(groups))
-        own = [checked_options(**{name: group.pop(name) for name in OPTIONS}) for group in groups]
+        ours = [checked_options(**{name: group.pop(name) for name in OPTIONS}) for group in groups]
         base = made_base(base_optimizer, groups, base_kwargs)
         self.keys = {name: f"sam_{name}" if name in base.defaults else name for name in OPTIONS}
         self.own_defaults = self.defaults
         self.defaults = dict(base.defaults)
         self._set_options(self.defaults, self.own_defaults)
-        for group, options in zip(base.param_groups, own): self._set_options(group, options)
+        for group, options in zip(base.param_groups, ours): self._set_options(group, options)
         self.base_optimizer = base
 
     def _set_options(self, group:dict, options:dict):
@@ -400,16 +400,16 @@ class Checkpointed(Restorable):
         self.displacement.undo(unless_written=True)
         self.release()
         names = [*self.keys.values(), *KEPT]
-        own = [{name: g[name] for name in names if name in g} for g in self.param_groups]
+        ours = [{name: g[name] for name in names if name in g} for g in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
-        for group, options in zip(self.param_groups, own):
+        for group, options in zip(self.param_groups, ours):
             group.update(options | group)
             checked_options(*(group[self.keys[name]] for name in OPTIONS))
 
     def __getstate__(self) -> dict:
-        own = {name: value for name, value in vars(self).items() if name[0] != "_"}
-        for patched in ("step", "state"): own.pop(patched, None)
-        return own | dict(displacement=self.displacement)
+        ours = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        for patched in ("step", "state"): ours.pop(patched, None)
+        return ours | dict(displacement=self.displacement)
 
     def __setstate__(self, state:dict):
         state = dict(state)

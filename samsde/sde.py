@@ -330,8 +330,8 @@ def turned_by_last(sde:Model, x:Tensor, # (..., d)
         def curved(gamma):
             up = z + rho * algorithm.perturbation(sde.objective, z, gamma)
             return sde.objective.hvp(up, G) + sde.decay * G
-        own = with_source(algorithm, "own")
-        return own.mean_over_cuts(curved, sde.objective.law, algorithm.of_gradient(both))
+        alone = with_source(algorithm, "own")
+        return alone.mean_over_cuts(curved, sde.objective.law, algorithm.of_gradient(both))
     support = gamma_support(pairs, x, sde.draws, seed)
     return expectation(product, support, x, sde.objective.chunk)[0]
 

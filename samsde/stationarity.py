@@ -33,8 +33,8 @@ def direction(variances:np.ndarray # γ, (d,), not all 0
     h = .125
     share = 1 / (1 + 2 * t[:, None]**2 * variances)
     F = np.exp(np.log(share).sum(1) / 2)
-    one, two = 2 / math.sqrt(math.pi) * h * t * F, 2 * h * t**2 * F
-    return Direction(one @ share, variances * (two @ share), one.sum(), two.sum())
+    first, second = 2 / math.sqrt(math.pi) * h * t * F, 2 * h * t**2 * F
+    return Direction(first @ share, variances * (second @ share), first.sum(), second.sum())
 
 # %% ../nbs/07b_stationarity.ipynb #71270f65
 def turn(M:np.ndarray) -> np.ndarray: return np.swapaxes(M, -1, -2)

@@ -62,13 +62,13 @@ def weak_order(etas, # learning rates
     scatter, or from `sem`. Raises ValueError."""
     x, y, w = logarithms(etas, errors, sem)
     x = x - (w * x).sum() / w.sum()
-    spread = (w * x**2).sum()
-    slope = (w * x * y).sum() / spread
-    if sem is not None: half = scipy.stats.norm.ppf(.975) / spread**.5
+    square = (w * x**2).sum()
+    slope = (w * x * y).sum() / square
+    if sem is not None: half = scipy.stats.norm.ppf(.975) / square**.5
     elif len(x) == 2: half = np.inf
     else:
         half = (scipy.stats.t.ppf(.975, len(x) - 2) * ((y - y.mean() - slope * x)**2).sum()**.5
-                / ((len(x) - 2) * spread)**.5)
+                / ((len(x) - 2) * square)**.5)
     return WeakOrder(float(slope), float(slope - half), float(slope + half))
 
 # %% ../nbs/06_weak_approximation.ipynb #7121f970

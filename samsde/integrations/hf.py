@@ -36,10 +36,10 @@ class SharpnessAware:
         sam.first_step(zero_grad=True, grad_scale=1.0 if scaler is None else scaler.get_scale())
         try:
             while parts:
-                part = parts.pop(0)
-                apart = self.accelerator.no_sync(part[0]) if parts else nullcontext()
+                batch = parts.pop(0)
+                apart = self.accelerator.no_sync(batch[0]) if parts else nullcontext()
                 with sam.same_randomness(), apart:
-                    super().training_step(*part)
+                    super().training_step(*batch)
             sam.restore(ready=True)
         finally:
             parts.clear()

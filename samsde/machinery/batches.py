@@ -129,7 +129,7 @@ def marks(thing, seen:set|None=None # ids of what has been looked into
     if id(thing) in seen: return []
     seen.add(id(thing))
     parts = parts_of(thing)
-    return [(thing, len(parts))] + [mark for part in parts for mark in marks(part, seen)]
+    return [(thing, len(parts))] + [mark for inner in parts for mark in marks(inner, seen)]
 
 def same_marks(before:list, now:list) -> bool:
     return len(before) == len(now) and all(
@@ -235,19 +235,19 @@ def drained(found:list, params:list) -> Tensor: # (d,)
     "Gradients as one vector; the list loses each as soon as it is there, for memory"
     sizes = [p.numel() for p in params]
     v = torch.zeros(sum(sizes), dtype=params[0].dtype, device=params[0].device)
-    for part in reversed(v.split(sizes)):
+    for segment in reversed(v.split(sizes)):
         g = found.pop()
-        if g is not None: part.view_as(g).copy_(g.detach().to_dense())
+        if g is not None: segment.view_as(g).copy_(g.detach().to_dense())
     return v
 
 # %% ../../nbs/machinery/batches.ipynb #a297fe24
 def product_of(slopes:list, params:list, v:Tensor, again:bool=False) -> Tensor: # (d,)
     "∇²f v from the graph of ∇f; with `again` the graph is kept"
     parts = v.detach().split([p.numel() for p in params])
-    pairs = [(s, part.to(s).view_as(s)) for s, part in zip(slopes, parts)
+    pairs = [(s, segment.to(s).view_as(s)) for s, segment in zip(slopes, parts)
              if s is not None and s.requires_grad]
     if not pairs: return flat([None] * len(params), params)
-    found = [*torch.autograd.grad([s for s, _ in pairs], params, [part for _, part in pairs],
+    found = [*torch.autograd.grad([s for s, _ in pairs], params, [segment for _, segment in pairs],
                                   retain_graph=again, allow_unused=True)]
     return drained(found, params)
 

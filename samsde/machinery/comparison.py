@@ -141,8 +141,9 @@ def same(a:Tensor, b:Tensor) -> bool:
 
 def layer_words(module:nn.Module, name:str) -> str:
     "A layer that changes something of its own"
-    layer, _, own = name.rpartition(".")
-    return f"layer {layer!r} ({type(module.get_submodule(layer)).__name__}) changes its own {own!r}"
+    layer, _, attribute = name.rpartition(".")
+    kind = type(module.get_submodule(layer)).__name__
+    return f"layer {layer!r} ({kind}) changes its own {attribute!r}"
 
 def tensors_of(module:nn.Module) -> dict:
     return {name: t for name, t in module.state_dict().items() if isinstance(t, Tensor)}
@@ -197,9 +198,9 @@ def check_output(out, n:int # samples
 def batch_outputs(network:Network, x:Tensor): # tensors with n rows
     "What the module returns for all samples, in pieces"
     module = put(network, x)
-    pieces = pieces_of(len(network.X), network.chunk)
-    with plainly(), torch.no_grad(): outs = [module(network.data(s)[0]) for s in pieces]
-    check_output(outs[0], pieces[0].stop)
+    slices = pieces_of(len(network.X), network.chunk)
+    with plainly(), torch.no_grad(): outs = [module(network.data(s)[0]) for s in slices]
+    check_output(outs[0], slices[0].stop)
     return outs[0] if len(outs) == 1 else tree_map(lambda *t: torch.cat(t), *outs)
 
 # %% ../../nbs/machinery/comparison.ipynb #5d37ff82

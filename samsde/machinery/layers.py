@@ -45,7 +45,7 @@ def convolution(layer, # of one or two dimensions
     if isinstance(layer, nn.Conv1d): # a picture of height 1
         a = a[..., None, :]
         d = d[..., None, :]
-        settings = [(one, *value) for one, value in zip((1, 1, 0, 1), settings)]
+        settings = [(default, *value) for default, value in zip((1, 1, 0, 1), settings)]
     a, d = (t.reshape(len(t), -1, *t.shape[-3:]) for t in (a, d))
     patches = F.unfold(a.flatten(0, 1), *settings).reshape(*a.shape[:2], -1, d[0, 0, 0].numel())
     d = d.flatten(3) # patches are (b, k, channels × window, T), and this is (b, k, channels, T)

@@ -60,9 +60,9 @@ class Sketch:
         self.starts = torch.randint(buckets, (rows,), generator=generator).tolist()
     def __call__(self, v:Tensor) -> Tensor: # (k, d) -> (k, buckets)
         out = v.new_zeros(len(v), self.buckets)
-        for start, part in zip(self.starts, v.split(self.buckets, -1)):
-            width = part.shape[-1]
-            out[:, :width].addcmul_(part, self.signs[start:start + width])
+        for start, bucket in zip(self.starts, v.split(self.buckets, -1)):
+            width = bucket.shape[-1]
+            out[:, :width].addcmul_(bucket, self.signs[start:start + width])
         return out
 
 def sketch_of(x:Tensor) -> Callable|None:
@@ -81,7 +81,7 @@ def rotate(Q:list, S:Tensor): # n vectors (d,), which change, and (n, k)
     S = S.to(Q[0])
     for start in range(0, len(Q[0]), LARGE):
         parts = [q[start:start + LARGE] for q in Q]
-        for part, new in zip(parts, S.T @ torch.stack(parts)): part.copy_(new)
+        for old, new in zip(parts, S.T @ torch.stack(parts)): old.copy_(new)
     del Q[S.shape[1]:]
 
 # %% ../../nbs/machinery/long_vectors.ipynb #e935e5a6
@@ -93,9 +93,9 @@ def orthogonalise(w:Tensor, Q:list) -> tuple[list, float]: # (d,), which changes
     for _ in range(3): # where much of w is taken off, what is left is not orthogonal yet
         before = left
         for i, q in enumerate(Q):
-            part = (q @ w).item()
-            along[i] += part
-            w.sub_(q, alpha=part)
+            component = (q @ w).item()
+            along[i] += component
+            w.sub_(q, alpha=component)
         left = norm(w)
         if left > .7 * before: break
     return along, left

@@ -87,11 +87,11 @@ def element(thing, key): # None where it is gone
 
 def attributes(thing) -> list:
     "The attributes of an object, and the methods that its class has from a user"
-    own = ([lambda: len(vars(thing))]
-           + [functools.partial(vars(thing).get, name) for name in vars(thing)])
-    methods = [m for kind in type(thing).__mro__ if not trusted(kind) for m in vars(kind).values()]
-    return (own + [functools.partial(lambda m: m, m)
-                   for m in methods if isinstance(m, types.FunctionType)])
+    values = [functools.partial(vars(thing).get, name) for name in vars(thing)]
+    known = [m for kind in type(thing).__mro__ if not trusted(kind) for m in vars(kind).values()]
+    methods = [functools.partial(lambda m: m, m)
+               for m in known if isinstance(m, types.FunctionType)]
+    return [lambda: len(vars(thing)), *values, *methods]
 
 # %% ../../nbs/machinery/record.ipynb #adea5d3f
 def readings(*things, limit:int=2000, # of objects

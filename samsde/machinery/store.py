@@ -23,24 +23,24 @@ def replacing(path:Path): # a binary file
     """A file that takes the place of another when all is written. Raises OSError if that fails;
     the old one then stays."""
     path = Path(os.path.realpath(path))
-    part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     try:
-        with part.open("wb") as f:
+        with temporary.open("wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, path)
+        os.replace(temporary, path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 # %% ../../nbs/machinery/store.ipynb #c0ce7e70
 def remove_parts(folder:Path, name:str):
     """Remove what killed writers left of a file, which others may still be writing until an hour
     has passed"""
-    for part in folder.glob(f"{name}.????????.part"):
+    for temporary in folder.glob(f"{name}.????????.part"):
         with suppress(FileNotFoundError): # another may have been here before
-            if part.stat().st_mtime < time.time() - 3600: part.unlink()
+            if temporary.stat().st_mtime < time.time() - 3600: temporary.unlink()
 
 # %% ../../nbs/machinery/store.ipynb #6f60e6a4
 FORMAT = 3 # of all files; another one where the layout changes, or what a seed gives
@@ -189,11 +189,11 @@ class RunState:
         self.parts, self.blocks = map(dict, self.first)
         self.new = True
         self.stop.clear()
-    def add(self, lo:int, part:PathStatistics):
+    def add(self, lo:int, statistics:PathStatistics):
         "What a block came to"
         with self.lock:
             self.blocks.pop(lo, None)
-            self.parts[lo], self.new = part, True
+            self.parts[lo], self.new = statistics, True
             while 0 in self.parts and (after := len(self.parts[0])) in self.parts:
                 self.parts[0] = self.parts[0] + self.parts.pop(after)
     def note(self, lo:int, block:Block) -> bool: # is there something new to save?
@@ -212,7 +212,7 @@ class RunState:
 # %% ../../nbs/machinery/store.ipynb #f2654160
 def contents(run_state:RunState) -> tuple[dict, dict]: # about, and name -> tensor
     "What is written of a RunState"
-    states = {f"part{lo}": part.state() for lo, part in run_state.parts.items()}
+    states = {f"part{lo}": statistics.state() for lo, statistics in run_state.parts.items()}
     states |= {f"block{lo}": state for lo, (_, state) in run_state.blocks.items()}
     blocks = [(lo, step) for lo, (step, _) in run_state.blocks.items()]
     about = run_state.about | dict(parts=list(run_state.parts), blocks=blocks)

@@ -23,9 +23,9 @@ def theme() -> dict: # for matplotlib.rcParams
     import seaborn as sns
     from cycler import cycler
     frame = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    own = {"legend.frameon": False, "legend.fontsize": "small", "savefig.dpi": 200,
+    ours = {"legend.frameon": False, "legend.fontsize": "small", "savefig.dpi": 200,
            "axes.prop_cycle": cycler(color=other_colours)}
-    return sns.axes_style("ticks", frame) | sns.plotting_context("notebook", .92) | own
+    return sns.axes_style("ticks", frame) | sns.plotting_context("notebook", .92) | ours
 
 # %% ../../nbs/machinery/style.ipynb #b07e8b71
 # a picture says nothing of when and by what it was drawn
