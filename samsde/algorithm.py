@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .machinery.checks import (
     broadcast_axes, check_int, check_nonzero, check_positive, check_scalar, check_share, per_path)
+from .machinery.differences import FALSE, false_derivative
 from .machinery.record import replay
 from .machinery.sampling import KEY
 from .objective import (
-    Additive, FiniteSum, InMicroBatches, MinibatchLoss, Noiseless, Objective, gradient)
+    Additive, FiniteSum, InMicroBatches, MinibatchLoss, Noiseless, NoisyLoss, Objective, gradient)
 from .machinery.style import colours
 
 # %% ../nbs/01_algorithm.ipynb #ede46e34
@@ -224,12 +225,23 @@ def first_contradiction(found) -> str|None: # of contradictions(...)
     try: return next((words for words, a, b in found if not close(a, b)), None)
     except Exception: return None # what is wrong with it is told where it is used
 
+def false_in(objective:Objective) -> str|None: # as of false_derivative
+    "Which of torch's derivatives is not that of the loss; None where that cannot be told"
+    points = torch.randn(3, 2, objective.dim, generator=torch.Generator().manual_seed(1)) / 4
+    def derive(x, v): return None, objective.grad(x), objective.hvp(x, v)
+    for dtype in [objective.dtype] if objective.dtype else (torch.float64, torch.float32):
+        try: return false_derivative(objective.loss, derive, [*points.to(dtype)])
+        except Exception: pass # what is wrong with it is told where it is used
+
 def check_objective(objective:Objective):
-    """Raises ValueError if a class of a user's own contradicts itself.
-    Such as one whose loss the inherited gradient does not belong to."""
-    if is_ours(objective) or "consistent" in vars(objective): return
-    if words := first_contradiction(contradictions(objective)):
+    """Raises ValueError if a class of a user's own contradicts itself, such as one whose loss the
+    inherited gradient does not belong to, or if torch's derivatives are not those of a function."""
+    if "consistent" in vars(objective): return
+    if not is_ours(objective) and (words := first_contradiction(contradictions(objective))):
         raise ValueError(f"{type(objective).__name__} contradicts itself: its {words}")
+    of_functions = isinstance(objective, FiniteSum) and objective.network is None
+    users = not is_ours(objective) or isinstance(objective, NoisyLoss) or of_functions
+    if users and (found := false_in(objective)): raise ValueError(FALSE[found])
     objective.consistent = True
 
 # %% ../nbs/01_algorithm.ipynb #55331334

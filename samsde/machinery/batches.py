@@ -8,9 +8,9 @@ __all__ = ['LOCK', 'states', 'same_states', 'set_states', 'seed_all', 'seeded', 
            'LossOfOutput', 'check_parameters', 'differentiable', 'slopes_of', 'drained', 'product_of', 'BatchNetwork']
 
 # %% ../../nbs/machinery/batches.ipynb #047f4038
-import random, threading, zlib
+import copy, random, threading, zlib
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Callable
 
 import numpy as np
@@ -22,9 +22,11 @@ from torch.utils.data import (
     DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate)
 
 from .checks import check_grad_possible
-from .comparison import first_line, flat
+from .comparison import first_line, flat, scaled_noise
+from .differences import check_derivatives
 from .network import (
-    LAZY, SCRIPT, attributes_of, put_attributes, snapshot, trainable)
+    LAZY, SCRIPT, attributes_of, check_hooks, put_attributes, snapshot, trainable)
+from .paths import WRONG_TWICE, Rewritten
 from .record import FIXED, PLAIN, version
 
 # %% ../../nbs/machinery/batches.ipynb #4eab7eb5
@@ -195,6 +197,7 @@ def check_parameters(module):
     "Raises ValueError or TypeError unless a module has trainable, real parameters of one dtype"
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    check_hooks(module)
     for name, layer in module.named_modules():
         words = None
         if isinstance(layer, torch.jit.ScriptModule): words = SCRIPT
@@ -212,13 +215,13 @@ def check_parameters(module):
 
 # %% ../../nbs/machinery/batches.ipynb #2caf4ee6
 @contextmanager
-def differentiable(module:nn.Module):
-    "Where torch runs no kernel that lacks a second derivative"
+def differentiable(module:nn.Module, rewritten:Rewritten|None=None):
+    "Where torch runs no kernel that lacks a second derivative, and `rewritten` in place of others"
     check_grad_possible()
     kernels = [torch.backends.mkldnn, torch.backends.cudnn]
     recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
     before = [kernel.enabled for kernel in kernels]
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), rewritten or nullcontext():
         try:
             if recurrent:
                 for kernel in kernels: kernel.enabled = False
@@ -271,8 +274,10 @@ class BatchNetwork:
         self.devices = [self.x0.device] if self.x0.device.type == "cuda" else []
         self.buffers = {name: b.detach().clone() for name, b in self.module.named_buffers()}
         self.attributes = attributes_of(self.module)
+        self.rewritten = True # does it call what torch differentiates wrongly?
         self.busy = threading.RLock()
         self.check_copy(module)
+        check_field(self)
 
     def check_copy(self, module:nn.Module):
         "Raises ValueError if the first sample as a batch has another gradient in a copy of the module"
@@ -298,8 +303,10 @@ class BatchNetwork:
     def of_module(self, module:nn.Module, rows:list) -> Tensor: # (d,)
         "The gradient of a batch in a module where it stands"
         params = trainable(module)
-        with seeded(0, self.devices), differentiable(module):
+        rewritten = Rewritten(WRONG_TWICE)
+        with seeded(0, self.devices), differentiable(module, rewritten):
             f = self.loss_of(rows, module)
+            self.rewritten = rewritten.used
             if not f.requires_grad:
                 raise ValueError(
                     "the loss must depend on the trainable parameters, but it has no gradient")
@@ -323,7 +330,8 @@ class BatchNetwork:
     @contextmanager
     def at(self, x:Tensor, seed:int):
         "The module at a point, with random numbers from a seed; gives `drew` of `seeded`"
-        with seeded(seed, self.devices) as drew, self.busy, differentiable(self.module):
+        rewritten = Rewritten(WRONG_TWICE) if self.rewritten else None
+        with seeded(seed, self.devices) as drew, self.busy, differentiable(self.module, rewritten):
             self.put(x)
             try: yield drew
             finally: self.restore()
@@ -361,3 +369,33 @@ class BatchNetwork:
         with self.at(x, seed):
             slopes = slopes_of(self.loss_of(numbers), params, again=True)
             yield lambda v: product_of(slopes, params, v, again=True)
+
+# %% ../../nbs/machinery/batches.ipynb #a76963ce
+def in_double(network:BatchNetwork) -> BatchNetwork:
+    "The same in double precision"
+    def real(t): return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+    loss = copy.deepcopy(network.batch_loss)
+    if isinstance(getattr(loss, "loss", None), nn.Module): loss.loss.double()
+    twin = copy.copy(network)
+    twin.module = snapshot(network.module, "module").double()
+    twin.x0, twin.dtype = network.x0.double(), torch.float64
+    twin.buffers = {name: real(b) for name, b in network.buffers.items()}
+    twin.batch_loss = lambda module, batch: loss(module, tree_map(real, as_tree(batch)))
+    return twin
+
+def check_field(network:BatchNetwork,
+                large:int=10**6 # parameters, of which a copy in double precision is too much
+               ):
+    "Raises ValueError if torch's derivatives are not those of the loss of one batch"
+    rows = [*range(min(8, network.n))]
+    twin = network
+    if network.dim <= large:
+        twin = in_double(network)
+        try: twin.derivative(twin.x0, rows, 0, twin.x0)
+        except (RuntimeError, TypeError, NotImplementedError): twin = network
+    params = trainable(network.module)
+    noise = [scaled_noise(params, 2, seed=k).to(twin.x0) for k in range(3)]
+    points = [(twin.x0 + .1 * z, v) for z, v in noise]
+    def value(x): return twin.value(x, rows, 0)[0]
+    def derive(x, v): return twin.derivative(x, rows, 0, v)[:3]
+    check_derivatives(value, derive, points)

@@ -15,14 +15,15 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .differences import check_derivatives
 from .network import Network, trainable
-from .paths import Rewritten
+from .paths import WRONG_TWICE, Rewritten
 
 # %% ../../nbs/machinery/comparison.ipynb #8d852c4c
 def plainly() -> contextlib.ExitStack:
-    "Where torch computes as it does, but by no fused kernel that lacks a second derivative"
+    "Where torch computes as it does, but by nothing whose second derivative is missing or wrong"
     stack = contextlib.ExitStack()
-    contexts = Rewritten({}), sdpa_kernel(SDPBackend.MATH), torch.enable_grad()
+    contexts = Rewritten(WRONG_TWICE), sdpa_kernel(SDPBackend.MATH), torch.enable_grad()
     for context in contexts: stack.enter_context(context)
     return stack
 
@@ -73,15 +74,16 @@ def in_double(network:Network) -> Network:
     except (RuntimeError, TypeError, NotImplementedError): return copy.copy(network)
     return twin
 
-def noise(network:Network, *shape, seed:int) -> Tensor:
-    "Standard normal numbers times the size of each parameter, (*shape, d)"
+def scaled_noise(params:list, *shape, seed:int) -> Tensor: # (*shape, d)
+    "Standard normal numbers times the size of each parameter"
     generator = torch.Generator().manual_seed(seed)
-    d = len(network.x0)
-    z = torch.randn(*shape, d, generator=generator, dtype=torch.float64).to(network.x0)
-    params = network.named(network.x0).values()
-    size = torch.cat([p.square().mean().sqrt().expand(p.numel()) for p in params])
+    size = torch.cat([p.detach().square().mean().sqrt().expand(p.numel()) for p in params])
+    z = torch.randn(*shape, len(size), generator=generator, dtype=torch.float64).to(size)
     typical = size.square().mean().sqrt()
     return z * torch.where(size > 0, size, typical if typical > 0 else 1.)
+
+def noise(network:Network, *shape, seed:int) -> Tensor: # (*shape, d)
+    return scaled_noise([*network.named(network.x0).values()], *shape, seed=seed)
 
 # %% ../../nbs/machinery/comparison.ipynb #1ca23c0e
 def pieces_of(n:int, size:int|None) -> list: # of slices
@@ -278,6 +280,18 @@ def check_copy(network:Network, module:nn.Module, loss:Callable):
                                  "the loss, or a function in it, "
                                  "read the parameters from elsewhere?")
 
+# %% ../../nbs/machinery/comparison.ipynb #fffb58d1
+def check_field(network:Network):
+    "Raises ValueError if torch's derivatives are not those of the loss of some samples"
+    rows = torch.tensor(some_rows(network))
+    X, y = network.data(rows)
+    points = [(near(network, k), noise(network, seed=10 + k)) for k in range(3)]
+    def value(x):
+        module = put(network, x)
+        with plainly(), torch.no_grad(): return network.loss(module(X), y)
+    def derive(x, v): return plain_loss(network, x, v, rows)
+    check_derivatives(value, derive, points)
+
 # %% ../../nbs/machinery/comparison.ipynb #6f94ac28
 def along(f:Callable, # (P, d) -> (P,)
           x:Tensor, v:Tensor # (P, d) each
@@ -402,6 +416,7 @@ def plain_or_refused(network:Network, twin:Network, module, loss) -> Samples:
     try:
         check_losses(twin)
         check_copy(network, module, loss)
+        check_field(twin)
         return plain_samples(twin)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{rough_layer(twin)} cannot be differentiated twice: write it in plain "
