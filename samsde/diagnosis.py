@@ -123,19 +123,24 @@ class Diagnosis:
         "Is the point below the edge of stability?"
         return self.terms["stability number"] < 1
     @property
+    def clipped(self) -> float:
+        "The share of the steps whose gradient is clipped"
+        return self.terms.get("clipped", 0.)
+    @property
     def reason(self) -> str:
         neglected = {name: self.terms[name] for name in ("neglected in ρ", "neglected in η")}
         large = {name: value for name, value in neglected.items() if not value <= self.tolerance}
         said = ", ".join(f"{name}: {value:.2g} of the drift"
                          for name, value in (large or neglected).items())
         said = f"{said}, {'more than' if large else 'at most'} {self.tolerance:g}"
+        if self.clipped > self.tolerance: said = f"{self.clipped:.0%} of the steps clipped; {said}"
         number = f"stability number {self.terms['stability number']:.2g}"
         if self.stable: return f"{said}; {number}, below the edge 1"
         return f"{number}, at or beyond the edge 1; {said}"
     def __bool__(self) -> bool:
         small = all(self.terms[name] <= self.tolerance
                     for name in ("neglected in ρ", "neglected in η"))
-        return small and self.stable
+        return small and self.stable and self.clipped <= self.tolerance
     @property
     def table(self) -> pd.DataFrame:
         "The settings and all terms, a row each"
@@ -650,6 +655,7 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
                       batch_size:int|None=None, # of data that are no DataLoader
                       collate_fn=None, # of data that are a Dataset
                       batch_loss=None, # (model, batch) -> scalar, in place of `loss`
+                      clip:float|None=None, # norm to which the loop clips gradients, if it does
                       budget_s:float=60, # seconds
                       effort:float=50, # of gradients beyond ∇f, where these take more than 3 s
                       top:int=3, # Hessian eigenvectors
@@ -664,6 +670,7 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
     Raises ValueError or TypeError on bad input, and for an optimizer that is none of these."""
     check_scalar("budget_s", budget_s), check_scalar("effort", effort)
     check_scalar("tolerance", tolerance), check_int("top", top), check_int("seed", seed, least=0)
+    if clip is not None: check_scalar("clip", clip)
     clock = Timed(budget_s)
     algorithm, settings, decay = read_optimizer(model, optimizer, rho)
     objective = run_objective(model, loss, data, batch_size, collate_fn, batch_loss)
@@ -674,7 +681,7 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
     shown = is_shown(progress, how["seconds"])
     with tqdm(total=steps, desc=told, leave=False, disable=not shown) as bar:
         found = diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance,
-                             clock, bar)
+                             clock, bar, clip)
     found.coarse += unlike_drawn(data)
     found.terms |= reshuffled(data, found)
     return found
@@ -779,7 +786,7 @@ def terms_of_edge(settings:dict, lam:Tensor, errors:Tensor, c:float, c_error:flo
 
 # %% ../nbs/08b_diagnosis.ipynb #fb3effaf
 def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance, clock,
-                 bar) -> Diagnosis:
+                 bar, clip=None) -> Diagnosis:
     mu, damped = settings["momentum"], settings["dampening"]
     eta = settings["η"] * (1 - damped) / (1 - mu)
     settings = settings | {"effective η": eta}
@@ -816,6 +823,7 @@ def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, toler
              "neglected in η": lag * in_eta, "error of that, η": lag * eta_error,
              **terms_of_edge(settings, lam, errors, *c, rho, decay.max().item())}
     terms |= momentum_terms(mu, eta, A, lag * in_eta, tolerance)
+    if clip is not None: terms["clipped"] = (step.sizes > clip).double().mean().item()
     said = coarseness(how, used, full_error / size_of_grad, errors, lam, step, changes.n, clock)
     return Diagnosis(terms, table, tolerance, settings, said)
 

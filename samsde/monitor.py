@@ -77,16 +77,20 @@ def lightning_callback(batch_loss, # (module, batch) -> scalar
                        data=None, # as in diagnose_training; the Trainer's own if None
                        **how # as in Monitor
                       ):
-    """A Callback for a Lightning Trainer, with its Monitor as `monitor`.
-    Raises ImportError without lightning."""
+    """A Callback for a Lightning Trainer, with its Monitor as `monitor`. It knows how the Trainer
+    clips gradients. Raises ImportError without lightning, ValueError if they are clipped by value."""
     from lightning.pytorch.callbacks import Callback
     class Watch(Callback):
         monitor = None
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if self.monitor is None:
                 given = trainer.train_dataloader if data is None else data
+                if trainer.gradient_clip_algorithm not in (None, "norm"):
+                    raise ValueError("gradients must be clipped by norm, "
+                                     f"got {trainer.gradient_clip_algorithm!r}")
+                clip = dict(clip=trainer.gradient_clip_val or None)
                 self.monitor = Monitor(pl_module, None, given, trainer.optimizers[0],
-                                       batch_loss=batch_loss, **how)
+                                       batch_loss=batch_loss, **clip | how)
             found = self.monitor()
             if found is not None and trainer.logger is not None:
                 trainer.logger.log_metrics(numbers_of(found), step=trainer.global_step)
@@ -96,7 +100,8 @@ def lightning_callback(batch_loss, # (module, batch) -> scalar
 def transformers_callback(data=None, # a Dataset; the Trainer's own if None
                           **how # as in Monitor
                          ):
-    "A TrainerCallback, with its Monitor as `monitor`. Raises ImportError without transformers."
+    """A TrainerCallback, with its Monitor as `monitor`. It knows how the Trainer clips gradients
+    (`max_grad_norm`, by default to 1). Raises ImportError without transformers."""
     from transformers import TrainerCallback
     class Watch(TrainerCallback):
         monitor = None
@@ -105,8 +110,9 @@ def transformers_callback(data=None, # a Dataset; the Trainer's own if None
             if self.monitor is None:
                 given = train_dataloader.dataset if data is None else data
                 size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-                self.monitor = Monitor(model, None, given, optimizer, batch_size=size,
-                                       collate_fn=train_dataloader.collate_fn, **how)
+                known = dict(batch_size=size, collate_fn=train_dataloader.collate_fn,
+                             clip=args.max_grad_norm or None)
+                self.monitor = Monitor(model, None, given, optimizer, **known | how)
             found = self.monitor()
             if found is not None:
                 state.log_history.append(numbers_of(found) | {"step": state.global_step})

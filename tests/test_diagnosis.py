@@ -378,7 +378,7 @@ def test_refuses_in_the_middle_of_a_step():
 def test_is_that_of_the_finite_sum():
     "Without batch norm and dropout the same terms follow from `diagnose` of the finite sum"
     net = make(0.0, norm=False)
-    found = look(net, of(net), draws=None) if False else look(net, of(net), budget_s=20)
+    found = look(net, of(net), budget_s=20)
     finite = FiniteSum.from_module(net, nn.CrossEntropyLoss(), X, y, 10, replace=False)
     known = diagnose(SAM(0.1), finite, finite.x0, 0.1, draws=2000, directions=0, top=1)
     assert found.terms["gradient"] == pytest.approx(known.terms["gradient"], rel=1e-8)
@@ -394,6 +394,43 @@ def test_is_that_of_the_finite_sum():
         < 5 * (found.terms["error of c"] ** 2 + 1e-6) ** 0.5
     )
     assert found.terms["noise"] > 1.05 * found.terms["noise, SGD"]
+
+
+def longest(net, rho):
+    "The longer of g and G for each sample, by plain torch"
+    params = [*net.parameters()]
+    x = nn.utils.parameters_to_vector(params).detach()
+
+    def gradient(i, at):
+        nn.utils.vector_to_parameters(at, params)
+        loss = F.cross_entropy(net(X[i : i + 1]), y[i : i + 1])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
+
+    found = []
+    for i in range(len(X)):
+        g = gradient(i, x)
+        found.append(max(g.norm(), gradient(i, x + rho * g / g.norm()).norm()))
+    nn.utils.vector_to_parameters(x, params)
+    return torch.stack(found)
+
+
+def test_steps_that_are_clipped():
+    "Their share is that of the samples whose gradients are longer; SAM's are longer than SGD's"
+    net = make(0.0, norm=False)
+    sizes = longest(net, 0.5)
+    clip = sizes.quantile(0.75).item()
+    share = (sizes > clip).double().mean().item()
+    how = dict(batch_size=1, budget_s=20, tolerance=10.0)
+    found = look(net, of(net, rho=0.5), clip=clip, **how)
+    draws = 50  # at least
+    assert abs(found.terms["clipped"] - share) < 4 * (share * (1 - share) / draws) ** 0.5
+    assert (longest(net, 1e-9) > clip).double().mean() < 0.6 * share
+    strict = look(net, of(net, rho=0.5), clip=clip, **how | dict(tolerance=0.1))
+    assert not strict and "of the steps clipped" in strict.reason
+    assert look(net, of(net, rho=0.5), clip=1e6, **how).terms["clipped"] == 0
+    assert "clipped" not in look(net, of(net, rho=0.5), **how).terms
+    with pytest.raises(ValueError, match="clip"):
+        look(net, of(net), clip=-1.0)
 
 
 class Bowl(nn.Module):

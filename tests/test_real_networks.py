@@ -255,7 +255,8 @@ def test_lightning():
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            L.Trainer(max_epochs=2, callbacks=callbacks, **quiet).fit(module, loader)
+            trainer = L.Trainer(max_epochs=2, callbacks=callbacks, gradient_clip_val=5.0, **quiet)
+            trainer.fit(module, loader)
         return module
 
     watch = lightning_callback(
@@ -269,9 +270,11 @@ def test_lightning():
         a.equal(b) for a, b in zip(watched.state_dict().values(), plain.state_dict().values())
     )
     assert [*watch.monitor.history.index] == [4, 8] and (watch.monitor.history["ρ"] == 0.1).all()
+    assert (watch.monitor.history["clipped"] == 0).all()
 
 
-def test_transformers(tmp_path):
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_transformers(tmp_path, clip):
     t = needs("transformers")
     from samsde.integrations.hf import SharpnessAware
 
@@ -285,7 +288,7 @@ def test_transformers(tmp_path):
         str(tmp_path),
         max_steps=4,
         per_device_train_batch_size=4,
-        max_grad_norm=0.0,
+        max_grad_norm=clip,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
@@ -302,6 +305,7 @@ def test_transformers(tmp_path):
     assert [*watch.monitor.history.index] == [2, 4]
     logged = [r for r in trainer.state.log_history if "samsde/stability number" in r]
     assert [r["step"] for r in logged] == [2, 4] and logged[0]["samsde/ρ"] == 0.05
+    assert [r.get("samsde/clipped", 0) for r in logged] == [clip > 0] * 2
 
 
 def test_overhead():
