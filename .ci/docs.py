@@ -95,13 +95,26 @@ def show_claims(proc, cfg):
 CHECK = re.compile(r"^\s*(?:assert\b|with (?:pytest\.)?raises|torch\.testing\.assert_)", re.M)
 
 
-def fold_checks(proc):
-    "Cells that show nothing and assert something are folded."
+SHOWN = re.compile(r"^#\| *(?:export|exports|echo|include|code-fold)\b", re.M)
+
+
+def fold_code(proc, cfg):
+    """Cells that show nothing and assert something are folded. On pages that are read for what they show, which are neither the guides nor the
+    reference, so is the code that draws a figure, that checks a result which it shows, or that sets up more than a few lines; what it shows is not."""
+    guides = {Path(path).as_posix() for group in ("Use", "Reference") for path, _ in leaves(navigation(cfg)[group]) if "machinery" not in path} | {"index.ipynb"}
+
+    def summary(cell, guide):
+        text, shown = "".join(cell["source"]), cell["outputs"]
+        if SHOWN.search(text) or (guide and (shown or not CHECK.search(text))): return None
+        if any("image/svg+xml" in out.get("data", {}) for out in shown): return "drawn by"
+        if CHECK.search(text): return "checked by"
+        return "set up by" if not shown and text.count("\n") > 8 else None
+
     def change(path, cells):
+        guide = path.relative_to(proc).as_posix() in guides
         for cell in cells:
-            text = "".join(cell["source"])
-            if cell["cell_type"] == "code" and not cell["outputs"] and CHECK.search(text) and "#|" not in text:
-                cell["source"] = "#| code-fold: true\n#| code-summary: \"checked by\"\n" + text
+            words = summary(cell, guide) if cell["cell_type"] == "code" else None
+            if words: cell["source"] = f'#| code-fold: true\n#| code-summary: "{words}"\n' + "".join(cell["source"])
     each_cell(proc.rglob("*.ipynb"), change)
 
 
@@ -342,6 +355,16 @@ def keep_signs(html):
     return re.sub(r'([(“]*)(<span class="math inline">[^<]*</span>)([,.;:?!)”’]*)', lambda m: f'<span class="keep">{m[0]}</span>' if m[1] or m[3] else m[0], html)
 
 
+UNFOLD = """<button type="button" class="unfold" aria-pressed="false" onclick="const open = this.getAttribute('aria-pressed') === 'false';
+this.setAttribute('aria-pressed', open); this.textContent = open ? 'Fold the code' : 'Show all code';
+document.querySelectorAll('main details.code-fold').forEach((e) => { e.open = open; })">Show all code</button>"""
+
+
+def add_unfold(html):
+    "A page that folds its code has a button that shows all of it."
+    return html.replace("</header><!--", f"{UNFOLD}</header><!--", 1) if html.count('<details class="code-fold">') > 2 else html
+
+
 def finish(site, cfg):
     "Make the pages stand alone: relative links between them, no link to an address that doesn't exist, KaTeX beside them."
     docs = f"{cfg.doc_host}{cfg.doc_baseurl}/"
@@ -370,7 +393,7 @@ def finish(site, cfg):
         html = re.sub(r'(<div class="sidebar-title[^>]*><a href=")[./]*"', rf'\1{up}index.html"', html)  # a folder is no page on a disk
         html = re.sub(rf'(?s)<a href="{re.escape(docs)}([^"#]*)#?([^"]*)"[^>]*>(.*?)</a>', local, html)
         html = re.sub(r"(?s)<td.*?</td>", lambda m: re.sub(r"<code>[^<]*", lambda code: re.sub(r"(_|(?<!\d)\.)(?=\w)", r"\1<wbr>", code[0]), m[0]), html)  # a phone breaks long names there
-        html = write_pictures(site, name, keep_signs(stack_tables(name_parts(html))))
+        html = write_pictures(site, name, keep_signs(stack_tables(add_unfold(name_parts(html)))))
         if katex: html = CDN.sub(f"{up}site_libs/katex", html)
         (site/name).write_text(html, encoding="utf-8")
     if not katex: print("without npm, the pages load KaTeX from its usual address")
@@ -384,7 +407,7 @@ def build():
     except Exception as fault:
         sys.exit(f"{fault}\n\nThe cell above is executed for the site because it imports: give the imports a cell of their own.")
     show_claims(proc, cfg)
-    fold_checks(proc)
+    fold_code(proc, cfg)
     add_pages(proc, cfg)
     write_sidebar(proc, cfg)
     rename(proc)
