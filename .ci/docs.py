@@ -100,7 +100,7 @@ SHOWN = re.compile(r"^#\| *(?:export|exports|echo|include|code-fold)\b", re.M)
 
 def fold_code(proc, cfg):
     """Cells that show nothing and assert something are folded. On pages that are read for what they show, which are neither the guides nor the
-    reference, so is the code that draws a figure, that checks a result which it shows, or that sets up more than a few lines; what it shows is not."""
+    reference, so is the code that draws a figure, that checks a result which it shows, or that sets up more than a few lines; what it shows is not. Exported source of more than a few lines is folded there, too."""
     guides = {Path(path).as_posix() for group in ("Use", "Reference") for path, _ in leaves(navigation(cfg)[group]) if "machinery" not in path} | {"index.ipynb"}
 
     def summary(cell, guide):
@@ -114,6 +114,8 @@ def fold_code(proc, cfg):
         guide = path.relative_to(proc).as_posix() in guides
         for cell in cells:
             words = summary(cell, guide) if cell["cell_type"] == "code" else None
+            source = "".join(cell["source"])
+            if not guide and "code-fold: show" in source and source.count("\n") > 15: cell["source"] = source.replace("code-fold: show", "code-fold: true", 1)
             if words: cell["source"] = f'#| code-fold: true\n#| code-summary: "{words}"\n' + "".join(cell["source"])
     each_cell(proc.rglob("*.ipynb"), change)
 
