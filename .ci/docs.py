@@ -204,7 +204,9 @@ def write_pictures(site, name, html):
         (site/picture).write_text(lighter(m[1]), encoding="utf-8")
         place = "../" * name.count("/") + picture
         later = ' loading="lazy"' if html[:m.start()].endswith("<figure hidden>") else ""  # a frame that a slider may ask for
-        return f'<a href="{place}"><img src="{place}" alt="{alt}" width="{round(float(m[2]) / .72)}" class="img-fluid"{later}></a>'
+        sides = re.search(r'\bheight="([\d.]+)pt"', m[1])[1], m[2]
+        height, width = (round(float(side) / .72) for side in sides)  # kept free until the picture is there
+        return f'<a href="{place}"><img src="{place}" alt="{alt}" width="{width}" height="{height}" class="img-fluid"{later}></a>'
 
     return PICTURE.sub(show, html)
 
@@ -347,6 +349,7 @@ def stack_tables(html):
         heads = [unescape(re.sub(r"<[^>]+>", "", head)).strip() for head in re.findall(r"(?s)<th\b[^>]*>(.*?)</th>", m[0].partition("</thead>")[0])]
         if not heads or heads[0] not in STACKED: return m[0]
         rows = re.sub(r"(?s)<tr\b.*?</tr>", lambda found: row(found, heads), m[0])
+        rows = re.sub(r"(?<=\d) (?=[±%])|(?<=±) (?=\d)", "\u00a0", rows)  # a number stays with its error and its unit
         return re.sub(r"<table[^>]*>", f'<table class="caption-top table stacked {heads[0].split()[0]}s">', rows, count=1)
 
     return re.sub(r"(?s)<table\b.*?</table>", table, html)
@@ -360,6 +363,12 @@ def keep_signs(html):
 UNFOLD = """<button type="button" class="unfold" aria-pressed="false" onclick="const open = this.getAttribute('aria-pressed') === 'false';
 this.setAttribute('aria-pressed', open); this.textContent = open ? 'Fold the code' : 'Show all code';
 document.querySelectorAll('main details.code-fold').forEach((e) => { e.open = open; })">Show all code</button>"""
+
+
+def tidy_tables(html):
+    "pandas writes a style sheet and attributes of old into each table: nbs/styles.css has what they say."
+    html = re.sub(r"(?s)<style scoped>.*?</style>\s*", "", html)
+    return re.sub(r'<(table|t[rhd])\b[^>]*>', lambda m: re.sub(r' (?:border|valign|halign)="[^"]*"', "", m[0]), html)
 
 
 def add_unfold(html):
@@ -395,7 +404,7 @@ def finish(site, cfg):
         html = re.sub(r'(<div class="sidebar-title[^>]*><a href=")[./]*"', rf'\1{up}index.html"', html)  # a folder is no page on a disk
         html = re.sub(rf'(?s)<a href="{re.escape(docs)}([^"#]*)#?([^"]*)"[^>]*>(.*?)</a>', local, html)
         html = re.sub(r"(?s)<td.*?</td>", lambda m: re.sub(r"<code>[^<]*", lambda code: re.sub(r"(_|(?<!\d)\.)(?=\w)", r"\1<wbr>", code[0]), m[0]), html)  # a phone breaks long names there
-        html = write_pictures(site, name, keep_signs(stack_tables(add_unfold(name_parts(html)))))
+        html = write_pictures(site, name, keep_signs(stack_tables(add_unfold(tidy_tables(name_parts(html))))))
         if katex: html = CDN.sub(f"{up}site_libs/katex", html)
         (site/name).write_text(html, encoding="utf-8")
     if not katex: print("without npm, the pages load KaTeX from its usual address")

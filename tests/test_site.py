@@ -165,9 +165,24 @@ def junk(page, pages):
     yield from re.findall(r".*(?:\d%\||it/s|s/it|\d s left|Warning\b| object at 0x).*", outputs)
 
 
+def validity(page, pages):
+    "What an HTML validator finds: styles in the text, attributes of old, an id twice, a level of headings left out."
+    body = page.html.partition("</head>")[2]
+    if page.name.startswith("source/"):
+        return
+    yield from re.findall(r"<style.{0,60}", body)
+    yield from re.findall(r"<t(?:able|r|h|d)\b[^>]*\b(?:border|valign|align|bgcolor)=[^>]*>", body)
+    names = re.findall(r'<[^>]*\sid="([^"]+)"', re.sub(r"(?s)<script.*?</script>", "", body))
+    yield from (f"an id twice: {name}" for name in {*names} if names.count(name) > 1)
+    levels = [*map(int, re.findall(r"<h([1-6])\b", body.partition("<main")[2]))]
+    yield from (
+        f"h{low} after h{high}" for high, low in zip(levels, levels[1:]) if low > high + 1
+    )
+
+
 FILES = {
     check.__name__: check
-    for check in (markup, widgets, links, sources, words, alternatives, vectors, junk)
+    for check in (markup, widgets, links, sources, words, alternatives, vectors, junk, validity)
 }
 
 
@@ -549,7 +564,7 @@ def test_sidebar_is_the_navigation(pages):
 
 
 def test_checks_are_folded(pages):
-    "Cells that show nothing and assert something; what an example shows is open."
+    "Cells that assert something; what an example shows is open."
     html = pages["weak_errors.html"].html
     folded = re.findall(
         r"(?s)<details class=\"code-fold\">\s*<summary>checked by</summary>(.*?)</details>", html
@@ -566,6 +581,38 @@ def test_checks_are_folded(pages):
         )
         == 0
     )
+
+
+def test_code_is_folded_where_the_result_is_read(pages):
+    "A theorem's page shows its figures and folds what draws them; a guide's code is open."
+    folded = r'(?s)<details class="code-fold">\s*<summary>drawn by</summary>.*?</details>(.*?)(?=<details|<section|</main>)'
+    drawn = re.findall(folded, pages["saddle_attraction.html"].html)
+    assert len(drawn) > 5 and all("<img" in shown for shown in drawn)
+    assert not re.findall(folded, pages["diagnosis.html"].html)
+
+
+def test_all_code_at_once(browser, smalldocs):
+    "A button shows what is folded, and folds it again."
+    browser.open(SITE / "saddle_attraction.html")
+    count = "document.querySelectorAll('main details.code-fold[open]').length"
+    seen = [browser.js(count)]
+    for _ in range(2):
+        browser.js("document.querySelector('button.unfold').click()")
+        seen.append(browser.js(count))
+    assert seen[1] > 20 and seen[0] == seen[2] == 0, seen
+
+
+def test_equations_have_one_size(browser, smalldocs):
+    "Those of a theorem are as large as others, and as the letters of the text; a phone's are smaller."
+    sizes = "[...document.querySelectorAll('main .katex-display > .katex')].map((e) => [e.closest('blockquote') !== null, getComputedStyle(e).fontSize])"
+    found = {}
+    for width in (1400, 400):
+        browser.open(SITE / "implicit_regularizer.html", width=width)
+        shown = browser.js(sizes)
+        assert {inside for inside, _ in shown} == {True, False}
+        found[width] = {float(size.removesuffix("px")) for _, size in shown}
+    (wide,), (phone,) = found[1400], found[400]
+    assert phone < wide, (phone, wide)
 
 
 def test_version_and_icon(pages):
@@ -679,6 +726,7 @@ def test_in_the_browser(kind, looks):
 
 
 BREAKS = {
+    "validity": '<div><style scoped>p {}</style></div>',
     "markup": "<p>**bold**</p>",
     "widgets": "<pre>interactive(children=(FloatSlider(value=0.1</pre>",
     "sources": None,
