@@ -359,6 +359,10 @@ WIDE = r"""(() => {
     apart: parted,
     long: all("main pre.cell-code > code").flatMap(long).map((line) => line.trim().slice(0, 60)),
     broad: all("main table").filter((e) => e.getBoundingClientRect().right > right + 1).map((e) => e.textContent.trim().replace(/\s+/g, " ").slice(0, 60)),
+    askew: all(".quarto-figure-center img").filter((e) => {
+      const own = e.getBoundingClientRect(), column = e.closest(".quarto-figure").getBoundingClientRect();
+      return Math.abs(own.left + own.right - column.left - column.right) > 4;
+    }).map((e) => e.alt.slice(0, 60)),
     code: all("main pre").filter(cut).map((e) => e.textContent.slice(0, 60)),
     formulas: all(".katex-display").filter(cut).map((e) => "cut: " + e.textContent.slice(0, 60))
       .concat(all(".katex-display > .katex > .katex-html").filter(uneven).map((e) => "uneven: " + e.textContent.slice(0, 60))),
@@ -374,13 +378,14 @@ def look(browser, path):
     found |= (
         browser.js(WIDE)
         if not path.is_relative_to(SITE / "source")
-        else {"code": [], "formulas": [], "long": [], "broad": [], "apart": []}
+        else {"code": [], "formulas": [], "long": [], "broad": [], "apart": [], "askew": []}
     )
     few = found["shown"] + len(found["bad"]) < found["maths"]
     return {
         "console": console,
         "elsewhere": elsewhere,
         "pictures": found["broken"],
+        "figures": found["askew"],
         "letters": found["small"],
         "tables": found["cramped"],
         "columns": found["broad"],
@@ -400,6 +405,7 @@ KINDS = (
     "console",
     "elsewhere",
     "pictures",
+    "figures",
     "letters",
     "tables",
     "columns",
@@ -737,6 +743,7 @@ BREAKS = {
     "console": "<script>console.error('broken')</script>",
     "elsewhere": '<img src="http://127.0.0.1:9/x.png" alt="x">',
     "pictures": '<img src="nowhere.png" alt="x">',
+    "figures": '<div class="quarto-figure quarto-figure-center" style="text-align: left"><figure class="figure"><img src="pictures/index-1.svg" alt="x" width="90"></figure></div>',
     "letters": '<img style="width: 100%" alt="x" src="data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 width=%22900%22 height=%229%22/%3E">',
     "tables": f"<table><tr><td style='max-width: 40px'>{'word ' * 20}</td></tr></table>",
     "columns": f"<table><tr><td style='white-space: nowrap'>{'word ' * 60}</td></tr></table>",
