@@ -320,6 +320,7 @@ LOOK = r"""(() => {
     empty: all("main section").filter((e) => e.textContent.trim() === (e.querySelector("h2, h3, h4") || e).textContent.trim()).map((e) => e.textContent.trim().slice(0, 60)),
     nameless: [...all("nav").filter((e) => !e.getAttribute("aria-label")), ...all("button, a[href], input").filter((e) => !named(e) && !e.querySelector("img[alt], i"))].map((e) => e.outerHTML.slice(0, 120))
       .concat(all("button").filter((e) => !named(e)).map((e) => e.outerHTML.slice(0, 120)), all("th").filter((e) => !e.scope && e.textContent.trim()).map((e) => "no scope: " + e.textContent)),
+    cut: all("main blockquote .katex-display").filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent.slice(0, 60)), // of a theorem
     maths: all(".math").length, shown: all(".katex").length,
     bad: [...all(".katex-error"), ...all(".katex [style]").filter(red)].map((e) => e.title || e.textContent),
     broken: all("img").filter((e) => !e.naturalWidth && !e.closest("[hidden]")).map((e) => e.getAttribute("src").slice(0, 80)),
@@ -386,6 +387,7 @@ def look(browser, path):
         "elsewhere": elsewhere,
         "pictures": found["broken"],
         "figures": found["askew"],
+        "statements": found["cut"],
         "letters": found["small"],
         "tables": found["cramped"],
         "columns": found["broad"],
@@ -406,6 +408,7 @@ KINDS = (
     "elsewhere",
     "pictures",
     "figures",
+    "statements",
     "letters",
     "tables",
     "columns",
@@ -744,6 +747,7 @@ BREAKS = {
     "elsewhere": '<img src="http://127.0.0.1:9/x.png" alt="x">',
     "pictures": '<img src="nowhere.png" alt="x">',
     "figures": '<div class="quarto-figure quarto-figure-center" style="text-align: left"><figure class="figure"><img src="pictures/index-1.svg" alt="x" width="90"></figure></div>',
+    "statements": f"<blockquote><p><span class='math display'>\\[{'x+' * 40}x\\]</span></p></blockquote>",
     "letters": '<img style="width: 100%" alt="x" src="data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 width=%22900%22 height=%229%22/%3E">',
     "tables": f"<table><tr><td style='max-width: 40px'>{'word ' * 20}</td></tr></table>",
     "columns": f"<table><tr><td style='white-space: nowrap'>{'word ' * 60}</td></tr></table>",
