@@ -175,9 +175,7 @@ def validity(page, pages):
     names = re.findall(r'<[^>]*\sid="([^"]+)"', re.sub(r"(?s)<script.*?</script>", "", body))
     yield from (f"an id twice: {name}" for name in {*names} if names.count(name) > 1)
     levels = [*map(int, re.findall(r"<h([1-6])\b", body.partition("<main")[2]))]
-    yield from (
-        f"h{low} after h{high}" for high, low in zip(levels, levels[1:]) if low > high + 1
-    )
+    yield from (f"h{low} after h{high}" for high, low in zip(levels, levels[1:]) if low > high + 1)
 
 
 FILES = {
@@ -735,7 +733,7 @@ def test_in_the_browser(kind, looks):
 
 
 BREAKS = {
-    "validity": '<div><style scoped>p {}</style></div>',
+    "validity": "<div><style scoped>p {}</style></div>",
     "markup": "<p>**bold**</p>",
     "widgets": "<pre>interactive(children=(FloatSlider(value=0.1</pre>",
     "sources": None,
