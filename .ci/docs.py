@@ -92,16 +92,31 @@ def show_claims(proc, cfg):
     each_cell(proc.rglob("*.ipynb"), change)
 
 
-CHECK = re.compile(r"^\s*(?:assert\b|with (?:pytest\.)?raises|torch\.testing\.assert_)", re.M)
+CHECK = re.compile(r"(?:^|:)[ \t]*(?:assert\b|with\b[^\n]*\braises\(|(?:torch|np|pd)\.testing\.assert_)", re.M)
 
 
-def fold_checks(proc):
-    "Cells that show nothing and assert something are folded."
+SHOWN = re.compile(r"^#\| *(?:export|exports|echo|include|code-fold)\b", re.M)
+
+
+def fold_code(proc, cfg):
+    """Cells that show nothing and assert something are folded. On pages that are read for what they show, which are neither the guides nor the
+    reference, so is the code that draws a figure, that checks a result which it shows, or that sets up more than a few lines; what it shows is not. Exported source of more than a few lines is folded there, too."""
+    guides = {Path(path).as_posix() for group in ("Use", "Reference") for path, _ in leaves(navigation(cfg)[group]) if "machinery" not in path} | {"index.ipynb"}
+
+    def summary(cell, guide):
+        text, shown = "".join(cell["source"]), cell["outputs"]
+        if SHOWN.search(text) or (guide and (shown or not CHECK.search(text))): return None
+        if any("image/svg+xml" in out.get("data", {}) for out in shown): return "drawn by"
+        if CHECK.search(text): return "checked by"
+        return "set up by" if not shown and text.count("\n") > 8 else None
+
     def change(path, cells):
+        guide = path.relative_to(proc).as_posix() in guides
         for cell in cells:
-            text = "".join(cell["source"])
-            if cell["cell_type"] == "code" and not cell["outputs"] and CHECK.search(text) and "#|" not in text:
-                cell["source"] = "#| code-fold: true\n#| code-summary: \"checked by\"\n" + text
+            words = summary(cell, guide) if cell["cell_type"] == "code" else None
+            source = "".join(cell["source"])
+            if not guide and "code-fold: show" in source and source.count("\n") > 15: cell["source"] = source.replace("code-fold: show", "code-fold: true", 1)
+            if words: cell["source"] = f'#| code-fold: true\n#| code-summary: "{words}"\n' + "".join(cell["source"])
     each_cell(proc.rglob("*.ipynb"), change)
 
 
@@ -189,7 +204,9 @@ def write_pictures(site, name, html):
         (site/picture).write_text(lighter(m[1]), encoding="utf-8")
         place = "../" * name.count("/") + picture
         later = ' loading="lazy"' if html[:m.start()].endswith("<figure hidden>") else ""  # a frame that a slider may ask for
-        return f'<a href="{place}"><img src="{place}" alt="{alt}" width="{round(float(m[2]) / .72)}" class="img-fluid"{later}></a>'
+        sides = re.search(r'\bheight="([\d.]+)pt"', m[1])[1], m[2]
+        height, width = (round(float(side) / .72) for side in sides)  # kept free until the picture is there
+        return f'<a href="{place}"><img src="{place}" alt="{alt}" width="{width}" height="{height}" class="img-fluid"{later}></a>'
 
     return PICTURE.sub(show, html)
 
@@ -332,6 +349,7 @@ def stack_tables(html):
         heads = [unescape(re.sub(r"<[^>]+>", "", head)).strip() for head in re.findall(r"(?s)<th\b[^>]*>(.*?)</th>", m[0].partition("</thead>")[0])]
         if not heads or heads[0] not in STACKED: return m[0]
         rows = re.sub(r"(?s)<tr\b.*?</tr>", lambda found: row(found, heads), m[0])
+        rows = re.sub(r"(?<=\d) (?=[±%])|(?<=±) (?=\d)", "\u00a0", rows)  # a number stays with its error and its unit
         return re.sub(r"<table[^>]*>", f'<table class="caption-top table stacked {heads[0].split()[0]}s">', rows, count=1)
 
     return re.sub(r"(?s)<table\b.*?</table>", table, html)
@@ -340,6 +358,22 @@ def stack_tables(html):
 def keep_signs(html):
     "A comma, a full stop or a bracket stays on the line of the formula beside it."
     return re.sub(r'([(“]*)(<span class="math inline">[^<]*</span>)([,.;:?!)”’]*)', lambda m: f'<span class="keep">{m[0]}</span>' if m[1] or m[3] else m[0], html)
+
+
+UNFOLD = """<button type="button" class="unfold" aria-pressed="false" onclick="const open = this.getAttribute('aria-pressed') === 'false';
+this.setAttribute('aria-pressed', open); this.textContent = open ? 'Fold the code' : 'Show all code';
+document.querySelectorAll('main details.code-fold').forEach((e) => { e.open = open; })">Show all code</button>"""
+
+
+def tidy_tables(html):
+    "pandas writes a style sheet and attributes of old into each table: nbs/styles.css has what they say."
+    html = re.sub(r"(?s)<style scoped>.*?</style>\s*", "", html)
+    return re.sub(r'<(table|t[rhd])\b[^>]*>', lambda m: re.sub(r' (?:border|valign|halign)="[^"]*"', "", m[0]), html)
+
+
+def add_unfold(html):
+    "A page that folds its code has a button that shows all of it."
+    return html.replace("</header><!--", f"{UNFOLD}</header><!--", 1) if html.count('<details class="code-fold">') > 2 else html
 
 
 def finish(site, cfg):
@@ -370,7 +404,7 @@ def finish(site, cfg):
         html = re.sub(r'(<div class="sidebar-title[^>]*><a href=")[./]*"', rf'\1{up}index.html"', html)  # a folder is no page on a disk
         html = re.sub(rf'(?s)<a href="{re.escape(docs)}([^"#]*)#?([^"]*)"[^>]*>(.*?)</a>', local, html)
         html = re.sub(r"(?s)<td.*?</td>", lambda m: re.sub(r"<code>[^<]*", lambda code: re.sub(r"(_|(?<!\d)\.)(?=\w)", r"\1<wbr>", code[0]), m[0]), html)  # a phone breaks long names there
-        html = write_pictures(site, name, keep_signs(stack_tables(name_parts(html))))
+        html = write_pictures(site, name, keep_signs(stack_tables(add_unfold(tidy_tables(name_parts(html))))))
         if katex: html = CDN.sub(f"{up}site_libs/katex", html)
         (site/name).write_text(html, encoding="utf-8")
     if not katex: print("without npm, the pages load KaTeX from its usual address")
@@ -384,7 +418,7 @@ def build():
     except Exception as fault:
         sys.exit(f"{fault}\n\nThe cell above is executed for the site because it imports: give the imports a cell of their own.")
     show_claims(proc, cfg)
-    fold_checks(proc)
+    fold_code(proc, cfg)
     add_pages(proc, cfg)
     write_sidebar(proc, cfg)
     rename(proc)

@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENTS', 'parser', 'chosen', 'own_options', 'reproduce', 'main']
 
 # %% ../nbs/09_cli.ipynb #880b4a08
-import argparse, codecs, importlib, inspect, math, os, re, shutil, sys, time, unicodedata
+import argparse, codecs, importlib, inspect, math, os, re, shutil, sys, textwrap, time, unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +19,7 @@ QUESTIONS = { # name -> what is asked, and how long it takes to say
     "suboptimality": ("how high above a minimum do SGD, USAM, DNSAM and SAM end, "
                       "and does theory say so?", "three to four minutes"),
     "saddles": ("who is held by a saddle, and for how long?", "about four minutes"),
-    "flat_minima": ("Does SAM end in flatter minima, at equal loss too, "
+    "flat_minima": ("does SAM end in flatter minima, at equal loss too, "
                     "and do the SDEs predict it?", "about nine minutes"),
     "networks": ("what does an SDE step of a real network cost, "
                  "and does it follow training by minibatches?", "about twenty-five minutes"),
@@ -93,15 +93,16 @@ def add_own_options(run:argparse.ArgumentParser):
     "The options of one experiment"
     group = run.add_argument_group("options of error_vs_rho")
     group.add_argument("--problem", nargs="+", choices=PROBLEMS, dest="problems",
-                     help="which losses (default: all)")
+                       metavar="PROBLEM",
+                       help=f"losses, out of {', '.join(PROBLEMS)} (default: all)")
     group.add_argument("--algorithm", nargs="+", choices=ALGORITHMS, dest="algorithms",
-                     help="which algorithms (default: all)")
+                       metavar="ALGORITHM", help=f"out of {', '.join(ALGORITHMS)} (default: all)")
     group.add_argument("--eta", type=number("eta", least=1e-12),
-                     help="learning rate η (default: 0.05)")
+                       help="learning rate η (default: 0.05)")
     group.add_argument("--rho", nargs="+", type=number("rho", zero=True), dest="rhos",
-                     help="radii ρ (default: seven from 0 to 4√η)")
+                       metavar="RHO", help="radii ρ (default: seven from 0 to 4√η)")
     group.add_argument("--runs", type=count("runs", 3, 10**9),
-                     help="runs of each algorithm and model")
+                       help="runs of each algorithm and model")
 
 # %% ../nbs/09_cli.ipynb #5cb7a2a1
 def parser() -> argparse.ArgumentParser:
@@ -239,6 +240,13 @@ def reproduce(experiment, # an Experiment
         f": the verdicts are in {txt}")
     return table
 
+# %% ../nbs/09_cli.ipynb #5cb24bc4
+def listed() -> list: # of lines
+    "The experiments, with what each asks and how long it takes, in 79 columns"
+    return [line for name, (question, full) in QUESTIONS.items()
+            for line in textwrap.wrap(f"{name:14} {question} ({full})", 79,
+                                      subsequent_indent=" " * 15, break_on_hyphens=False)]
+
 # %% ../nbs/09_cli.ipynb #c11a0007
 def main(argv:list|None=None) -> int:
     "The console script; returns the exit status"
@@ -246,8 +254,7 @@ def main(argv:list|None=None) -> int:
     options = parser().parse_args(argv)
     try:
         if options.list:
-            say("\n".join(f"{name:16} {question} ({full})"
-                          for name, (question, full) in QUESTIONS.items()))
+            say("\n".join(listed()))
             return 0
         experiments = chosen(options.names)
         import matplotlib # raises ValueError on a backend that there isn't

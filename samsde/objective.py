@@ -449,8 +449,9 @@ def pointing_to_minibatches():
     try: yield
     except ValueError as error:
         if not any(words in str(error) for words in NO_SUM): raise
+        stop = "" if str(error).endswith("?") else "."
         raise ValueError(
-            f"{error}. MinibatchLoss.from_module takes the loss of a minibatch "
+            f"{error}{stop} MinibatchLoss.from_module takes the loss of a minibatch "
             "as torch computes it") from error
 
 # %% ../nbs/00_objective.ipynb #33d4ca28

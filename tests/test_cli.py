@@ -121,6 +121,16 @@ def test_the_first_lines_of_a_list(tmp_path):
     )
 
 
+@pytest.mark.parametrize("option", ["--list", "--help"])
+def test_a_terminal_of_80_columns(tmp_path, option):
+    """No line is wider, and what goes on in the next is set in."""
+    lines = samsde_(option, cwd=tmp_path, COLUMNS="80").stdout.decode().splitlines()
+    assert max(map(len, lines)) < 80
+    if option == "--list":
+        assert [line.split()[0] for line in lines if line[0] != " "] == list(cli.EXPERIMENTS)
+        assert len(lines) > len(cli.EXPERIMENTS)
+
+
 def test_results_that_cannot_be_written_are_printed(experiments, tmp_path, monkeypatch, capsys):
     """A disk that is full when the work is done: verdicts and table are on stdout."""
 

@@ -165,9 +165,22 @@ def junk(page, pages):
     yield from re.findall(r".*(?:\d%\||it/s|s/it|\d s left|Warning\b| object at 0x).*", outputs)
 
 
+def validity(page, pages):
+    "What an HTML validator finds: styles in the text, attributes of old, an id twice, a level of headings left out."
+    body = page.html.partition("</head>")[2]
+    if page.name.startswith("source/"):
+        return
+    yield from re.findall(r"<style.{0,60}", body)
+    yield from re.findall(r"<t(?:able|r|h|d)\b[^>]*\b(?:border|valign|align|bgcolor)=[^>]*>", body)
+    names = re.findall(r'<[^>]*\sid="([^"]+)"', re.sub(r"(?s)<script.*?</script>", "", body))
+    yield from (f"an id twice: {name}" for name in {*names} if names.count(name) > 1)
+    levels = [*map(int, re.findall(r"<h([1-6])\b", body.partition("<main")[2]))]
+    yield from (f"h{low} after h{high}" for high, low in zip(levels, levels[1:]) if low > high + 1)
+
+
 FILES = {
     check.__name__: check
-    for check in (markup, widgets, links, sources, words, alternatives, vectors, junk)
+    for check in (markup, widgets, links, sources, words, alternatives, vectors, junk, validity)
 }
 
 
@@ -305,6 +318,7 @@ LOOK = r"""(() => {
     empty: all("main section").filter((e) => e.textContent.trim() === (e.querySelector("h2, h3, h4") || e).textContent.trim()).map((e) => e.textContent.trim().slice(0, 60)),
     nameless: [...all("nav").filter((e) => !e.getAttribute("aria-label")), ...all("button, a[href], input").filter((e) => !named(e) && !e.querySelector("img[alt], i"))].map((e) => e.outerHTML.slice(0, 120))
       .concat(all("button").filter((e) => !named(e)).map((e) => e.outerHTML.slice(0, 120)), all("th").filter((e) => !e.scope && e.textContent.trim()).map((e) => "no scope: " + e.textContent)),
+    cut: all("main blockquote .katex-display").filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent.slice(0, 60)), // of a theorem
     maths: all(".math").length, shown: all(".katex").length,
     bad: [...all(".katex-error"), ...all(".katex [style]").filter(red)].map((e) => e.title || e.textContent),
     broken: all("img").filter((e) => !e.naturalWidth && !e.closest("[hidden]")).map((e) => e.getAttribute("src").slice(0, 80)),
@@ -344,6 +358,10 @@ WIDE = r"""(() => {
     apart: parted,
     long: all("main pre.cell-code > code").flatMap(long).map((line) => line.trim().slice(0, 60)),
     broad: all("main table").filter((e) => e.getBoundingClientRect().right > right + 1).map((e) => e.textContent.trim().replace(/\s+/g, " ").slice(0, 60)),
+    askew: all(".quarto-figure-center img").filter((e) => {
+      const own = e.getBoundingClientRect(), column = e.closest(".quarto-figure").getBoundingClientRect();
+      return Math.abs(own.left + own.right - column.left - column.right) > 4;
+    }).map((e) => e.alt.slice(0, 60)),
     code: all("main pre").filter(cut).map((e) => e.textContent.slice(0, 60)),
     formulas: all(".katex-display").filter(cut).map((e) => "cut: " + e.textContent.slice(0, 60))
       .concat(all(".katex-display > .katex > .katex-html").filter(uneven).map((e) => "uneven: " + e.textContent.slice(0, 60))),
@@ -359,13 +377,15 @@ def look(browser, path):
     found |= (
         browser.js(WIDE)
         if not path.is_relative_to(SITE / "source")
-        else {"code": [], "formulas": [], "long": [], "broad": [], "apart": []}
+        else {"code": [], "formulas": [], "long": [], "broad": [], "apart": [], "askew": []}
     )
     few = found["shown"] + len(found["bad"]) < found["maths"]
     return {
         "console": console,
         "elsewhere": elsewhere,
         "pictures": found["broken"],
+        "figures": found["askew"],
+        "statements": found["cut"],
         "letters": found["small"],
         "tables": found["cramped"],
         "columns": found["broad"],
@@ -385,6 +405,8 @@ KINDS = (
     "console",
     "elsewhere",
     "pictures",
+    "figures",
+    "statements",
     "letters",
     "tables",
     "columns",
@@ -549,7 +571,7 @@ def test_sidebar_is_the_navigation(pages):
 
 
 def test_checks_are_folded(pages):
-    "Cells that show nothing and assert something; what an example shows is open."
+    "Cells that assert something; what an example shows is open."
     html = pages["weak_errors.html"].html
     folded = re.findall(
         r"(?s)<details class=\"code-fold\">\s*<summary>checked by</summary>(.*?)</details>", html
@@ -566,6 +588,38 @@ def test_checks_are_folded(pages):
         )
         == 0
     )
+
+
+def test_code_is_folded_where_the_result_is_read(pages):
+    "A theorem's page shows its figures and folds what draws them; a guide's code is open."
+    folded = r'(?s)<details class="code-fold">\s*<summary>drawn by</summary>.*?</details>(.*?)(?=<details|<section|</main>)'
+    drawn = re.findall(folded, pages["saddle_attraction.html"].html)
+    assert len(drawn) > 5 and all("<img" in shown for shown in drawn)
+    assert not re.findall(folded, pages["diagnosis.html"].html)
+
+
+def test_all_code_at_once(browser, smalldocs):
+    "A button shows what is folded, and folds it again."
+    browser.open(SITE / "saddle_attraction.html")
+    count = "document.querySelectorAll('main details.code-fold[open]').length"
+    seen = [browser.js(count)]
+    for _ in range(2):
+        browser.js("document.querySelector('button.unfold').click()")
+        seen.append(browser.js(count))
+    assert seen[1] > 20 and seen[0] == seen[2] == 0, seen
+
+
+def test_equations_have_one_size(browser, smalldocs):
+    "Those of a theorem are as large as others, and as the letters of the text; a phone's are smaller."
+    sizes = "[...document.querySelectorAll('main .katex-display > .katex')].map((e) => [e.closest('blockquote') !== null, getComputedStyle(e).fontSize])"
+    found = {}
+    for width in (1400, 400):
+        browser.open(SITE / "implicit_regularizer.html", width=width)
+        shown = browser.js(sizes)
+        assert {inside for inside, _ in shown} == {True, False}
+        found[width] = {float(size.removesuffix("px")) for _, size in shown}
+    (wide,), (phone,) = found[1400], found[400]
+    assert phone < wide, (phone, wide)
 
 
 def test_version_and_icon(pages):
@@ -679,6 +733,7 @@ def test_in_the_browser(kind, looks):
 
 
 BREAKS = {
+    "validity": "<div><style scoped>p {}</style></div>",
     "markup": "<p>**bold**</p>",
     "widgets": "<pre>interactive(children=(FloatSlider(value=0.1</pre>",
     "sources": None,
@@ -689,6 +744,8 @@ BREAKS = {
     "console": "<script>console.error('broken')</script>",
     "elsewhere": '<img src="http://127.0.0.1:9/x.png" alt="x">',
     "pictures": '<img src="nowhere.png" alt="x">',
+    "figures": '<div class="quarto-figure quarto-figure-center" style="text-align: left"><figure class="figure"><img src="pictures/index-1.svg" alt="x" width="90"></figure></div>',
+    "statements": f"<blockquote><p><span class='math display'>\\[{'x+' * 40}x\\]</span></p></blockquote>",
     "letters": '<img style="width: 100%" alt="x" src="data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 width=%22900%22 height=%229%22/%3E">',
     "tables": f"<table><tr><td style='max-width: 40px'>{'word ' * 20}</td></tr></table>",
     "columns": f"<table><tr><td style='white-space: nowrap'>{'word ' * 60}</td></tr></table>",

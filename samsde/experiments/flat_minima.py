@@ -663,6 +663,6 @@ def verdicts(table:pd.DataFrame) -> Verdicts: # from measure
                      valley(line, "minibatches"), agreement(line)])
 
 experiment = Experiment("flat_minima",
-                        "Does SAM end in flatter minima, at equal loss too, "
+                        "does SAM end in flatter minima, at equal loss too, "
                         "and do the SDEs predict it?",
                         measure, plot, verdicts, "about nine minutes")

@@ -190,10 +190,11 @@ def panel(ax, part:pd.DataFrame, problem:str, p:str):
         order = theory(problem, p, model)
         straight = 1.7 * middle.iloc[0] * (middle.index / middle.index[0])**order
         ax.plot(middle.index, straight, "k", lw=.8, ls=line, alpha=.6, zorder=0)
+        if model != "own SDE" and order == theory(problem, p, "own SDE"): continue
         name = {1/3: "1/3", 1/2: "1/2", 2/3: "2/3", 1: "1"}[order]
         ax.annotate(name, (middle.index[0], straight[0]), (-4, 0), textcoords="offset points",
                     fontsize="small", ha="right", va="center")
-    ax.margins(x=.12)
+    ax.margins(x=.22) # for the orders
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
 
