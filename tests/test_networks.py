@@ -29,6 +29,7 @@ from samsde.ensemble import simulate
 from samsde.hessian_noise import cross_covariance
 from samsde.implicit_regularizer import drift, regularized_loss
 from samsde.machinery.coverage import BASES, LAYERS, LOSSES
+from samsde.machinery.paths import WRONG_TWICE, Rewritten
 from samsde.objective import FiniteSum, Quadratic
 from samsde.sample_sums import square_norms
 from samsde.sde import SDE
@@ -45,11 +46,12 @@ FULL = bool(os.environ.get("SAMSDE_FULL"))
 
 @contextlib.contextmanager
 def plainly():
-    """Gradients on, and attention by its formula"""
+    """Gradients on, and attention and weight norms by their formulas (see test_fields.py)"""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        formulas = Rewritten(WRONG_TWICE)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), formulas:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
