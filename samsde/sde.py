@@ -208,7 +208,7 @@ class SDE(Model):
         x, *rest = self.split(state) if self.memory else [state]
         x = self.over_sweep(x)
         known = {name: v.expand(*x.shape[:-1], -1) for name, v in zip(self.memory, rest)}
-        t = rest[-1].flatten()[0].item() if "k" in known else 0.0
+        t = self.step_number(state) if "k" in known else 0.0
         for h in steps:
             xi = draw()
             seed = self.seed

@@ -6,7 +6,7 @@
 __all__ = ['sweep']
 
 # %% ../nbs/08c_sweep.ipynb #sweep002
-import asyncio, functools, hashlib, itertools, json, math, os, time, warnings
+import asyncio, functools, hashlib, itertools, json, math, os, sys, time, warnings
 from collections.abc import Iterable, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -246,10 +246,9 @@ def meaning(job:Job) -> dict: # the hash of its start, and sketches
     """What the names of a job stand for; its seed does not matter.
     Raises ValueError or TypeError, with the setting, if that makes no sense."""
     two = job.x0[:2] if job.x0.ndim == 2 else job.x0
-    eta = job.time_step
     with naming(job.setting):
         x = job.process.start(starts(job.process, two, 2))
-        grid = time_grid(eta, eta, job.dt)
+        grid = time_grid(job.time_step, job.t_end, job.dt, every=sys.maxsize)
         sketches = fingerprint(Run(job.process, x, grid, job.observe, 2, (), 0, False))
     return dict(x0=sha256(job.x0), sketches=sketches)
 

@@ -118,6 +118,13 @@ def one_thread():
     finally: torch.set_num_threads(threads)
 
 # %% ../../nbs/machinery/store.ipynb #e6719886
+def schedules(run:Run) -> list: # of tensors
+    "The factors of η and ρ at all times of all steps"
+    lengths, steps = run.grid[0], range(run.grid[1][-1])
+    within = [sum(lengths[:i]) / sum(lengths) for i in range(len(lengths))]
+    return [torch.tensor([f(k + t) for k in steps for t in within], dtype=torch.float64)
+            for f in (run.process.factor, run.process.radius_factor)]
+
 @torch.no_grad()
 def fingerprint(run:Run) -> dict: # name -> sketches
     "What the process does to a few points, what its objective is there, and what is observed"
@@ -133,6 +140,7 @@ def fingerprint(run:Run) -> dict: # name -> sketches
         seen = [observed(fn, name, position).clone() for name, fn in run.observe.items()]
         looks = run.process.looks(some, generator)
     tensors = {"what a step does": [after], "the objective": looks, "what is observed": seen}
+    if getattr(run.process, "is_scheduled", False): tensors["the schedules"] = schedules(run)
     return {name: [sketch(t) for t in ts] for name, ts in tensors.items()}
 
 # %% ../../nbs/machinery/store.ipynb #834781ac
@@ -149,12 +157,8 @@ def settings(run:Run) -> dict:
     algorithm = parts(getattr(run.process, "algorithm", None), "rho")
     start = run.x if run.x.stride(0) else run.x[:1] # one point for all
     times = [run.grid[0], len(run.grid[1]), run.grid[1][-2:]]
-    schedules = []
-    if getattr(run.process, "is_scheduled", False): # at eight steps
-        some = [k * run.grid[1][-1] // 8 for k in range(8)]
-        schedules = [[f(k) for k in some] for f in (run.process.factor, run.process.radius_factor)]
     found = dict(samsde=__version__, torch=torch.__version__, process=process,
-                 algorithm=algorithm, schedules=schedules, x0=sha256(start), times=times,
+                 algorithm=algorithm, x0=sha256(start), times=times,
                  shape=[run.x.shape, run.shape, run.size],
                  dtype=str(run.x.dtype), device=run.x.device.type,
                  observe=list(run.observe), seed=run.seed, keep=run.keep)
