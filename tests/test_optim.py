@@ -596,6 +596,30 @@ def test_a_closure_that_sets_gradients_to_zero_in_place():
     near(flat(net.parameters()), ours(SAM, SGD, lr=0.1))
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("cleared", ["nowhere", "in one layer", "in place", "everywhere"])
+def test_first_gradients_that_were_left(cleared, parts):
+    """Gradients at x are never added to those at x + rho u, in however many parts these come."""
+    net, other = make(), make()
+    optimizer = SAM(net.parameters(), SGD, rho=0.1, lr=0.1)
+    loss_of(net).backward()
+    optimizer.first_step()
+    if cleared == "in one layer":
+        net[0].zero_grad()
+    elif cleared != "nowhere":
+        optimizer.zero_grad(set_to_none=cleared == "everywhere")
+    for _ in range(parts):
+        (loss_of(net) / parts).backward()
+    if cleared in ("in place", "everywhere"):
+        optimizer.second_step()
+        near(flat(net.parameters()), plain_sam(other, SGD(other.parameters(), lr=0.1), 0.1, 1))
+    else:
+        with pytest.raises(RuntimeError, match="the gradients at x were not cleared"):
+            optimizer.second_step()
+        assert flat(net.parameters()).equal(flat(other.parameters()))
+    assert not net[0].weight._post_accumulate_grad_hooks
+
+
 @pytest.mark.parametrize("second", ["again", "skipped"])
 def test_interval_in_two_phases(second):
     "In a step that does not perturb, the second pass is at x, and may be left out."
