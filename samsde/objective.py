@@ -503,6 +503,7 @@ from tqdm.auto import tqdm
 
 from .machinery.batches import (
     BatchNetwork, LossOfOutput, check_reshuffles, marks, of_loader, same_marks)
+from .machinery.comparison import downhill
 
 # %% ../nbs/00b_minibatch_loss.ipynb #d2dc5291
 def with_seeds(numbers:Tensor, generator) -> Tensor: # (..., B) -> (..., B + 1)
@@ -726,13 +727,15 @@ def adds_up_at(network:BatchNetwork, rows:list, x:Tensor, cut:int) -> bool:
     return bool(gap <= 16 * torch.finfo(network.dtype).eps**.75 * size)
 
 def all_add_up(network:BatchNetwork, batches:list, bar) -> bool: # of rows
-    "Do all batches add up at `x0`, and a few of them at two points further off?"
+    "Do all batches add up at `x0`, a few at two points further off, and one while it is fitted?"
     x0, generator = network.x0, torch.Generator().manual_seed(1)
     if not all(adds_up(network, rows, x0) for rows in bar(batches, "is it a sum?")): return False
     size = x0.abs().mean().item() + .1
     moves = torch.randn(2, len(x0), generator=generator, dtype=torch.float64).to(x0)
     far = [x0 + scale * size * move for scale, move in zip((1, 10), moves)]
-    return all(adds_up(network, rows, x) for x in far for rows in batches[:4])
+    if not all(adds_up(network, rows, x) for x in far for rows in batches[:4]): return False
+    def slope(x): return network.derivative(x, batches[0], 0)[:2]
+    return all(adds_up(network, batches[0], x) for x in downhill(slope, x0))
 
 # %% ../nbs/00b_minibatch_loss.ipynb #a52484c0
 class ByBatches(Differentiated):
