@@ -19,7 +19,6 @@ from samsde.machinery.checks import (
 from .machinery.comparison import check_network
 from .machinery.network import Network, check_data, check_layers
 from .machinery.paths import add_, can_be_tried, gradient, lift, needs_loop
-from .machinery.record import version
 from .machinery.sampling import KEY, batch_of_epoch, distinct, draw_key
 
 # %% ../nbs/00_objective.ipynb #f18a48a7
@@ -122,10 +121,10 @@ class Covariance:
     def root(self) -> Tensor|None:
         "Σ^{1/2} where Σ = cov, also after `cov` has been changed"
         if self.cov is None: return None
-        cov, changes, root = vars(self).get("known", (None, None, None))
-        if cov is not self.cov or changes != version(cov):
+        cov, root = vars(self).get("known", (None, None))
+        if cov is None or cov.dtype != self.cov.dtype or not cov.equal(self.cov):
             root = psd_root("cov", self.cov)
-            self.known = self.cov, version(self.cov), root
+            self.known = self.cov.detach().clone(), root # by value: numpy may write to it, too
         return root
     def matrix(self, dtype=None, device=None) -> Tensor:
         "Σ, (d, d)"
