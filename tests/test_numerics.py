@@ -26,6 +26,7 @@ from samsde.saddle_attraction import (
     latest_arrival,
 )
 from samsde.sde import SDE
+from samsde.stability import mean_square_radius
 from samsde.stationarity import closed_covariance, suboptimality
 from samsde.weak_errors import (
     circle_error,
@@ -304,6 +305,18 @@ def test_closure_and_exact_covariance_agree():
         for form in ("factor", "second", "exact")
     )
     assert second.equal(exact) and torch.linalg.eigvalsh(exact - factor).min() > 1e-6
+
+
+@pytest.mark.parametrize("source", ["own", "full", "independent", "previous"])
+def test_mean_square_of_one_sample(source):
+    """Without replacement, too, where two samples of a batch have no covariance."""
+    H, eta, rho = torch.tensor([[[1.5]]], dtype=F64), 0.2, 0.3
+    found = [mean_square_radius(USAM(rho, source=source), H, eta, 1, r) for r in (True, False)]
+    step = np.array([[1 - eta * 1.5, -eta * rho * 1.5], [1.5, 0]])  # of x and the gradient before
+    known = 1 - eta * 1.5 * (1 + rho * 1.5)
+    if source == "previous":
+        known = abs(np.linalg.eigvals(step)).max()
+    assert abs(np.array(found) - known**2).max() < 1e-12
 
 
 def test_eigenvalues_in_single_precision():
