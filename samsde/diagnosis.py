@@ -674,6 +674,10 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
     clock = Timed(budget_s)
     algorithm, settings, decay = read_optimizer(model, optimizer, rho)
     objective = run_objective(model, loss, data, batch_size, collate_fn, batch_loss)
+    same = getattr(unwrapped(optimizer), "preserve_rng_state", True) # in both passes
+    if objective.minibatches.random and not same:
+        raise ValueError("both passes of a step must draw the same random numbers, "
+                         "got preserve_rng_state=False")
     x = objective.x0
     how = plan(objective, algorithm, clock, effort)
     steps = how["batches"] + how["curved"] * how["steps"] + int(2.5 * how["draws"])

@@ -202,6 +202,11 @@ BAD = {
         "of which 0 are the model's",
     ),
     "every second step": (lambda n: of(n, interval=2), ValueError, "interval=2"),
+    "other masks in the second pass": (
+        lambda n: of(n, preserve_rng_state=False),
+        ValueError,
+        "preserve_rng_state=False",
+    ),
     "no rate": (
         lambda n: torch.optim.SGD(n.parameters(), lr=0.0),
         ValueError,
