@@ -769,9 +769,12 @@ class DNSAM(Perturbed):
         super().__init__(params, base_optimizer, rho, adaptive, **kwargs)
         self.full_grad_norm = full_grad_norm
     def scale(self, terms):
+        if not terms: return 0.0 # nothing moves
         adaptive = [g for g in self.param_groups if g[self.keys["adaptive"]]]
+        unmoved = [g for g in self.param_groups if not g[self.keys["perturb"]]]
         in_units_of = getattr(self.full_grad_norm, "in_units_of", None) # of full_gradient_norm
-        known = in_units_of(params_of(adaptive)) if in_units_of else self.full_grad_norm()
+        known = (in_units_of(params_of(adaptive), params_of(unmoved)) if in_units_of
+                 else self.full_grad_norm())
         n = float(known)
         if 0 < n < math.inf: return 1 / n
         raise ValueError("DNSAM divides by full_grad_norm(), "
@@ -872,11 +875,12 @@ def gradient_in_parts(module, loss:Callable, pairs:Callable, # () -> pairs (inpu
 
 # %% ../nbs/08_optim.ipynb #c4813310
 @torch.no_grad()
-def in_units(grads:list, module, adaptive) -> list:
-    "The gradients of a module's parameters, those of `adaptive` ones times |w|"
+def in_units(grads:list, module, adaptive, without) -> list:
+    "The gradients of a module's parameters `without` some, those of `adaptive` ones times |w|"
     params = [p for p in module.parameters() if p.requires_grad]
-    scaled = set(map(id, adaptive))
-    return [g * p.abs() if id(p) in scaled else g for g, p in zip(grads, params)]
+    scaled, left_out = set(map(id, adaptive)), set(map(id, without))
+    return [g * p.abs() if id(p) in scaled else g
+            for g, p in zip(grads, params) if id(p) not in left_out]
 
 # %% ../nbs/08_optim.ipynb #316b9d98
 class FullGradientNorm:
@@ -885,9 +889,9 @@ class FullGradientNorm:
         self.module, self.loss, self.parts = module, loss, parts
 
     def __call__(self) -> float: return self.in_units_of([])
-    def in_units_of(self, adaptive:list # parameters
+    def in_units_of(self, adaptive:list, without=() # parameters
                    ) -> float:
-        "‖∇f‖, with |w|∇f for the adaptive parameters"
+        "‖∇f‖, with |w|∇f for the adaptive parameters, without those of perturb=False"
         before = states({p.device for p in self.module.parameters() if not p.is_cpu})
         sampler = getattr(self.parts, "generator", None)  # of a DataLoader that shuffles
         drawn = None if sampler is None else sampler.get_state()
@@ -897,7 +901,7 @@ class FullGradientNorm:
         try:
             with torch.enable_grad():
                 grads = gradient_in_parts(self.module, self.loss, self.pairs, again)
-            return norm(in_units(grads, self.module, adaptive))
+            return norm(in_units(grads, self.module, adaptive, without))
         finally: again()
 
     def pairs(self):

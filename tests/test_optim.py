@@ -859,6 +859,28 @@ def test_the_norm_of_an_adaptive_step():
     assert (ends[1] - ends[0]).abs().max() > 1e-4  # the control: the norm of ∇f
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_norm_without_a_group_that_does_not_move(adaptive):
+    """On the whole batch DNSAM is SAM; the control: in the norm of all parameters it would move less."""
+    moved = []
+    for kind in (SAM, DNSAM):
+        net = make()
+        before = flat(net.parameters())
+        groups = [
+            dict(params=net[0].parameters()),
+            dict(params=net[2].parameters(), perturb=False),
+        ]
+        norm = full_gradient_norm(net, F.cross_entropy, X, y)
+        how = dict(full_grad_norm=norm) if kind is DNSAM else {}
+        optimizer = kind(groups, SGD, rho=0.1, adaptive=adaptive, lr=0.1, **how)
+        loss_of(net).backward()
+        optimizer.first_step(True)
+        moved.append(flat(net.parameters()) - before)
+        optimizer.restore()
+    near(*moved)
+    assert norm.in_units_of([], list(net[2].parameters())) < 0.99 * norm()
+
+
 def test_a_group_that_comes_later_has_a_schedule_too():
     net = make()
     optimizer = SAM(net[0].parameters(), SGD, rho=0.1, lr=0.1)
