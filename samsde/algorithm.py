@@ -496,7 +496,8 @@ class Model(Process):
         "The parts of a state: x, and what `memory` names"
         return [*state.split(self.sizes, -1)]
     def step_number(self, state:Tensor) -> float:
-        "How many steps a state has counted, with \"k\" in `memory`. Raises ValueError beyond its dtype."
+        """How many steps a state has counted, with "k" in `memory`.
+        Raises ValueError where its dtype cannot count beyond."""
         k = state[..., -1].flatten()[0].item()
         return check_counted(f"step {k:g}", k, state.dtype)
     # of "v", the velocity; "u0", "u1", …, perturbations of the step before; "epoch" and "batch", the key

@@ -264,8 +264,9 @@ def downhill(slope:Callable, # x, (d,) -> f and ∇f there
         found.append(x)
     return found
 
+# %% ../../nbs/machinery/comparison.ipynb #0c132959
 def check_small(network:Network):
-    "Raises ValueError if the loss of a batch is another mean where losses are small, as in flooding"
+    "Raises ValueError if a loss is no mean of its samples' where it is small, as in flooding"
     X, y = network.data(torch.tensor(some_rows(network)))
     def loss_at(x):
         module = put(network, x)

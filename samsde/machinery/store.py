@@ -126,6 +126,7 @@ def schedules(run:Run) -> list: # of tensors
     return [torch.tensor([f(k + t) for k in steps for t in within], dtype=torch.float64)
             for f in (run.process.factor, run.process.radius_factor)]
 
+# %% ../../nbs/machinery/store.ipynb #6aa85b90
 def after_step(run:Run, states:Tensor, generator) -> tuple[list, list]: # of tensors
     "Where a step takes states, and what is observed there"
     after = run.process.advance(states, run.draw(len(states), generator), run.grid[0])
@@ -139,6 +140,7 @@ def far_from(x:Tensor, # (1, *batch, d)
     moves = torch.randn(n, *x.shape[1:], generator=generator, dtype=x.dtype, device=x.device)
     return x + scales.reshape(-1, *(1,) * (x.ndim - 1)) * moves
 
+# %% ../../nbs/machinery/store.ipynb #510e3dcf
 @torch.no_grad()
 def fingerprint(run:Run) -> dict: # name -> sketches
     "What the process does to some points, what its objective is there, and what is observed"
@@ -154,7 +156,9 @@ def fingerprint(run:Run) -> dict: # name -> sketches
         except Exception: # far off, or else it is told here
             found = after_step(run, near, generator)
         looks = run.process.looks(some, generator)
-    after, seen = ([t for v in vs for t in v.split([len(near), len(v) - len(near)])] for vs in found)
+    def parts(values): # near and far
+        return [t for v in values for t in v.split([len(near), len(v) - len(near)])]
+    after, seen = map(parts, found)
     tensors = {"what a step does": after, "the objective": looks, "what is observed": seen}
     if getattr(run.process, "is_scheduled", False): tensors["the schedules"] = schedules(run)
     return {name: [sketch(t) for t in ts] for name, ts in tensors.items()}
@@ -174,6 +178,7 @@ def set_by(function:types.FunctionType) -> set: # of names, such as that of a co
     return {step.argval for code in codes(function.__code__) for step in dis.get_instructions(code)
             if step.opname == "STORE_DEREF"}
 
+# %% ../../nbs/machinery/store.ipynb #03d058f7
 def code_of(observable) -> list: # of text
     "What an observable is made of: its code, and numbers and words in its closure and defaults"
     if isinstance(observable, functools.partial):
