@@ -11,8 +11,9 @@ import copy, math
 import torch
 from torch import Tensor
 
-from .machinery.checks import (
-    broadcast_axes, check_int, check_nonzero, check_positive, check_scalar, check_share, per_path)
+from samsde.machinery.checks import (
+    broadcast_axes, check_counted, check_int, check_nonzero, check_positive, check_scalar,
+    check_share, per_path)
 from .machinery.differences import FALSE, false_derivative
 from .machinery.record import replay
 from .machinery.sampling import KEY
@@ -506,6 +507,11 @@ class Model(Process):
     def split(self, state:Tensor) -> list:
         "The parts of a state: x, and what `memory` names"
         return [*state.split(self.sizes, -1)]
+    def step_number(self, state:Tensor) -> float:
+        """How many steps a state has counted, with "k" in `memory`.
+        Raises ValueError where its dtype cannot count beyond."""
+        k = state[..., -1].flatten()[0].item()
+        return check_counted(f"step {k:g}", k, state.dtype)
     # of "v", the velocity; "u0", "u1", …, perturbations of the step before; "epoch" and "batch", the key
     # of the order of the samples and the place in it; "k", the number of steps
     memory = ()
@@ -564,7 +570,7 @@ class Chain(Model):
         state = self.over_axes(state)
         now = []
         if self.is_scheduled:
-            k = state[..., -1].flatten()[0].item()
+            k = self.step_number(state)
             now = [state.new_tensor(factor(k)) for factor in (self.factor, self.radius_factor)]
         trains = {*self.memory} - {"epoch", "batch"} or self.weight_decay
         step = self.trained_step if trains else self.plain_step
@@ -606,9 +612,7 @@ class Chain(Model):
                   ) -> tuple[Tensor, Tensor]: # the state with its place in the epoch moved on, and γ
         "All paths are at the same step. Raises ValueError on a dtype that cannot count its steps."
         law = self.objective.law
-        if law.steps > 1 / torch.finfo(state.dtype).eps:
-            raise ValueError(
-                f"an epoch of {law.steps} steps cannot be counted in {state.dtype}: use float64")
+        check_counted(f"an epoch of {law.steps} steps", law.steps, state.dtype)
         parts = dict(zip(("x", *self.memory), self.split(self.over_axes(state))))
         step = int(parts["batch"].flatten()[0])
         if step == 0: parts["epoch"] = fresh[..., :KEY].to(state).expand_as(parts["epoch"])

@@ -192,10 +192,14 @@ def change_in_a_step(algorithm, objective, x:Tensor, eta:float, here:Tensor, ste
     return changes
 
 def stability(eta:float, lam:float, c:float, rho:float, momentum:float=0., dampening:float=0.,
-              nesterov:bool=False, decay:float=0.) -> float:
-    "η(λ(1 + ρcλ) + weight decay) over the value at which the mean step turns by −1"
+              nesterov:bool=False, decay:float=0.,
+              decoupled:float=0. # weight decay that does not pass through the velocity
+             ) -> float:
+    """η(λ(1 + ρcλ) + weight decay) over the value at which the mean step turns by −1. Decoupled
+    decay d adds ηd/2, whatever the momentum; without momentum torch does not dampen."""
     edge = 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
-    return eta * (1 - dampening) * (lam * (1 + rho * c * lam) + decay) / edge
+    if momentum: edge = edge / (1 - dampening)
+    return eta * (lam * (1 + rho * c * lam) + decay) / edge + eta * decoupled / 2
 
 # %% ../nbs/08b_diagnosis.ipynb #8953badb
 def along_directions(V:Tensor, curvature:Tensor, names:list, eta:float, here:Tensor,
@@ -416,12 +420,14 @@ def diagnose(algorithm:Algorithm, # with one radius
     sums = step.sums
     in_rho, rho_error = ratio_free_of_noise(sums["gap"], size)
     A = largest * (1 + float(rho) * c * largest)
+    decoupled = sde.weight_decay * sde.decoupled
     terms = named_parts(sde, x, grad, here, step)
     terms |= {"neglected in ρ": in_rho, "error of that": rho_error, "neglected in η": in_eta,
               "noise": sums["c"].power**.5 / size, "noise, SGD": sums["g"].power**.5 / size,
               "largest eigenvalue": largest, "c": c,
               "stability number": stability(eta, largest, c, float(rho), sde.momentum,
-                                            sde.dampening, sde.nesterov, sde.decay)}
+                                            sde.dampening, sde.nesterov,
+                                            sde.weight_decay - decoupled, decoupled)}
     terms |= momentum_terms(sde.momentum, float(sde.rate), A + sde.decay, in_eta, tolerance)
     if not sde.momentum: terms |= epoch_terms(objective.law, eta, A)
     curvature = curvatures(objective, x, lam, V)
@@ -507,6 +513,7 @@ def step_of(groups:list) -> dict:
     for name in ("momentum", "dampening"): found[name] = same_in_all(groups, name, 0.)
     check_scalar("the optimizer's lr", found["η"])
     for name in ("momentum", "dampening"): check_share(f"the optimizer's {name}", found[name])
+    if not found["momentum"]: found["dampening"] = 0. # torch does not dampen then
     return found | {"nesterov": bool(same_in_all(groups, "nesterov", False))}
 
 # %% ../nbs/08b_diagnosis.ipynb #bfd4cc15
@@ -674,6 +681,10 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
     clock = Timed(budget_s)
     algorithm, settings, decay = read_optimizer(model, optimizer, rho)
     objective = run_objective(model, loss, data, batch_size, collate_fn, batch_loss)
+    same = getattr(unwrapped(optimizer), "preserve_rng_state", True) # in both passes
+    if objective.minibatches.random and not same:
+        raise ValueError("both passes of a step must draw the same random numbers, "
+                         "got preserve_rng_state=False")
     x = objective.x0
     how = plan(objective, algorithm, clock, effort)
     steps = how["batches"] + how["curved"] * how["steps"] + int(2.5 * how["draws"])

@@ -25,7 +25,7 @@ from samsde.algorithm import (
 from .machinery.checks import broadcast_paths, check_int, per_path
 from .objective import (
     Additive, FiniteSum, MinibatchLoss, Minibatches, Objective, Quadratic, Support, gradient)
-from .random_direction import gaussian_factors, mean_square_across
+from .random_direction import at_least_single, gaussian_factors, mean_square_across
 from .sample_sums import (
     HALF_SQUARE, NORM, Potential, gradient_of_sum, signed_products, product_method)
 
@@ -475,12 +475,12 @@ class UnitAdditiveMoments(AdditiveMoments):
     def __init__(self, objective:Additive, x:Tensor): super().__init__(None, objective, x)
     method, sem, is_exact, needs_grad = "one product", 0.0, True, True
     def answer(self, h, s, xi, w):
-        g, d = self.grad, self.size
+        g, w, d = at_least_single(self.grad), at_least_single(w), self.size
         square = torch.linalg.vecdot(g, g)
         A, share = gaussian_factors(square, self.objective.law.sigma, d, "A", "share") # 1 − A_∥/A
         square = torch.where(square == 0, 1, square)
         along = share * (torch.linalg.vecdot(g, w) / square - h)
-        return A[..., None] * torch.addcmul(w, along[..., None], g, value=-1)
+        return (A[..., None] * torch.addcmul(w, along[..., None], g, value=-1)).to(self.x.dtype)
 
 # %% ../nbs/02d_moments.ipynb #5f72f3af
 class FullSampleMoments(StepMoments):
@@ -868,6 +868,7 @@ def second_moment_of_linear(self:Linear, objective, grad):
 def second_moment_of_sam(self:SAM, objective, grad):
     law = objective.law
     if self.definer is not SAM or self.has_metric or law.cov is not None or law.noiseless: return None
+    grad = at_least_single(grad)
     square = torch.linalg.vecdot(grad, grad)[..., None]
     p = mean_square_across(square, law.sigma, objective.dim)
     return (1 - objective.dim * p) / torch.where(square == 0, 1, square), p / law.sigma**2
@@ -892,12 +893,12 @@ def mean_third(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int, se
 
 def by_columns(objective:Additive, x:Tensor, grad:Tensor, a, b) -> Tensor: # (..., d)
     "Eq. (2d.8)"
-    first = a * objective.third(x, grad)
+    first = (a * objective.third(x, grad)).to(x.dtype)
     if objective.law.noiseless: return first
     roots = objective.law(torch.eye(objective.dim, dtype=x.dtype, device=x.device))
     every = Support(first_axis(roots, x), True)
     mean = expectation(lambda root: objective.third(x, root), every, x)[0]
-    return first + b * objective.dim * mean
+    return first + (b * objective.dim * mean).to(x.dtype)
 
 # %% ../nbs/02d_moments.ipynb #6315bf51
 class SecondMoments(Wrapped):
@@ -940,4 +941,6 @@ def taylor_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
     if algorithm.source == "previous":
         raise ValueError("source='previous' has no noise of second order: "
                          "its long-run covariance is known to first order in ρ")
+    if isinstance(objective, Quadratic): # T = 0
+        return algorithm.moments(objective, x, exact=True, draws=draws, seed=seed)
     return TaylorMoments(algorithm, with_law(algorithm, objective), x, draws, seed)

@@ -72,18 +72,30 @@ def numbers_of(found:Diagnosis) -> dict:
     numbers = {name: float(v) for name, v in values.items() if isinstance(v, (int, float))}
     return {f"samsde/{name}": value for name, value in numbers.items()}
 
+# %% ../nbs/08f_monitor.ipynb #c424e371
+def refuse_larger_batches(trainer): # of Lightning
+    "Raises ValueError where a step has more samples than a batch of its DataLoader"
+    parts, processes = trainer.accumulate_grad_batches, trainer.world_size
+    if parts == processes == 1: return
+    raise ValueError(
+        f"a step takes {parts * processes} batches of the Trainer's DataLoader, "
+        f"by accumulate_grad_batches={parts} and {processes} processes: "
+        "give data, a DataLoader with batches of that size")
+
 # %% ../nbs/08f_monitor.ipynb #f6eda2f0
 def lightning_callback(batch_loss, # (module, batch) -> scalar
                        data=None, # as in diagnose_training; the Trainer's own if None
                        **how # as in Monitor
                       ):
     """A Callback for a Lightning Trainer, with its Monitor as `monitor`. It knows how the Trainer
-    clips gradients. Raises ImportError without lightning, ValueError if they are clipped by value."""
+    clips gradients. Raises ImportError without lightning, and in its first step ValueError where a
+    step takes several batches of the Trainer's, or gradients are clipped by value."""
     from lightning.pytorch.callbacks import Callback
     class Watch(Callback):
         monitor = None
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if self.monitor is None:
+                if data is None: refuse_larger_batches(trainer)
                 given = trainer.train_dataloader if data is None else data
                 if trainer.gradient_clip_algorithm not in (None, "norm"):
                     raise ValueError("gradients must be clipped by norm, "
@@ -109,7 +121,7 @@ def transformers_callback(data=None, # a Dataset; the Trainer's own if None
                         train_dataloader=None, **kwargs):
             if self.monitor is None:
                 given = train_dataloader.dataset if data is None else data
-                size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+                size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
                 known = dict(batch_size=size, collate_fn=train_dataloader.collate_fn,
                              clip=args.max_grad_norm or None)
                 self.monitor = Monitor(model, None, given, optimizer, **known | how)

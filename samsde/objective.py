@@ -19,7 +19,6 @@ from samsde.machinery.checks import (
 from .machinery.comparison import check_network
 from .machinery.network import Network, check_data, check_layers
 from .machinery.paths import add_, can_be_tried, gradient, lift, needs_loop
-from .machinery.record import version
 from .machinery.sampling import KEY, batch_of_epoch, distinct, draw_key
 
 # %% ../nbs/00_objective.ipynb #f18a48a7
@@ -122,10 +121,10 @@ class Covariance:
     def root(self) -> Tensor|None:
         "Σ^{1/2} where Σ = cov, also after `cov` has been changed"
         if self.cov is None: return None
-        cov, changes, root = vars(self).get("known", (None, None, None))
-        if cov is not self.cov or changes != version(cov):
+        cov, root = vars(self).get("known", (None, None))
+        if cov is None or cov.dtype != self.cov.dtype or not cov.equal(self.cov):
             root = psd_root("cov", self.cov)
-            self.known = self.cov, version(self.cov), root
+            self.known = self.cov.detach().clone(), root # by value: numpy may write to it, too
         return root
     def matrix(self, dtype=None, device=None) -> Tensor:
         "Σ, (d, d)"
@@ -504,6 +503,7 @@ from tqdm.auto import tqdm
 
 from .machinery.batches import (
     BatchNetwork, LossOfOutput, check_reshuffles, marks, of_loader, same_marks)
+from .machinery.comparison import downhill
 
 # %% ../nbs/00b_minibatch_loss.ipynb #d2dc5291
 def with_seeds(numbers:Tensor, generator) -> Tensor: # (..., B) -> (..., B + 1)
@@ -727,13 +727,15 @@ def adds_up_at(network:BatchNetwork, rows:list, x:Tensor, cut:int) -> bool:
     return bool(gap <= 16 * torch.finfo(network.dtype).eps**.75 * size)
 
 def all_add_up(network:BatchNetwork, batches:list, bar) -> bool: # of rows
-    "Do all batches add up at `x0`, and a few of them at two points further off?"
+    "Do all batches add up at `x0`, a few at two points further off, and one while it is fitted?"
     x0, generator = network.x0, torch.Generator().manual_seed(1)
     if not all(adds_up(network, rows, x0) for rows in bar(batches, "is it a sum?")): return False
     size = x0.abs().mean().item() + .1
     moves = torch.randn(2, len(x0), generator=generator, dtype=torch.float64).to(x0)
     far = [x0 + scale * size * move for scale, move in zip((1, 10), moves)]
-    return all(adds_up(network, rows, x) for x in far for rows in batches[:4])
+    if not all(adds_up(network, rows, x) for x in far for rows in batches[:4]): return False
+    def slope(x): return network.derivative(x, batches[0], 0)[:2]
+    return all(adds_up(network, batches[0], x) for x in downhill(slope, x0))
 
 # %% ../nbs/00b_minibatch_loss.ipynb #a52484c0
 class ByBatches(Differentiated):

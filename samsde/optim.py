@@ -124,6 +124,21 @@ class Displacement(Copies):
         self.random = []         # generators' states, before and after each part of the first phase
         self.replayed = 0        # parts of the second phase that have begun from those states
         self.gradient = None     # a gradient that the step has used, and its version
+        self.kept = {}           # parameter -> its gradient of the first phase, where it was left
+        self.came = {}           # parameter -> how many gradients came to it since
+        self.hooks = []          # that count these
+
+    def watch(self, params:list):
+        "Note the gradients that parameters hold, and count those that come to them"
+        self.kept = {p: used(p.grad) for p in params}
+        self.came = dict.fromkeys(params, 0)
+        def note(p): self.came[p] += 1
+        self.hooks = [p.register_post_accumulate_grad_hook(note) for p in params if p.requires_grad]
+
+    def left(self, p) -> bool:
+        "Was each write to a parameter's gradient since the first phase one that came to it?"
+        if p not in self.kept: return False
+        return writes_since(self.kept[p], p.grad) in range(max(1, self.came[p]) + 1)
 
     def undo(self, unless_written:bool=False):
         "Bring the parameters back; with `unless_written`, those alone that nobody wrote to since"
@@ -140,6 +155,8 @@ class Displacement(Copies):
         self.active = False
         self.random = []
         self.replayed = 0
+        for hook in self.hooks: hook.remove()
+        self.kept, self.came, self.hooks = {}, {}, []
 
     def release(self):
         "Let go of the copies"
@@ -166,7 +183,7 @@ def refuse_first_gradient(record:Displacement, held:list):
             f"same_randomness() was entered {len(record.random)} times in the first phase, "
             f"{record.replayed} times in the second; enter it as often in both")
     for p in held if record.params else []:
-        if writes_since(record.gradient, p.grad) in (0, 1) and norm([p.grad]):
+        if record.left(p) and norm([p.grad]):
             raise RuntimeError("the gradients at x were not cleared before those at x + rho u "
                                "were computed: write first_step(zero_grad=True)")
 
@@ -470,6 +487,8 @@ class TwoPhases(Checkpointed):
         if record.active:
             raise ValueError("first_step was called twice: "
                              "second_step or restore has to come between")
+        if not 0 < grad_scale < math.inf:
+            raise ValueError(f"grad_scale must be positive and finite, got {grad_scale}")
         if grad_scale != 1: divide_gradients(self.param_groups, grad_scale)
         record.ready = False
         grad_mode = torch.is_grad_enabled()
@@ -477,6 +496,8 @@ class TwoPhases(Checkpointed):
             if self.perturbs: move(self, record)
             else: record.record([])
             if zero_grad: self.zero_grad()
+            held = with_gradient(self.param_groups)
+            record.watch([p for p in held if p.grad.layout is torch.strided])
             record.gradient = used(first_gradient(self.param_groups))
         except BaseException:
             self.restore()
@@ -748,9 +769,12 @@ class DNSAM(Perturbed):
         super().__init__(params, base_optimizer, rho, adaptive, **kwargs)
         self.full_grad_norm = full_grad_norm
     def scale(self, terms):
+        if not terms: return 0.0 # nothing moves
         adaptive = [g for g in self.param_groups if g[self.keys["adaptive"]]]
+        unmoved = [g for g in self.param_groups if not g[self.keys["perturb"]]]
         in_units_of = getattr(self.full_grad_norm, "in_units_of", None) # of full_gradient_norm
-        known = in_units_of(params_of(adaptive)) if in_units_of else self.full_grad_norm()
+        known = (in_units_of(params_of(adaptive), params_of(unmoved)) if in_units_of
+                 else self.full_grad_norm())
         n = float(known)
         if 0 < n < math.inf: return 1 / n
         raise ValueError("DNSAM divides by full_grad_norm(), "
@@ -851,11 +875,12 @@ def gradient_in_parts(module, loss:Callable, pairs:Callable, # () -> pairs (inpu
 
 # %% ../nbs/08_optim.ipynb #c4813310
 @torch.no_grad()
-def in_units(grads:list, module, adaptive) -> list:
-    "The gradients of a module's parameters, those of `adaptive` ones times |w|"
+def in_units(grads:list, module, adaptive, without) -> list:
+    "The gradients of a module's parameters `without` some, those of `adaptive` ones times |w|"
     params = [p for p in module.parameters() if p.requires_grad]
-    scaled = set(map(id, adaptive))
-    return [g * p.abs() if id(p) in scaled else g for g, p in zip(grads, params)]
+    scaled, left_out = set(map(id, adaptive)), set(map(id, without))
+    return [g * p.abs() if id(p) in scaled else g
+            for g, p in zip(grads, params) if id(p) not in left_out]
 
 # %% ../nbs/08_optim.ipynb #316b9d98
 class FullGradientNorm:
@@ -864,9 +889,9 @@ class FullGradientNorm:
         self.module, self.loss, self.parts = module, loss, parts
 
     def __call__(self) -> float: return self.in_units_of([])
-    def in_units_of(self, adaptive:list # parameters
+    def in_units_of(self, adaptive:list, without=() # parameters
                    ) -> float:
-        "‖∇f‖, with |w|∇f for the adaptive parameters"
+        "‖∇f‖, with |w|∇f for the adaptive parameters, without those of perturb=False"
         before = states({p.device for p in self.module.parameters() if not p.is_cpu})
         sampler = getattr(self.parts, "generator", None)  # of a DataLoader that shuffles
         drawn = None if sampler is None else sampler.get_state()
@@ -876,7 +901,7 @@ class FullGradientNorm:
         try:
             with torch.enable_grad():
                 grads = gradient_in_parts(self.module, self.loss, self.pairs, again)
-            return norm(in_units(grads, self.module, adaptive))
+            return norm(in_units(grads, self.module, adaptive, without))
         finally: again()
 
     def pairs(self):

@@ -60,6 +60,10 @@ def factor_table(d:int, dtype:torch.dtype, device:str
     return torch.cat([table, end]).flatten(1).to(device, dtype), cells, degree
 
 # %% ../nbs/02b_random_direction.ipynb #3613557d
+def at_least_single(t:Tensor) -> Tensor:
+    "In single precision at least, since squares of half-precision numbers overflow from 256 on"
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
 def gaussian_factors(square:Tensor, # ‖∇f‖², (...)
                      sigma:float, # standard deviation of each coordinate, positive
                      d:int, # dimension
@@ -95,14 +99,14 @@ def gaussian_direction(g:Tensor, # ḡ, (..., d)
     Raises ValueError or TypeError on bad input."""
     if check_floating("g", g).ndim == 0 or not g.shape[-1]:
         raise ValueError(f"g must have shape (..., d), got {tuple(g.shape)}")
-    r = torch.linalg.vector_norm(g, dim=-1)
+    r = torch.linalg.vector_norm(at_least_single(g), dim=-1)
     sigma = check_scalar("sigma", sigma, zero=True)
-    if sigma == 0:
-        return GaussianDirection(r, g / torch.where(r == 0, 1, r)[..., None], torch.zeros_like(r),
-                                 torch.zeros_like(r))
-    A, along = gaussian_factors(r.square(), sigma, g.shape[-1], "A", "along")
-    return GaussianDirection(A * r**2 + sigma**2 * ((g.shape[-1] - 1) * A + along),
-                             A[..., None] * g, sigma**2 * along, sigma**2 * A)
+    if sigma == 0: found = r, g / torch.where(r == 0, 1, r)[..., None], 0 * r, 0 * r
+    else:
+        A, along = gaussian_factors(r.square(), sigma, g.shape[-1], "A", "along")
+        found = (A * r**2 + sigma**2 * ((g.shape[-1] - 1) * A + along),
+                 A[..., None] * g, sigma**2 * along, sigma**2 * A)
+    return GaussianDirection(*(t.to(g.dtype) for t in found))
 
 # %% ../nbs/02b_random_direction.ipynb #6f17a2ba
 def mean_square_across(square:Tensor, # ‖∇f‖², (...)

@@ -182,7 +182,7 @@ class SDE(Model):
         x, *rest = self.split(state) if scheme.memory else [state]
         x = self.over_sweep(x)
         known = {name: v.expand(*x.shape[:-1], -1) for name, v in zip(scheme.memory, rest)}
-        k = rest[-1].flatten()[0].item() if "k" in known else 0.0
+        k = self.step_number(state) if "k" in known else 0.0
         for h in steps:
             xi = draw()
             seed = self.seed

@@ -108,7 +108,8 @@ def independent(H:np.ndarray, inner:np.ndarray, m:int, B:int, replace:bool): # M
     "For A the mean of H_β (I + ρH_β′) over the micro-batches β, β′ of two batches"
     K = B // m
     tau = Minibatches(len(H), m, replace).tau
-    apart = 0.0 if replace else -1 / (len(H) - 1) # the covariance of two samples of a batch
+    # the covariance of two samples of a batch
+    apart = 0.0 if replace or len(H) == 1 else -1 / (len(H) - 1)
     def nested(M, share): return mean_outer(H, share)(mean_outer(inner, share)(M))
     if K == 1: return lambda M: nested(M, tau)
     return lambda M: nested(M, tau) / K + (1 - 1 / K) * nested(M, apart)
@@ -142,7 +143,8 @@ def with_previous(H:np.ndarray, rho:float, eta:float, m:int, B:int, replace:bool
     mean = of_sample.mean(1).sum(0)
     mean[:d, :d] += np.eye(d)
     gaps = of_sample - of_sample.mean(1, keepdims=True)
-    share = np.full((K, K), 0. if replace else -1 / (n - 1)) # of the covariance of two samples
+    # of the covariance of two samples
+    share = np.full((K, K), 0. if replace or n == 1 else -1 / (n - 1))
     np.fill_diagonal(share, Minibatches(n, m, replace).tau)
     def apply(M):
         noise = np.einsum("jk,jnab,bc,kndc->ad", share, gaps, M, gaps, optimize=True)

@@ -82,7 +82,7 @@ def step_noise(process, H:np.ndarray, Sigma:np.ndarray, K, rest, inverse,
     if form in ("sgd", "none"): return (form == "sgd") * Sigma
     if form == "truncated": return Sigma + rho * cross
     square = inverse_square * H @ Sigma @ H if kind is DNSAM else H @ K @ Sigma @ K @ H
-    remainder = isinstance(process, Chain) or (form == "exact" and kind is SAM)
+    remainder = isinstance(process, Chain) or (form in ("exact", "second") and kind is SAM)
     return Sigma + rho * cross + rho**2 * (square + remainder * H @ rest @ H)
 
 # %% ../nbs/07b_stationarity.ipynb #8aa46117
@@ -145,6 +145,9 @@ def matrices(process) -> tuple:
             f"got {algorithm} on {type(objective).__name__}")
     check_plain(algorithm, "the closure")
     process.check_untrained("the closure")
+    if getattr(process, "order", 1) != 1:
+        raise ValueError(f"the closure is of an SDE of order 1, got order={process.order}: "
+                         "stationary_covariance is of any order, for SGD and USAM")
     if isinstance(algorithm, DNSAM) and objective.dim < 3:
         raise ValueError(
             f"DNSAM has a covariance in three dimensions or more only, got {objective.dim}")

@@ -6,7 +6,7 @@
 __all__ = ['sweep']
 
 # %% ../nbs/08c_sweep.ipynb #sweep002
-import asyncio, functools, hashlib, itertools, json, math, os, time, warnings
+import asyncio, functools, hashlib, itertools, json, math, os, sys, time, warnings
 from collections.abc import Iterable, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .algorithm import Algorithm, Chain
 from .machinery.store import (
-    ELSEWHERE, check_same, fingerprint, read, remove_parts, sha256, write)
+    ELSEWHERE, check_same, code_of, fingerprint, read, remove_parts, sha256, write)
 from .machinery.streams import Run
 from .ensemble import DivergenceError, Ensemble, simulate, starts, time_grid
 from .machinery.checks import check_int, check_positive
@@ -242,20 +242,21 @@ def file_of(folder:Path, job:Job) -> Path:
     raise ValueError(f"{old} has the format of an earlier version of samsde: {ELSEWHERE}")
 
 # %% ../nbs/08c_sweep.ipynb #a301d160
-def meaning(job:Job) -> dict: # the hash of its start, and sketches
+def meaning(job:Job) -> dict: # hashes of its start and of what observes, and sketches
     """What the names of a job stand for; its seed does not matter.
     Raises ValueError or TypeError, with the setting, if that makes no sense."""
     two = job.x0[:2] if job.x0.ndim == 2 else job.x0
-    eta = job.time_step
     with naming(job.setting):
         x = job.process.start(starts(job.process, two, 2))
-        grid = time_grid(eta, eta, job.dt)
+        grid = time_grid(job.time_step, job.t_end, job.dt, every=sys.maxsize)
         sketches = fingerprint(Run(job.process, x, grid, job.observe, 2, (), 0, False))
-    return dict(x0=sha256(job.x0), sketches=sketches)
+    code = [code_of(fn) for fn in job.observe.values()]
+    return {"x0": sha256(job.x0), "what is observed": code, "sketches": sketches}
 
 def about(job:Job, means:dict) -> dict:
     "What its file says of a job"
-    settings = json.loads(json.dumps(request(job) | dict(x0=means["x0"])))
+    more = {name: means[name] for name in ("x0", "what is observed")}
+    settings = json.loads(json.dumps(request(job) | more))
     return dict(settings=settings, sketches=means["sketches"])
 
 # %% ../nbs/08c_sweep.ipynb #sweep02a

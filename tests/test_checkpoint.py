@@ -1,8 +1,8 @@
 """A run that is killed, interrupted or out of disk ends, after it was started again, with exactly the numbers of an undisturbed run."""
 
 import errno
+import functools
 import io
-import json
 import math
 import multiprocessing
 import os
@@ -732,6 +732,18 @@ def close(x):
     return watch(x) * (1 + 1e-9)
 
 
+def beyond(x, at):
+    return x[..., 0] > at
+
+
+def hit(at):
+    return lambda x: x[..., 0] > at
+
+
+def wall(at):
+    return lambda x: x.square().sum() / 2 + torch.relu(x[0].abs() - at) ** 3
+
+
 def sharp(curvature, dtype):
     return dict(
         process=Chain(
@@ -835,6 +847,25 @@ OTHERS = {  # base, what differs, what the refusal names
         for t in (torch.bfloat16, torch.float32, torch.float64)
     },
     "observable": ({}, dict(observe={"watch": close}), "what is observed"),
+    **{
+        f"{name} of an observable": (
+            dict(observe={"hit": a, "watch": watch}),
+            dict(observe={"hit": b, "watch": watch}),
+            "what is observed",
+        )
+        for name, (a, b) in {
+            "code": (lambda x: x[..., 0] > 2e3, lambda x: x[..., 0] > 3e3),
+            "closure": (hit(1e3), hit(1.01e3)),
+            "default": (lambda x, at=1e3: x[..., 0] > at, lambda x, at=2e3: x[..., 0] > at),
+            "argument": (functools.partial(beyond, at=1e3), functools.partial(beyond, at=2e3)),
+            "tensor": (hit(torch.tensor(8.0)), hit(torch.tensor(80.0))),
+        }.items()
+    },
+    "a loss far off": (
+        dict(process=Chain(SAM(0.1), NoisyLoss(wall(8.0), 2, 0.5), 0.1)),
+        dict(process=Chain(SAM(0.1), NoisyLoss(wall(30.0), 2, 0.5), 0.1)),
+        "what a step does",
+    ),
     "name of an observable": ({}, dict(observe={"look": watch}), "observe"),
     "shared noise": (
         dict(process=Chain(SAM(torch.tensor([0.1, 0.2], **f64)), bowl, 0.1)),
@@ -857,6 +888,23 @@ def test_another_run(small, tmp_path, case):
         rf"belongs to a run with other settings \(.*{name}",
     )
     assert small(checkpoint=file, **base).n_paths == 12
+
+
+def test_a_counter_is_no_other_observable(small, tmp_path):
+    """Nor is one that says the same in another place; and what cannot be observed far off is observed near."""
+    file, seen = tmp_path / "run.npz", []
+    for _ in range(2):
+        count = len(seen)
+
+        def counted(x):
+            nonlocal count
+            count += 1
+            assert x.abs().max() < 30, "too far"
+            return x.square().sum(-1)
+
+        seen.append(small(observe=counted, checkpoint=file).final)
+        count = 17
+    assert seen[0].equal(seen[1])
 
 
 def test_another_version(small, file, monkeypatch):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from samsde import diagnosis, optim
-from samsde.algorithm import DNSAM, SAM, SGD, USAM
+from samsde.algorithm import DNSAM, SAM, SGD, USAM, Chain
 from samsde.diagnosis import (
     change_in_a_step,
     curvatures,
@@ -32,9 +32,10 @@ from samsde.epochs import epoch_noise
 from samsde.experiments.examples import plane, three
 from samsde.machinery.long_vectors import Sketch, lanczos
 from samsde.moments import hessian_perturbation
-from samsde.objective import FiniteSum, MinibatchLoss, NoisyLoss
+from samsde.objective import FiniteSum, MinibatchLoss, NoisyLoss, Quadratic
 from samsde.sde import SDE
 from samsde.stability import stability_number
+from samsde.weak_errors import step_system
 
 F64 = torch.float64
 generator = torch.Generator().manual_seed(0)
@@ -201,6 +202,11 @@ BAD = {
         "of which 0 are the model's",
     ),
     "every second step": (lambda n: of(n, interval=2), ValueError, "interval=2"),
+    "other masks in the second pass": (
+        lambda n: of(n, preserve_rng_state=False),
+        ValueError,
+        "preserve_rng_state=False",
+    ),
     "no rate": (
         lambda n: torch.optim.SGD(n.parameters(), lr=0.0),
         ValueError,
@@ -541,6 +547,33 @@ def test_the_model_of_the_kinetic_limit():
     A = 1.3 * (1 + 0.3 * 1.3)
     errors = errors_of_models(A, eta, mu)
     assert verdict(A, eta, mu) == "kinetic" and errors["kinetic"] < 0.02 < 0.3 < errors["order 1"]
+
+
+@pytest.mark.parametrize(
+    "momentum, dampening, nesterov",
+    [(0, 0, 0), (0, 0.5, 0), (0.5, 0, 0), (0.5, 0.5, 0), (0.5, 0, 1)],
+)
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_the_edge_with_all_that_training_adds(momentum, dampening, nesterov, decoupled):
+    """Where the stability number is 1, the step on a parabola has the multiplier -1, and training with torch's SGD the same number."""
+    how = dict(momentum=momentum, dampening=dampening, nesterov=bool(nesterov), weight_decay=0.7)
+    line = Quadratic(torch.tensor([[2.0]], dtype=F64))
+    x = torch.ones(1, dtype=F64)
+
+    def number(eta):
+        found = diagnose(USAM(0.1), line, x, eta, draws=4, directions=0, decoupled=decoupled, **how)
+        return found.terms["stability number"]
+
+    edge = 1 / number(1.0)
+    step, _ = step_system(Chain(USAM(0.1), line, edge, decoupled=decoupled, **how))
+    assert abs(number(edge) - 1) < 1e-12 and abs(np.linalg.eigvals(step) + 1).min() < 1e-7
+    if decoupled:
+        return
+    net = Bowl(torch.diag(torch.tensor([2.0, 1.0, 0.5], dtype=F64)))
+    optimizer = of(net, optim.USAM, 0.1, lr=edge, **how)
+    data = (torch.zeros(8, 3, dtype=F64), torch.zeros(8))
+    found = look(net, optimizer, None, data, batch_size=4).terms["stability number"]
+    assert abs(found - 1) < 1e-6
 
 
 def test_the_edge_of_a_real_iteration():

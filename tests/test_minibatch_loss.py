@@ -638,3 +638,31 @@ def test_what_a_layer_counts_for_itself():
     loss = nn.CrossEntropyLoss()(net(X[3:5]), y[3:5])
     known = torch.autograd.grad(loss, [*net.parameters()])
     assert_close(found[0], torch.cat([g.flatten() for g in known]))
+
+
+def flooded(out, t):
+    return (F.mse_loss(out, t) - 1.5).abs() + 1.5
+
+
+def bounded(out, t):
+    return F.mse_loss(out, t).clamp(min=1.5)
+
+
+@pytest.mark.parametrize("loss", [flooded, bounded])
+def test_a_sum_only_where_losses_are_large(loss):
+    """At a start high above, each batch is the mean of its samples; further down it is not. It is refused as a finite sum, and f is no sum over the samples; the control: without a floor it is both."""
+    net, t = seeded(lambda: nn.Linear(3, 1)), torch.linspace(-2, 2, 12, dtype=F64)[:, None]
+    net.bias.data += 30
+    with pytest.raises(ValueError, match="must be the mean of the losses of its samples"):
+        FiniteSum.from_module(net, loss, X, t, batch_size=3)
+    FiniteSum.from_module(net, F.mse_loss, X, t, batch_size=3)
+    objective = MinibatchLoss.from_module(net, loss, (X, t), batch_size=3, replace=False)
+    assert objective.full == "drawn"
+    plain = MinibatchLoss.from_module(net, F.mse_loss, (X, t), batch_size=3, replace=False)
+    assert plain.full == "samples"
+    low = objective.x0.clone()
+    low[3] -= 30
+    batches = [list(rows) for rows in itertools.combinations(range(12), 3)]
+    known = sum(loss((X[rows] @ low[:3] + low[3])[:, None], t[rows]) for rows in batches)
+    sem = objective.full_error(low)[0]
+    assert 0 < sem and (objective.loss(low) - known / len(batches)).abs() < 4 * sem

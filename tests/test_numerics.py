@@ -26,6 +26,7 @@ from samsde.saddle_attraction import (
     latest_arrival,
 )
 from samsde.sde import SDE
+from samsde.stability import mean_square_radius
 from samsde.stationarity import closed_covariance, suboptimality
 from samsde.weak_errors import (
     circle_error,
@@ -287,6 +288,39 @@ def test_stationarity_and_moments_in_single_precision():
         )
 
 
+def test_closure_and_exact_covariance_agree():
+    """For SGD and USAM under every noise and expansion. SAM's noise "second" is its "exact", as a quadratic has no third derivatives; the control: "factor" is less. An SDE of order 2 is refused."""
+    H = torch.tensor([[2.0, 0.3], [0.3, 1.0]], dtype=F64)
+    bowl = Quadratic(H, cov=torch.tensor([[0.3, 0.1], [0.1, 0.2]], dtype=F64))
+    for form in ("factor", "truncated", "second", "exact", "sgd"):
+        for kind in (SGD(), USAM(0.1)):
+            sde = SDE(kind, bowl, 0.3, "exact", form)
+            assert (stationary_covariance(sde) - closed_covariance(sde)).abs().max() < 1e-14
+            late = SDE(kind, bowl, 0.3, "exact", form, order=2)
+            assert (stationary_covariance(late) - closed_covariance(sde)).abs().max() > 1e-3
+            with pytest.raises(
+                ValueError, match="the closure is of an SDE of order 1, got order=2"
+            ):
+                closed_covariance(late)
+    factor, second, exact = (
+        closed_covariance(SDE(SAM(0.5), bowl, 0.3, noise=form))
+        for form in ("factor", "second", "exact")
+    )
+    assert second.equal(exact) and torch.linalg.eigvalsh(exact - factor).min() > 1e-6
+
+
+@pytest.mark.parametrize("source", ["own", "full", "independent", "previous"])
+def test_mean_square_of_one_sample(source):
+    """Without replacement, too, where two samples of a batch have no covariance."""
+    H, eta, rho = torch.tensor([[[1.5]]], dtype=F64), 0.2, 0.3
+    found = [mean_square_radius(USAM(rho, source=source), H, eta, 1, r) for r in (True, False)]
+    step = np.array([[1 - eta * 1.5, -eta * rho * 1.5], [1.5, 0]])  # of x and the gradient before
+    known = 1 - eta * 1.5 * (1 + rho * 1.5)
+    if source == "previous":
+        known = abs(np.linalg.eigvals(step)).max()
+    assert abs(np.array(found) - known**2).max() < 1e-12
+
+
 def test_eigenvalues_in_single_precision():
     o = objective("quadratic", data())
     x, lam = data()["x"], torch.linalg.eigvalsh(o.H)
@@ -395,6 +429,30 @@ def test_sam_near_a_zero_gradient(dtype):
         assert torch.isfinite(
             noise_covariance(SAM(0.1), Quadratic(torch.eye(3, dtype=dtype), 0.1), zero, form)
         ).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size, sigma", [(300.0, 1.0), (300.0, 100.0), (2e4, 1.0), (1e-4, 1e-5)])
+def test_sam_with_noise_in_half_precision(dtype, size, sigma):
+    """Where the square of a gradient is no number of float16: the mean of a unit vector, its answer to noise, and the loss."""
+    direction = torch.tensor([0.6, -0.8], dtype=F64)
+
+    def numbers(dtype):
+        flat = Quadratic(torch.zeros(2, 2, dtype=dtype), sigma)
+        x, H = (size * direction).to(torch.bfloat16).to(dtype), torch.eye(2, dtype=dtype)
+        found = gaussian_direction(x, sigma)
+        bowl = Quadratic(H, sigma)
+        return [
+            *found,
+            drift(SAM(0.5 * size), bowl, x) / size,
+            noise_sample(SAM(0.5 * size), bowl, x, torch.ones(2, dtype=dtype)) / sigma,
+            regularized_loss(SAM(1.0), flat, torch.zeros(2, dtype=dtype)) / sigma,
+        ]
+
+    for half, full in zip(numbers(dtype), numbers(F64)):
+        assert half.dtype == dtype
+        off, info = (half.double() - full).abs().max(), torch.finfo(dtype)
+        assert off <= 16 * info.eps * (full.abs().max() + info.tiny)
 
 
 def test_sam_with_noise_is_usam_near_a_zero_gradient():

@@ -596,6 +596,30 @@ def test_a_closure_that_sets_gradients_to_zero_in_place():
     near(flat(net.parameters()), ours(SAM, SGD, lr=0.1))
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("cleared", ["nowhere", "in one layer", "in place", "everywhere"])
+def test_first_gradients_that_were_left(cleared, parts):
+    """Gradients at x are never added to those at x + rho u, in however many parts these come."""
+    net, other = make(), make()
+    optimizer = SAM(net.parameters(), SGD, rho=0.1, lr=0.1)
+    loss_of(net).backward()
+    optimizer.first_step()
+    if cleared == "in one layer":
+        net[0].zero_grad()
+    elif cleared != "nowhere":
+        optimizer.zero_grad(set_to_none=cleared == "everywhere")
+    for _ in range(parts):
+        (loss_of(net) / parts).backward()
+    if cleared in ("in place", "everywhere"):
+        optimizer.second_step()
+        near(flat(net.parameters()), plain_sam(other, SGD(other.parameters(), lr=0.1), 0.1, 1))
+    else:
+        with pytest.raises(RuntimeError, match="the gradients at x were not cleared"):
+            optimizer.second_step()
+        assert flat(net.parameters()).equal(flat(other.parameters()))
+    assert not net[0].weight._post_accumulate_grad_hooks
+
+
 @pytest.mark.parametrize("second", ["again", "skipped"])
 def test_interval_in_two_phases(second):
     "In a step that does not perturb, the second pass is at x, and may be left out."
@@ -833,6 +857,28 @@ def test_the_norm_of_an_adaptive_step():
     optimizer.step(closure_of(net, optimizer, part))
     torch.testing.assert_close(flat(net.parameters()), ends[0], rtol=0, atol=1e-14)
     assert (ends[1] - ends[0]).abs().max() > 1e-4  # the control: the norm of ∇f
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_norm_without_a_group_that_does_not_move(adaptive):
+    """On the whole batch DNSAM is SAM; the control: in the norm of all parameters it would move less."""
+    moved = []
+    for kind in (SAM, DNSAM):
+        net = make()
+        before = flat(net.parameters())
+        groups = [
+            dict(params=net[0].parameters()),
+            dict(params=net[2].parameters(), perturb=False),
+        ]
+        norm = full_gradient_norm(net, F.cross_entropy, X, y)
+        how = dict(full_grad_norm=norm) if kind is DNSAM else {}
+        optimizer = kind(groups, SGD, rho=0.1, adaptive=adaptive, lr=0.1, **how)
+        loss_of(net).backward()
+        optimizer.first_step(True)
+        moved.append(flat(net.parameters()) - before)
+        optimizer.restore()
+    near(*moved)
+    assert norm.in_units_of([], list(net[2].parameters())) < 0.99 * norm()
 
 
 def test_a_group_that_comes_later_has_a_schedule_too():

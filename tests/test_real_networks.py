@@ -273,6 +273,51 @@ def test_lightning():
     assert (watch.monitor.history["clipped"] == 0).all()
 
 
+def test_lightning_joins_batches():
+    """A step of two batches has half the noise: the Trainer's DataLoader says it of one, and is refused; one with such batches is taken."""
+    L = needs("lightning")
+
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 3)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    X, y = torch.randn(32, 4, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3
+    rows = torch.utils.data.TensorDataset(X, y)
+
+    def fit(**how):
+        watch = lightning_callback(
+            lambda module, batch: F.cross_entropy(module.net(batch[0]), batch[1]),
+            every=2,
+            budget_s=1,
+            effort=5,
+            **how,
+        )
+        quiet = dict(
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            accelerator="cpu",
+            devices=1,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = L.Trainer(max_epochs=1, callbacks=[watch], accumulate_grad_batches=2, **quiet)
+            trainer.fit(Module(), torch.utils.data.DataLoader(rows, 4))
+        return watch.monitor.history
+
+    with pytest.raises(ValueError, match="a step takes 2 batches of the Trainer's DataLoader"):
+        fit()
+    assert len(fit(data=torch.utils.data.DataLoader(rows, 8)))
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.01])
 def test_transformers(tmp_path, clip):
     t = needs("transformers")

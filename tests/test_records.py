@@ -3,11 +3,13 @@
 import itertools
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 from samsde.algorithm import SAM, SGD, USAM, Chain
 from samsde.ensemble import simulate
+from samsde.hessian_noise import sgd_covariance
 from samsde.machinery import record
 from samsde.machinery.record import Recorder, RecordError, recording
 from samsde.objective import FiniteSum, Quadratic
@@ -217,6 +219,23 @@ def test_a_matrix_changed_in_place():
         )
 
     assert same(ending(True, 2), ending(False, 2)) and not same(ending(True, 2), ending(True, 1))
+
+
+def test_a_covariance_that_is_written_to():
+    """In place, by numpy, and by `.data`, which torch does not count: the noise is that of now."""
+    for write in (
+        lambda C: C.mul_(4),
+        lambda C: C.data.mul_(4),
+        lambda C: np.multiply(C.numpy(), 4, out=C.numpy()),
+    ):
+        C, x = torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+        bowl = Quadratic(torch.eye(2, dtype=torch.float64), cov=C)
+        process = Chain(SAM(0.1), bowl, 0.1)
+        before = simulate(process, 0 * x, 0.1, 1000).std["x"][-1]
+        write(C)
+        assert sgd_covariance(bowl, x).equal(4 * torch.eye(2, dtype=torch.float64))
+        after = simulate(process, 0 * x, 0.1, 1000).std["x"][-1]
+        assert (after / before > 1.9).all()
 
 
 def test_a_record_error_among_threads():

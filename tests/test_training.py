@@ -80,6 +80,48 @@ def test_a_file_of_another_schedule_is_refused(tmp_path):
             simulate(other, one, checkpoint=file, **how)
 
 
+@pytest.mark.parametrize("name", ["schedule", "rho_schedule"])
+@pytest.mark.parametrize("model", [Chain, SDE])
+def test_a_schedule_that_differs_in_a_single_step(name, model, tmp_path):
+    """A checkpoint and a sweep's folder are refused; the same schedule goes on."""
+    rates = torch.full((100,), 0.1, dtype=torch.float64)
+    other = rates.clone()
+    other[31] = 0.09
+    file, folder = tmp_path / "run.npz", tmp_path / "jobs"
+
+    def run(schedule):
+        process = model(SAM(0.1), line, 0.1, **{name: schedule})
+        return simulate(process, one, 10.0, 4, checkpoint=file).final
+
+    def table(schedule):
+        makes = {"run": lambda *args: model(*args, **{name: schedule})}
+        how = dict(t_end=10.0, n_paths=4, x0=one, processes=makes, folder=folder)
+        return sweep([SAM(0.1)], [line], [0.1], **how)
+
+    for job in (run, table):
+        known = job(rates)
+        with pytest.raises(ValueError, match=r"other settings \(the schedules\)"):
+            job(other)
+        assert job(rates).equals(known) if job is table else job(rates).equal(known)
+
+
+@pytest.mark.parametrize("model", [Chain, SDE])
+def test_steps_that_a_dtype_cannot_count(model):
+    """bfloat16 counts to 256: a schedule would stand still from there on."""
+
+    def end(dtype, steps):
+        process = model(SGD(), Quadratic(torch.eye(1, dtype=dtype)), 1 / 128, schedule=late)
+        return simulate(process, torch.ones(1, dtype=dtype), steps / 128, 2).final
+
+    def late(t):
+        return float(t < 2.5)
+
+    assert end(torch.bfloat16, 256).isfinite().all()
+    with pytest.raises(ValueError, match="step 256 cannot be counted in torch.bfloat16"):
+        end(torch.bfloat16, 257)
+    assert end(torch.float16, 400).equal(end(torch.float16, 320))
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_linear_moments_are_those_of_simulate(momentum, decoupled):

@@ -252,6 +252,40 @@ def check_means(network:Network, x:Tensor):
             batch = network.loss(tree_map(lambda t: t[i], out), y[i])
         if not close(network, batch, f[i].mean()): raise ValueError(no_mean(network, batch, f[i]))
 
+# %% ../../nbs/machinery/comparison.ipynb #1e4fda3d
+def downhill(slope:Callable, # x, (d,) -> f and ∇f there
+             x:Tensor, steps:int=16) -> list: # of points (d,)
+    "Points at which a loss is about half of what it was at the one before; few where it stays"
+    found = []
+    first = slope(x)[0].abs()
+    for _ in range(steps):
+        f, g = slope(x)
+        square = g.square().sum()
+        if not 100 * torch.finfo(x.dtype).eps**.5 * first < f.abs() or square == 0: break
+        x = x - f.abs() / (2 * square) * g
+        if not torch.isfinite(x).all(): break
+        found.append(x)
+    return found
+
+# %% ../../nbs/machinery/comparison.ipynb #0c132959
+def check_small(network:Network):
+    "Raises ValueError if a loss is no mean of its samples' where it is small, as in flooding"
+    X, y = network.data(torch.tensor(some_rows(network)))
+    def loss_at(x):
+        module = put(network, x)
+        out = module(X)
+        return network.loss(out, y), out, trainable(module)
+    def slope(x):
+        with plainly():
+            f, _, params = loss_at(x)
+            return f.detach(), gradients(f, params)
+    for x in downhill(slope, network.x0):
+        with plainly(), torch.no_grad():
+            batch, out, _ = loss_at(x)
+            f = network.each(out, y)
+        if not torch.isfinite(f).all() or close(network, batch, f.mean()): continue
+        raise ValueError(no_mean(network, batch, f))
+
 # %% ../../nbs/machinery/comparison.ipynb #0633d884
 def check_losses(network:Network):
     "Raises ValueError if there are no sample losses; finds whether vmap can take them"
@@ -262,6 +296,7 @@ def check_losses(network:Network):
     for x in (network.x0, near(network, 0), near(network, 1, scale=1.)): check_means(network, x)
     for k, scale in enumerate((3., 10., 30.)):
         check_alone(network, near(network, k, scale), some_rows(network))
+    check_small(network)
 
 # %% ../../nbs/machinery/comparison.ipynb #410788a2
 def check_copy(network:Network, module:nn.Module, loss:Callable):

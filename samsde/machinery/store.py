@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/machinery/store.ipynb #c6799711
-import glob, hashlib, json, os, threading, time, warnings, zipfile
+import dis, functools, glob, hashlib, json, os, threading, time, types, warnings, zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from .record import PLAIN, codes
 from .streams import Block, PathStatistics, Run, observed
 
 # %% ../../nbs/machinery/store.ipynb #d73c6828
@@ -118,22 +119,80 @@ def one_thread():
     finally: torch.set_num_threads(threads)
 
 # %% ../../nbs/machinery/store.ipynb #e6719886
+def schedules(run:Run) -> list: # of tensors
+    "The factors of η and ρ at all times of all steps"
+    lengths, steps = run.grid[0], range(run.grid[1][-1])
+    within = [sum(lengths[:i]) / sum(lengths) for i in range(len(lengths))]
+    return [torch.tensor([f(k + t) for k in steps for t in within], dtype=torch.float64)
+            for f in (run.process.factor, run.process.radius_factor)]
+
+# %% ../../nbs/machinery/store.ipynb #6aa85b90
+def after_step(run:Run, states:Tensor, generator) -> tuple[list, list]: # of tensors
+    "Where a step takes states, and what is observed there"
+    after = run.process.advance(states, run.draw(len(states), generator), run.grid[0])
+    position = run.process.position(after)
+    return [after], [observed(fn, name, position).clone() for name, fn in run.observe.items()]
+
+def far_from(x:Tensor, # (1, *batch, d)
+             n:int, generator) -> Tensor: # (n, *batch, d)
+    "Points at distances from a hundredth to a hundred"
+    scales = torch.logspace(-2, 2, n, dtype=torch.float64).to(x)
+    moves = torch.randn(n, *x.shape[1:], generator=generator, dtype=x.dtype, device=x.device)
+    return x + scales.reshape(-1, *(1,) * (x.ndim - 1)) * moves
+
+# %% ../../nbs/machinery/store.ipynb #510e3dcf
 @torch.no_grad()
 def fingerprint(run:Run) -> dict: # name -> sketches
-    "What the process does to a few points, what its objective is there, and what is observed"
+    "What the process does to some points, what its objective is there, and what is observed"
     generator = torch.Generator(run.x.device).manual_seed(0)
     first = run.x[:2]
     near = (first + torch.randn(first.shape, generator=generator, dtype=first.dtype,
                                 device=first.device))
     some = run.process.position(near).reshape(-1, run.dim)[[0, -1]]
+    far = far_from(run.process.position(first[:1]), min(64, len(run.x)), generator)
+    near = torch.cat([first, near])
     with one_thread():
-        draw = run.draw(2 * len(first), generator)
-        after = run.process.advance(torch.cat([first, near]), draw, run.grid[0])
-        position = run.process.position(after)
-        seen = [observed(fn, name, position).clone() for name, fn in run.observe.items()]
+        try: found = after_step(run, torch.cat([near, run.process.start(far)]), generator)
+        except Exception: # far off, or else it is told here
+            found = after_step(run, near, generator)
         looks = run.process.looks(some, generator)
-    tensors = {"what a step does": [after], "the objective": looks, "what is observed": seen}
+    def parts(values): # near and far
+        return [t for v in values for t in v.split([len(near), len(v) - len(near)])]
+    after, seen = map(parts, found)
+    tensors = {"what a step does": after, "the objective": looks, "what is observed": seen}
+    if getattr(run.process, "is_scheduled", False): tensors["the schedules"] = schedules(run)
     return {name: [sketch(t) for t in ts] for name, ts in tensors.items()}
+
+# %% ../../nbs/machinery/store.ipynb #b7f54845
+def plain(values) -> list: # of text
+    "Numbers and words among values"
+    return [repr(v) for v in values if isinstance(v, PLAIN)]
+
+def texts(code:types.CodeType) -> list:
+    "A function's code in text, which does not say where it was written"
+    values = [sorted(map(repr, v)) if isinstance(v, frozenset) else repr(v)
+              for v in code.co_consts if not isinstance(v, types.CodeType)]
+    return [code.co_code.hex(), code.co_names, values]
+
+def set_by(function:types.FunctionType) -> set: # of names, such as that of a counter
+    return {step.argval for code in codes(function.__code__) for step in dis.get_instructions(code)
+            if step.opname == "STORE_DEREF"}
+
+# %% ../../nbs/machinery/store.ipynb #03d058f7
+def code_of(observable) -> list: # of text
+    "What an observable is made of: its code, and numbers and words in its closure and defaults"
+    if isinstance(observable, functools.partial):
+        given = *observable.args, *observable.keywords.values()
+        return [*code_of(observable.func), *plain(given)]
+    function = getattr(observable, "__func__", observable)
+    if not isinstance(function, types.FunctionType): function = type(observable).__call__
+    if not isinstance(function, types.FunctionType): return [type(observable).__name__]
+    code, changed = function.__code__, set_by(function)
+    read = zip(code.co_freevars, function.__closure__ or ())
+    closure = [cell.cell_contents for name, cell in read if name not in changed]
+    text = json.dumps([texts(code) for code in codes(code)])
+    given = *(function.__defaults__ or ()), *closure
+    return [hashlib.sha256(text.encode()).hexdigest(), *plain(given)]
 
 # %% ../../nbs/machinery/store.ipynb #834781ac
 def sha256(t:Tensor) -> str: return hashlib.sha256(as_array(t.contiguous()).tobytes()).hexdigest()
@@ -149,15 +208,12 @@ def settings(run:Run) -> dict:
     algorithm = parts(getattr(run.process, "algorithm", None), "rho")
     start = run.x if run.x.stride(0) else run.x[:1] # one point for all
     times = [run.grid[0], len(run.grid[1]), run.grid[1][-2:]]
-    schedules = []
-    if getattr(run.process, "is_scheduled", False): # at eight steps
-        some = [k * run.grid[1][-1] // 8 for k in range(8)]
-        schedules = [[f(k) for k in some] for f in (run.process.factor, run.process.radius_factor)]
     found = dict(samsde=__version__, torch=torch.__version__, process=process,
-                 algorithm=algorithm, schedules=schedules, x0=sha256(start), times=times,
+                 algorithm=algorithm, x0=sha256(start), times=times,
                  shape=[run.x.shape, run.shape, run.size],
                  dtype=str(run.x.dtype), device=run.x.device.type,
                  observe=list(run.observe), seed=run.seed, keep=run.keep)
+    found["what is observed"] = [code_of(fn) for fn in run.observe.values()]
     return json.loads(json.dumps(found, default=float))
 
 # %% ../../nbs/machinery/store.ipynb #834781ad
