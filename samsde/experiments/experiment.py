@@ -94,7 +94,7 @@ def listed(texts:dict, # name -> what is said of it
     "Several names, and what is said of each"
     return between.join(f"{name} {text}" for name, text in texts.items())
 
-def furthest(rows:pd.DataFrame) -> pd.Series:
+def worst(rows:pd.DataFrame) -> pd.Series:
     "The row whose `percent` is farthest from 0"
     return rows.loc[rows.percent.abs().idxmax()]
 
