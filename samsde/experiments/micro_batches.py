@@ -11,7 +11,6 @@ from typing import Callable
 
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..algorithm import SAM, Chain
@@ -118,10 +117,9 @@ def draw_network(network:str):
         rows = gaps(pick(with_whole(table), network=network), KEYS, ALGORITHM)
         rows = ends(rows, "step")
         sizes = sorted(rows.m.unique())
-        for ax, name in zip(figure.subplots(3, 2).flat, (*STATISTICS, None)):
-            if name is None:
-                ax.set_axis_off()
-                continue
+        *panels, last = figure.subplots(3, 2).flat
+        last.set_axis_off()
+        for ax, name in zip(panels, STATISTICS):
             for model, look in LOOKS.items():
                 m = pick(rows, statistic=name, model=model).sort_values("m")
                 ax.errorbar(m.m, m.percent, 1.96 * m.percent_se, ms=4, capsize=2, label=model,

@@ -12,7 +12,6 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
@@ -20,7 +19,7 @@ from ..machinery.style import colours
 from ..ensemble import Ensemble, simulate
 from .error_vs_rho import ALGORITHMS, relative_error
 from .experiment import (
-    Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus)
+    Experiment, Verdict, Verdicts, jackknife, judged, label_edges, listed, pick, picture, plus_minus)
 from .problems import Problem, deep_nonlinear, quadratic
 from ..machinery.checks import check_int
 from ..sde import SDE
