@@ -98,6 +98,10 @@ def worst(rows:pd.DataFrame) -> pd.Series:
     "The row whose `percent` is farthest from 0"
     return rows.loc[rows.percent.abs().idxmax()]
 
+def off_by(row) -> str:
+    "A deviation in `percent` with its standard error `se`"
+    return f"{plus_minus(row.percent, row.se)} %"
+
 # %% ../../nbs/experiments/experiment.ipynb #8ff38d59
 def jackknife(estimate, # a function of means, (T,), (T,) -> (); must take more axes behind
               *samples:Tensor # (T, runs) each

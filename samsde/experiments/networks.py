@@ -20,9 +20,8 @@ from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
 from ..machinery.style import colours
 from ..diagnosis import largest_eigenvalue
 from ..ensemble import simulate
-from samsde.experiments.experiment import (
-    Experiment, Verdict, Verdicts, judged, label_edges, legend, listed, pick, picture, plus_minus,
-    worst)
+from .experiment import (
+    Experiment, Verdict, Verdicts, judged, label_edges, legend, listed, off_by, pick, picture, worst)
 from ..hessian_noise import noise_covariance
 from ..machinery.checks import check_int, psd_root
 from ..objective import FiniteSum
@@ -289,8 +288,6 @@ def gaps(table:pd.DataFrame, other:str="own SDE"
     se = (model.se**2 + m.se**2)**.5
     return pd.DataFrame(dict(percent=100 * gap / m.value, se=100 * se / m.value.abs(),
                              z=gap / se)).reset_index()
-
-def off_by(row) -> str: return f"{plus_minus(row.percent, row.se)} %" # of gaps
 
 def parted(rows:pd.DataFrame) -> bool: return ((rows.z.abs() > 4) & (rows.percent.abs() > 5)).any()
 

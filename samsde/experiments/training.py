@@ -362,7 +362,7 @@ def furthest(rows:pd.DataFrame, *columns:str) -> pd.DataFrame:
     groups = rows.groupby([*columns], sort=False).percent
     return rows.loc[groups.apply(lambda p: p.abs().idxmax())]
 
-def off_by(row) -> str: # of gaps
+def off_and_z(row) -> str: # of gaps
     "A difference in percent and in standard errors"
     return f"{plus_minus(row.percent, row.percent_se)} % ({abs(row.z):.0f} standard errors)"
 
@@ -370,7 +370,7 @@ SIGNS = dict(rho="ρ", m="m")
 
 def furthest_off(rows:pd.DataFrame, setting:str="rho") -> str:
     "The statistic that is furthest off, of each network and setting, in words"
-    def told(r): return f"{SIGNS[setting]} = {r[setting]:g} {r.statistic} {off_by(r)}"
+    def told(r): return f"{SIGNS[setting]} = {r[setting]:g} {r.statistic} {off_and_z(r)}"
     groups = furthest(rows, "network", setting).groupby("network", sort=False)
     return listed({f"{network}:": ", ".join(told(r) for _, r in group.iterrows())
                    for network, group in groups}, "; ")
