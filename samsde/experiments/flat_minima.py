@@ -29,7 +29,7 @@ from .two_valleys import (
 from ..machinery.checks import check_int, per_path
 from ..moments import hessian_perturbation, less_mean
 from ..objective import FiniteSum, NoisyLoss
-from ..sde import SDE
+from ..sde import SDE, EulerScheme
 
 # %% ../../nbs/experiments/flat_minima.ipynb #507c123a
 def halves(dtype=torch.float64, device="cpu", seed:int=0
@@ -149,19 +149,24 @@ def measures(net:Network, held:Network, # the data held out
                        -1)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #731bafad
+class WithoutNoiseStep(EulerScheme):
+    "Euler's method for SGD's SDE of the losses in Eq. (flat-minima.1)"
+    def euler(self, x:Tensor, xi:Tensor, h:float, seed) -> Tensor:
+        f = self.sde.objective
+        full = f.grad(x)
+        w = (self.sde.eta * h * f.law.tau / f.n)**.5 * less_mean(xi)
+        noise = f.weighted_grad(x, w)
+        Hu = f.hvp(x, h * full + noise) + f.weighted_hvp(x, w, full)
+        return x - h * full - noise - per_path(self.sde.rho, x) * Hu
+
 class WithoutNoisePart(SDE):
     "SGD's SDE of the losses in Eq. (flat-minima.1)"
     def __init__(self, objective:FiniteSum, rho, # one for each member of a sweep
                  eta:float):
         super().__init__(SGD(), objective, eta)
         self.rho = rho
-    def euler(self, x:Tensor, xi:Tensor, dt:float, seed) -> Tensor:
-        f = self.objective
-        full = f.grad(x)
-        w = (self.eta * dt * f.law.tau / f.n)**.5 * less_mean(xi)
-        noise = f.weighted_grad(x, w)
-        Hu = f.hvp(x, dt * full + noise) + f.weighted_hvp(x, w, full)
-        return x - dt * full - noise - per_path(self.rho, x) * Hu
+    @property
+    def scheme(self) -> EulerScheme: return WithoutNoiseStep(self)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #aab95507
 class DrawnSDE(Process):
