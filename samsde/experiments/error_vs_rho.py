@@ -95,7 +95,7 @@ def checked_radii(rhos, eta:float, x0:Tensor) -> list:
 
 def runner(problem:Problem, runs:int, seed:int, eta:float, t_end:float, substeps:int, bar
           ) -> Callable: # process -> Ensemble
-    "Simulation with what all processes have in common; no warning, as the table counts what diverges"
+    "Simulation with the settings of all processes; no warning, as the table counts divergence"
     steps = round(t_end / eta)
     settings = dict(t_end=steps * eta, n_paths=runs, dt=eta / substeps, seed=seed, share=True,
                     keep=True, observe={"statistic": problem.statistic},

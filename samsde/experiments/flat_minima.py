@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 from torch.nn.functional import softplus
 from tqdm.auto import tqdm
@@ -23,7 +22,7 @@ from ..ensemble import simulate
 from samsde.experiments.experiment import (
     Experiment, Verdict, Verdicts, jackknife, judged, label_edges, legend, listed, pick, picture,
     plus_minus)
-from .problems import gaussian_weights
+from .problems import gaussian_weights, shuffled_tumours
 from .two_valleys import (
     FACTS, chain_facts, coefficients, constant, critical, minibatches, sde_facts)
 from ..machinery.checks import check_int, per_path
@@ -35,11 +34,10 @@ from ..sde import SDE, EulerScheme
 def halves(dtype=torch.float64, device="cpu", seed:int=0
           ) -> list: # (X, y) to train on, (X, y) held out
     "The breast cancer data in two random halves: standardised features, labels ±1"
-    X, y = (torch.from_numpy(a).double() for a in load_breast_cancer(return_X_y=True))
-    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed))
-    X, y, half = ((X - X.mean(0)) / X.std(0))[order], (2 * y - 1)[order], len(X) // 2
-    return [(a.to(device, dtype), b.to(device, dtype))
-            for a, b in ((X[:half], y[:half]), (X[half:], y[half:]))]
+    X, y = shuffled_tumours(seed)
+    X, y = X.to(device, dtype), (2 * y - 1).to(device, dtype)
+    half = len(X) // 2
+    return [(X[:half], y[:half]), (X[half:], y[half:])]
 
 def sigmoid(z:Tensor) -> tuple: # the function and its first two derivatives
     a = torch.sigmoid(z)

@@ -20,8 +20,9 @@ from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
 from ..machinery.style import colours
 from ..diagnosis import largest_eigenvalue
 from ..ensemble import simulate
-from .experiment import (
-    Experiment, Verdict, Verdicts, judged, label_edges, legend, listed, off_by, pick, picture, worst)
+from samsde.experiments.experiment import (
+    Experiment, Verdict, Verdicts, judged, label_edges, legend, listed, off_by, pick, picture,
+    worst)
 from ..hessian_noise import noise_covariance
 from ..machinery.checks import check_int, psd_root
 from ..objective import FiniteSum

@@ -105,6 +105,13 @@ def deep_linear(dtype=torch.float64, device="cpu", hidden:int=20, sigma:float=.0
     "A linear network on the breast cancer data"
     return classifier("cancer", identity, hidden, "deep-linear", dtype, device, sigma, seed)
 
+# %% ../../nbs/experiments/problems.ipynb #1e25ae28
+def shuffled_tumours(seed:int=0) -> tuple[Tensor, Tensor]: # (569, 30) and (569,), 0 or 1
+    "Standardised features in double precision and labels, in random order"
+    X, y = map(torch.from_numpy, load_breast_cancer(return_X_y=True))
+    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed))
+    return ((X - X.mean(0)) / X.std(0))[order], y[order]
+
 # %% ../../nbs/experiments/problems.ipynb #probl005
 def iris_nonlinear(dtype=torch.float64, device="cpu", hidden:int=8, sigma:float=.02,
                    seed:int=0) -> Problem:

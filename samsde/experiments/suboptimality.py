@@ -510,8 +510,8 @@ def grows_with_curvature(table, f) -> Verdict:
                    f"H scaled from {scale['SAM'].parameter.min():g} to "
                    f"{scale['SAM'].parameter.max():g} times: {courses(scale)}. "
                    f"At fixed trace, a largest eigenvalue {grown:.1f} times as large makes "
-                   f"the excess over SGD {listed({n: f'{e:.2f}' for n, e in excess.items()})} times "
-                   f"as large; "
+                   f"the excess over SGD {listed({n: f'{e:.2f}' for n, e in excess.items()})} "
+                   f"times as large; "
                    f"and turning the same noise away from the large eigenvalues: {courses(turned)}",
                    "if that is tr(HΣ)/tr Σ, the curvature which the noise meets")
 
@@ -625,9 +625,8 @@ def better_surrogate(table, f) -> Verdict:
     s = rows["SAM"].parameter.tolist()
     ratio = {name: np.log(r.ratio.to_numpy()) for name, r in rows.items()}
     closer = abs(ratio["DNSAM"] - ratio["SAM"]) < abs(ratio["USAM"] - ratio["SAM"])
-    text = "; ".join(
-        f"s = {v:g}: {listed({n: f'{math.exp(ratio[n][i]):.3g}' for n in ('USAM', 'SAM', 'DNSAM')})}"
-        for i, v in enumerate(s))
+    def levels(k): return {n: f"{math.exp(ratio[n][k]):.3g}" for n in ("USAM", "SAM", "DNSAM")}
+    text = "; ".join(f"s = {v:g}: {listed(levels(k))}" for k, v in enumerate(s))
     quiet = max((v for v, c in zip(s, closer) if c), default=0)
     return Verdict("DNSAM is a better model of SAM than USAM is (at the end of training).",
                    "holds" if closer.all() else "holds with a condition" if quiet

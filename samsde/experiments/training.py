@@ -14,7 +14,6 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.datasets import load_breast_cancer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,6 +27,7 @@ from .experiment import (
     Experiment, Verdict, Verdicts, judged, label_edges, legend, listed, pick, picture, plus_minus)
 from .networks import STATISTICS as WATCHED
 from .networks import conv_net, digits, watched
+from .problems import shuffled_tumours
 from ..implicit_regularizer import drift
 from ..machinery.checks import check_int
 from ..machinery.style import colours
@@ -68,10 +68,8 @@ class Task:
 # %% ../../nbs/experiments/training.ipynb #ba5de1b4
 def cancer(dtype=torch.float32, device="cpu", hidden:int=8, n:int=448, **how) -> Task:
     "A sigmoid network on the breast cancer data"
-    X, y = (torch.from_numpy(a) for a in load_breast_cancer(return_X_y=True))
-    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(0))
-    X = ((X - X.mean(0)) / X.std(0))[order].to(device, dtype)
-    y = y[order].to(device)
+    X, y = shuffled_tumours()
+    X, y = X.to(device, dtype), y.to(device)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(30, hidden), nn.Sigmoid(), nn.Linear(hidden, 2))
