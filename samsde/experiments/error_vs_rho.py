@@ -10,6 +10,7 @@ import math
 import time
 import warnings
 from itertools import product
+from typing import Callable
 
 import pandas as pd
 import torch
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
 from ..machinery.style import colours
 from ..ensemble import Ensemble, simulate
-from .experiment import Experiment, Verdict, Verdicts, jackknife
+from .experiment import Experiment, Verdict, Verdicts, jackknife, pick
 from .problems import PROBLEMS, Problem, one_of
 from ..machinery.checks import check_int, check_positive, check_scalar
 from ..objective import Quadratic
@@ -64,10 +65,10 @@ def radii(eta:float) -> list:
     return [round(k * eta**.5, 6) for k in (0, .1, .25, .5, 1, 2, 4)]
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #300a46ab
-def score(chain, model, own, column:int, statistic:str) -> dict:
+def score(chain, model, of_sde, column:int, statistic:str) -> dict:
     """Error of a model at one ρ, and its excess over the own SDE's, with standard errors, over
     the runs that stayed finite in all"""
-    ensembles = [(e, min(column, e.alive.shape[1] - 1)) for e in (chain, model, own)]
+    ensembles = [(e, min(column, e.alive.shape[1] - 1)) for e in (chain, model, of_sde)]
     alive = torch.stack([e.alive[:, k] for e, k in ensembles]).all(0)
     runs = dict(runs=int(alive.sum()), diverged=int((~alive).sum()))
     if alive.sum() < 3: return dict(error=None, se=None, excess=None, excess_se=None, **runs)
@@ -92,18 +93,39 @@ def checked_radii(rhos, eta:float, x0:Tensor) -> list:
         raise ValueError(f"rhos must be finite in {x0.dtype}, got {rhos}")
     return rhos
 
-def with_divergence(process, x0:Tensor, **settings) -> Ensemble:
-    "simulate without a warning: the table counts what diverges"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return simulate(process, x0, **settings)
+def runner(problem:Problem, runs:int, seed:int, eta:float, t_end:float, substeps:int, bar
+          ) -> Callable: # process -> Ensemble
+    "Simulation with the settings of all processes; no warning, as the table counts divergence"
+    steps = round(t_end / eta)
+    settings = dict(t_end=steps * eta, n_paths=runs, dt=eta / substeps, seed=seed, share=True,
+                    keep=True, observe={"statistic": problem.statistic},
+                    every=max(1, steps // 100))
+    def run(process, x0=problem.x0):
+        bar.update()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return simulate(process, x0, **settings)
+    return run
 
+# %% ../../nbs/experiments/error_vs_rho.ipynb #700f3181
 def scores(chain:Ensemble, ensembles:dict, rhos:list) -> list: # of dicts
     "The scores of all models, with the own SDE among them"
     return [dict(model=model, rho=r, statistic=statistic,
                  **score(chain, ensemble, ensembles["own SDE"], j, statistic))
             for statistic in STATISTICS for model, ensemble in ensembles.items()
             for j, r in enumerate(rhos)]
+
+def algorithm_rows(problem:Problem, name:str, eta:float, rhos:list, models, run:Callable,
+                   of_sgd:Ensemble|None # of SGD's SDE, which is the same for every algorithm
+                  ) -> list: # of dicts
+    "The scores of all models of one algorithm"
+    rho = torch.tensor(rhos, dtype=torch.float64).to(problem.x0)
+    algorithm = ALGORITHMS[name](rho)
+    chain = run(Chain(algorithm, problem.objective, eta))
+    ensembles = {model: of_sgd if model == "SGD's SDE"
+                 else run(MODELS[model](algorithm, problem.objective, eta)) for model in models}
+    about = dict(problem=problem.name, algorithm=name, eta=eta)
+    return [about | row for row in scores(chain, ensembles, rhos)]
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #e8e78435
 def error_vs_rho(problem:Problem,
@@ -127,28 +149,13 @@ def error_vs_rho(problem:Problem,
     if eta > (t_end := t_end or problem.t_end):
         raise ValueError(f"eta must be at most the time of a run, {t_end:g}, got {eta:g}")
     rhos = checked_radii(rhos, eta, problem.x0)
-    rho = torch.tensor(rhos, dtype=torch.float64).to(problem.x0)
-    steps = round(t_end / eta)
-    settings = dict(t_end=steps * eta, n_paths=runs, dt=eta / substeps, seed=seed, share=True,
-                    keep=True, observe={"statistic": problem.statistic},
-                    every=max(1, steps // 100))
-    rows = []
-    bar = tqdm(total=len(models) * len(algorithms) + 1, desc=problem.name, unit="ensemble",
-               disable=not progress)
-    def run(process, x0=problem.x0):
-        bar.update()
-        return with_divergence(process, x0, **settings)
-    objective = problem.objective
-    shared = (run(SDE(SGD(), objective, eta), problem.x0.expand(runs, 1, -1))
-              if "SGD's SDE" in models else None)
-    for name in algorithms:
-        algorithm = ALGORITHMS[name](rho)
-        chain = run(Chain(algorithm, objective, eta))
-        ensembles = {model: shared if model == "SGD's SDE"
-                     else run(MODELS[model](algorithm, objective, eta)) for model in models}
-        about = dict(problem=problem.name, algorithm=name, eta=eta)
-        rows += [about | row for row in scores(chain, ensembles, rhos)]
-    bar.close()
+    with tqdm(total=len(models) * len(algorithms) + 1, desc=problem.name, unit="ensemble",
+              disable=not progress) as bar:
+        run = runner(problem, runs, seed, eta, t_end, substeps, bar)
+        of_sgd = (run(SDE(SGD(), problem.objective, eta), problem.x0.expand(runs, 1, -1))
+                  if "SGD's SDE" in models else None)
+        rows = [row for name in algorithms
+                for row in algorithm_rows(problem, name, eta, rhos, models, run, of_sgd)]
     return pd.DataFrame(rows)[COLUMNS]
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #28875f36
@@ -179,20 +186,21 @@ def grid(problems:int, algorithms:int): # axes
     return plt.subplots(rows, columns, figsize=(.4 + 3 * columns, .6 + 2.5 * rows), sharex=True,
                         sharey=False if alone else "row", squeeze=False, layout="constrained")[1]
 
-def draw_errors(ax, part:pd.DataFrame, algorithm:str):
+# %% ../../nbs/experiments/error_vs_rho.ipynb #db7cba33
+def draw_errors(ax, rows:pd.DataFrame, algorithm:str):
     "Errors of the models of one algorithm on one problem"
     looks = {"own SDE": dict(color=colours[algorithm], marker="o", ms=7, lw=2),
              "Σ only": dict(color="k", marker="x", ls=":"),
              "SGD's SDE": dict(color=colours["SGD"], marker="s", ls="--"),
              "exact mean field": dict(color=colours[algorithm], marker="^", ls="-.", mfc="w")}
-    for model, curve in part.groupby("model"):
+    for model, curve in rows.groupby("model"):
         ax.errorbar(curve.rho, curve.error, 2 * curve.se, label=model, capsize=2,
                     **dict(ms=5) | looks[model])
-    root = part.eta.iloc[0]**.5
+    root = rows.eta.iloc[0]**.5
     ax.axvline(root, color="0.6", lw=1, zorder=0)
     ax.annotate(" $\\rho=\\sqrt{\\eta}$", (root, .02), xycoords=("data", "axes fraction"),
                 color="0.4", fontsize=9)
-    linear = part.rho[part.rho > 0].min()
+    linear = rows.rho[rows.rho > 0].min()
     if linear > 0: ax.set_xscale("symlog", linthresh=linear, linscale=.5)
     ax.set(xlim=(-linear / 4 if linear > 0 else None, None), yscale="log")
     def two_and_five(v, _): # between the powers of ten, where these are few
@@ -208,12 +216,12 @@ def plot(table:pd.DataFrame, # from error_vs_rho(...)
         ):
     """Error against ρ on a log scale, a row of panels for each problem, or two columns for one
     algorithm; returns the axes"""
-    table = table[table.statistic == statistic]
+    table = pick(table, statistic=statistic)
     problems, algorithms = (list(table[c].unique()) for c in ("problem", "algorithm"))
     if axes is None: axes = grid(len(problems), len(algorithms))
     used = dict(zip(product(problems, algorithms), axes.flat))
-    for (problem, algorithm), part in table.groupby(["problem", "algorithm"]):
-        draw_errors(used[problem, algorithm], part, algorithm)
+    for (problem, algorithm), rows in table.groupby(["problem", "algorithm"]):
+        draw_errors(used[problem, algorithm], rows, algorithm)
         used[problem, algorithm].set_title(f"{algorithm}, {problem}")
     name_axes(axes, list(used.values()),
               "relative error" + " of the spread" * (statistic == "spread"), len(algorithms))
@@ -246,29 +254,30 @@ def contest(wide:pd.DataFrame, model:str, other:str
                          "better": gap < -noise, "same": gap.abs() + noise < .1 * error[other]})
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #2b9d8a46
-def judged(claim:str, wide:pd.DataFrame, model:str, other:str) -> Verdict:
+def few_named(cases:pd.DataFrame, most:float) -> str: # by problem and algorithm
+    "A list of cases, with a comma before it, if there are at most so many"
+    if not 0 < len(cases) <= most: return ""
+    return ", " + ", ".join(f"{algorithm} on {problem} ({ratio:.3g})"
+                            for (problem, algorithm), ratio in cases.ratio.items())
+
+def worse(claim:str, wide:pd.DataFrame, model:str, other:str) -> Verdict:
     "The verdict on a claim that `model` is worse than `other`"
     if wide.empty or not {model, other} <= set(wide["error"].columns):
         return Verdict(claim, "undecided",
                        "nothing to compare: no run with ρ > 0 stayed finite in both.")
-    result = contest(wide.dropna(), model, other)
-    worse, better = result[result.worse], result[result.better]
-    if len(worse) == len(result): verdict = "holds"
-    elif len(worse): verdict = "holds with a condition"
-    else: verdict = "does not hold" if (result.better | result.same).all() else "undecided"
-    def named(part):
-        return ", ".join(f"{algorithm} on {problem} ({part.ratio[problem, algorithm]:.3g})"
-                         for problem, algorithm in part.index)
-    def few(part): return f", {named(part)}" if 0 < len(part) <= len(result) / 2 else ""
-    low = result.ratio.min()
-    high = result.ratio.max()
-    text = (f"The error of {model} is {low:.3g}" + (f" to {high:.3g}" if len(result) > 1 else "")
-            + f" times that of {other}")
-    text += (f": larger in {(result.ratio > 1).sum()} of {len(result)} cases, "
-             f"beyond four standard errors in {len(worse)}{few(worse)}; "
-             f"smaller beyond them in {len(better)}{few(better)}.")
-    condition = (f"beyond four standard errors in {len(worse)} of {len(result)} cases"
-                 + (f", and the contrary in {len(better)}" if len(better) else ""))
+    cases = contest(wide.dropna(), model, other)
+    larger, smaller = cases[cases.worse], cases[cases.better]
+    if len(larger) == len(cases): verdict = "holds"
+    elif len(larger): verdict = "holds with a condition"
+    else: verdict = "does not hold" if (cases.better | cases.same).all() else "undecided"
+    low, high = cases.ratio.min(), cases.ratio.max()
+    span = f"{low:.3g}" + (f" to {high:.3g}" if len(cases) > 1 else "")
+    text = (f"The error of {model} is {span} times that of {other}: "
+            f"larger in {(cases.ratio > 1).sum()} of {len(cases)} cases, beyond four standard "
+            f"errors in {len(larger)}{few_named(larger, len(cases) / 2)}; "
+            f"smaller beyond them in {len(smaller)}{few_named(smaller, len(cases) / 2)}.")
+    condition = (f"beyond four standard errors in {len(larger)} of {len(cases)} cases"
+                 + (f", and the contrary in {len(smaller)}" if len(smaller) else ""))
     return Verdict(claim, verdict, text, condition)
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #ed63843d
@@ -277,16 +286,16 @@ def verdicts(table:pd.DataFrame # from measure or error_vs_rho
     "The paper's claims about these curves, and two beyond"
     root = compared(table, "root")
     largest = compared(table, "largest")
-    spread = compared(table, "root", "spread")
+    deviation = compared(table, "root", "spread")
     return Verdicts([
-        judged("Each algorithm is closer to its own SDE than to SGD's (at ρ ≈ √η).", root,
-               "SGD's SDE", "own SDE"),
-        judged("With Σ as the only noise the mean of the runs is modelled worse (at ρ ≈ √η).",
-               root, "Σ only", "own SDE"),
-        judged("With Σ as the only noise the spread of the runs is modelled worse (at ρ ≈ √η).",
-               spread, "Σ only", "own SDE"),
-        judged("At the largest ρ the exact mean field is a better model than the drift of first "
-               "order.", largest, "own SDE", "exact mean field")])
+        worse("Each algorithm is closer to its own SDE than to SGD's (at ρ ≈ √η).", root,
+              "SGD's SDE", "own SDE"),
+        worse("With Σ as the only noise the mean of the runs is modelled worse (at ρ ≈ √η).",
+              root, "Σ only", "own SDE"),
+        worse("With Σ as the only noise the spread of the runs is modelled worse (at ρ ≈ √η).",
+              deviation, "Σ only", "own SDE"),
+        worse("At the largest ρ the exact mean field is a better model than the drift of first "
+              "order.", largest, "own SDE", "exact mean field")])
 
 # %% ../../nbs/experiments/error_vs_rho.ipynb #2f5fccf8
 def measure(quick:bool=False, # fewer runs, for a first look

@@ -179,13 +179,13 @@ def leaving_time(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     square = np.full_like(mu, size**2)
     while t < t_max:
         if square.sum() >= distance**2: return t
-        one = 1 - steepness((mu**2 * square).sum()**.5) * rho * mu
-        rate = np.log(abs(1 + eta * mu * one).clip(1e-3)) / eta
+        speed = 1 - steepness((mu**2 * square).sum()**.5) * rho * mu
+        rate = np.log(abs(1 + eta * mu * speed).clip(1e-3)) / eta
         if rate.max() <= 0: return math.inf
         h = .02 / rate.max()
         gathered = np.where(abs(rate * h) > 1e-9, np.expm1(2 * rate * h) / (2 * rate + (rate == 0)),
                             h)
-        square = square * np.exp(2 * rate * h) + eta * (sigma * one)**2 * gathered
+        square = square * np.exp(2 * rate * h) + eta * (sigma * speed)**2 * gathered
         t = t + h
     return math.inf
 

@@ -52,6 +52,7 @@ class Verdict:
         "The claim with its condition, which is true as it stands where the claim holds"
         return " ".join([self.claim.rstrip("."), self.words[1]]).rstrip() + "."
 
+# %% ../../nbs/experiments/experiment.ipynb #a905522c
 class Verdicts(list):
     "A list of verdicts that prints as text, and shows as a table in a notebook"
     def __str__(self) -> str:
@@ -76,6 +77,30 @@ def plus_minus(value:float, # an estimate
     return f"{value:.{max(0, digits)}f} ± {se:.{max(0, digits)}f}"
 
 def exponent(value:float) -> int: return math.floor(math.log10(abs(value))) if value else 0
+
+# %% ../../nbs/experiments/experiment.ipynb #d2387966
+def pick(table:pd.DataFrame, **where) -> pd.DataFrame:
+    "The rows in which every named column has the given value, or one of a tuple of values"
+    for column, value in where.items():
+        table = table[table[column].isin(value if isinstance(value, tuple) else (value,))]
+    return table
+
+def judged(fine:pd.Series) -> str:
+    "A verdict from how many of several cases are as claimed"
+    return "holds" if fine.all() else "holds with a condition" if fine.any() else "does not hold"
+
+def listed(texts:dict, # name -> what is said of it
+           between:str=", ") -> str:
+    "Several names, and what is said of each"
+    return between.join(f"{name} {text}" for name, text in texts.items())
+
+def worst(rows:pd.DataFrame) -> pd.Series:
+    "The row whose `percent` is farthest from 0"
+    return rows.loc[rows.percent.abs().idxmax()]
+
+def off_by(row) -> str:
+    "A deviation in `percent` with its standard error `se`"
+    return f"{plus_minus(row.percent, row.se)} %"
 
 # %% ../../nbs/experiments/experiment.ipynb #8ff38d59
 def jackknife(estimate, # a function of means, (T,), (T,) -> (); must take more axes behind
@@ -151,3 +176,12 @@ def legend(figure, # a Figure, or one part of it
     entries = {label: handle for ax in figure.axes
                for handle, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
+
+# %% ../../nbs/experiments/experiment.ipynb #dd04199f
+def label_edges(ax, # in a grid of panels
+                x:str="", # label below the last row
+                y:str="" # label at the left of the first column
+               ):
+    "Labels of the axes where the panel is at the edge of its grid"
+    if x and ax.get_subplotspec().is_last_row(): ax.set_xlabel(x)
+    if y and ax.get_subplotspec().is_first_col(): ax.set_ylabel(y)

@@ -7,12 +7,10 @@ __all__ = ['experiment', 'Network', 'measure', 'plot', 'verdicts']
 
 # %% ../../nbs/experiments/flat_minima.ipynb #d1503623
 import math, warnings
-from itertools import zip_longest
 from typing import NamedTuple
 
 import pandas as pd
 import torch
-from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 from torch.nn.functional import softplus
 from tqdm.auto import tqdm
@@ -21,8 +19,10 @@ from ..algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Process
 from ..machinery.style import colours
 from ..diagnosis import largest_eigenvalue
 from ..ensemble import simulate
-from .experiment import (
-    Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus)
+from samsde.experiments.experiment import (
+    Experiment, Verdict, Verdicts, jackknife, judged, label_edges, legend, listed, pick, picture,
+    plus_minus)
+from .problems import gaussian_weights, shuffled_tumours
 from .two_valleys import (
     FACTS, chain_facts, coefficients, constant, critical, minibatches, sde_facts)
 from ..machinery.checks import check_int, per_path
@@ -34,11 +34,10 @@ from ..sde import SDE, EulerScheme
 def halves(dtype=torch.float64, device="cpu", seed:int=0
           ) -> list: # (X, y) to train on, (X, y) held out
     "The breast cancer data in two random halves: standardised features, labels ±1"
-    X, y = (torch.from_numpy(a).double() for a in load_breast_cancer(return_X_y=True))
-    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed))
-    X, y, half = ((X - X.mean(0)) / X.std(0))[order], (2 * y - 1)[order], len(X) // 2
-    return [(a.to(device, dtype), b.to(device, dtype))
-            for a, b in ((X[:half], y[:half]), (X[half:], y[half:]))]
+    X, y = shuffled_tumours(seed)
+    X, y = X.to(device, dtype), (2 * y - 1).to(device, dtype)
+    half = len(X) // 2
+    return [(X[:half], y[:half]), (X[half:], y[half:])]
 
 def sigmoid(z:Tensor) -> tuple: # the function and its first two derivatives
     a = torch.sigmoid(z)
@@ -130,11 +129,7 @@ def starts(net:Network, n:int, # number of points
     "Gaussian weights of variance one over the fan-in"
     h = net.hidden
     p = net.X.shape[1]
-    generator = torch.Generator().manual_seed(seed)
-    spread = torch.cat([torch.full((m,), k**-.5, dtype=torch.float64)
-                        for m, k in [(h * p, p), (h, p), (h, h), (1, h)]])
-    z = torch.randn(n, len(spread), generator=generator, dtype=torch.float64)
-    return (spread * z).to(net.X)
+    return gaussian_weights((h * p, h, h, 1), (p, p, h, h), seed, (n,)).to(net.X)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #b46059de
 QUANTITIES = ("training loss", "trace", "largest eigenvalue", "scaled trace", "test loss",
@@ -258,6 +253,13 @@ def compared(seeds:int, loss:Tensor, end:Tensor, base:Tensor, losses:Tensor|None
                 matched_se=matched_se, runs=int((end + base).isfinite().sum()))
 
 # %% ../../nbs/experiments/flat_minima.ipynb #1df485e7
+def measured_records(net:Network, held:Network, x:Tensor # (T, runs, members, d)
+                    ) -> Tensor: # (T, runs, members, 6)
+    "All QUANTITIES at recorded points, some records at a time, such that they stay in the cache"
+    few = max(1, 64 // (x.shape[1] * x.shape[2]))
+    return torch.cat([measures(net, held, z) for z in x.split(few)])
+
+# %% ../../nbs/experiments/flat_minima.ipynb #ca1abcdc
 class Study:
     """Training a network under one kind of noise, by algorithms and by their SDEs, from the same
     starts"""
@@ -281,23 +283,22 @@ class Study:
            ) -> Tensor: # the last WINDOW of records, or moving means of all if times > 1
         dt = self.eta / 2 if self.sigma or not isinstance(process, Chain) else None
         x = train(process, self.x0, members, times * self.t_end, self.seed, self.every, dt)
-        # records at a time, such that they stay in the cache
-        few = max(1, 64 // (members * len(self.x0)))
-        m = torch.cat([measures(self.net, self.held, z)
-                       for z in (x if times > 1 else x[-WINDOW:]).split(few)])
-        return moving_mean(m) if times > 1 else m.mean(0)
+        if times > 1: return moving_mean(measured_records(self.net, self.held, x))
+        return measured_records(self.net, self.held, x[-WINDOW:]).mean(0)
     def sde(self, algorithm:Algorithm) -> Process:
         drawn = isinstance(algorithm, SAM) and not self.sigma and self.batch_size > 1
         return (DrawnSDE if drawn else SDE)(algorithm, self.objective, self.eta)
-    def rows(self, algorithm:str, rho:float, model:str, end:Tensor, base:Tensor,
-             curve:Tensor|None=None) -> list:
-        """A row for each quantity:
-        its level, its change against SGD at the same time, and at the same training loss"""
-        about = dict(part="network", noise=self.noise, algorithm=algorithm, rho=rho, model=model)
-        def against(j): return () if curve is None else (curve[..., 0], curve[..., j])
-        return [about | dict(quantity=q)
-                | compared(self.seeds, end[:, 0], end[:, j], base[:, j], *against(j))
-                for j, q in enumerate(QUANTITIES)]
+
+# %% ../../nbs/experiments/flat_minima.ipynb #41481cd5
+def rows_of(s:Study, algorithm:str, rho:float, model:str, end:Tensor, base:Tensor,
+            curve:Tensor|None=None) -> list: # of dicts
+    """A row for each quantity:
+    its level, its change against SGD at the same time, and at the same training loss"""
+    about = dict(part="network", noise=s.noise, algorithm=algorithm, rho=rho, model=model)
+    def against(j): return () if curve is None else (curve[..., 0], curve[..., j])
+    return [about | dict(quantity=q)
+            | compared(s.seeds, end[:, 0], end[:, j], base[:, j], *against(j))
+            for j, q in enumerate(QUANTITIES)]
 
 # %% ../../nbs/experiments/flat_minima.ipynb #21e726e0
 ALGORITHMS = {a.__name__: a for a in (USAM, DNSAM, SAM)}
@@ -312,9 +313,10 @@ def study(s:Study, radii:tuple, models:bool, # SDEs too?
         return s.run(*args, **settings)
     curve = run(Chain(SGD(), s.objective, s.eta), times=2)[:, :, 0]
     base = curve[RECORDS + 1 - WINDOW] # the moving mean that ends at t_end
-    rows = s.rows("SGD", 0., "algorithm", base, base, curve)
-    if models: plain = run(s.sde(SGD()))[:, 0]
-    if models: rows += s.rows("SGD", 0., PLAIN, plain, base)
+    rows = rows_of(s, "SGD", 0., "algorithm", base, base, curve)
+    if models:
+        plain = run(s.sde(SGD()))[:, 0]
+        rows += rows_of(s, "SGD", 0., PLAIN, plain, base)
     for name, kind in ALGORITHMS.items():
         kinds = ({"algorithm": Chain(kind(rho), s.objective, s.eta)}
                  | ({OWN: s.sde(kind(rho))} if models else {}))
@@ -324,7 +326,7 @@ def study(s:Study, radii:tuple, models:bool, # SDEs too?
             ends = run(process, len(radii))
             chain = model == "algorithm"
             for j, r in enumerate(radii):
-                rows += s.rows(name, r, model, ends[:, j], base if chain else plain,
+                rows += rows_of(s, name, r, model, ends[:, j], base if chain else plain,
                                curve if chain else None)
     return rows
 
@@ -391,13 +393,6 @@ def measure(quick:bool=False, # one network, few starts, a short training
                  for row in valleys(sigmas, bar, points=601 if quick else 901)]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/flat_minima.ipynb #22db28f9
-def pick(table:pd.DataFrame, **where) -> pd.DataFrame:
-    "The rows in which every named column has the given value, or one of a tuple of values"
-    for column, value in where.items():
-        table = table[table[column].isin(value if isinstance(value, tuple) else (value,))]
-    return table
-
 # %% ../../nbs/experiments/flat_minima.ipynb #68c9c24e
 def draw_network(ax, rows:pd.DataFrame, column:str):
     "Change of the trace against ρ, in percent, for one kind of noise"
@@ -436,14 +431,14 @@ def panels(quantity:str, label:str):
         rows = (pick(table, part="network", quantity="trace") if network
                 else pick(table, part="valleys", quantity=quantity))
         rows = pick(rows, problem=rows.problem.iloc[0])
-        for ax, noise in zip_longest(figure.subplots(2, 2, sharey=True).flat, rows.noise.unique()):
-            if noise is None:
-                ax.set_axis_off()
-                continue
-            own = pick(rows, noise=noise)
-            draw_network(ax, own, quantity) if network else draw_valleys(ax, own)
+        noises = rows.noise.unique()
+        axes = figure.subplots(2, 2, sharey=True).flat
+        for ax in axes[len(noises):]: ax.set_axis_off()
+        for ax, noise in zip(axes, noises):
+            curves = pick(rows, noise=noise)
+            draw_network(ax, curves, quantity) if network else draw_valleys(ax, curves)
             ax.set_title(noise.replace("σ", r"$\sigma$"))
-            if ax.get_subplotspec().is_first_col(): ax.set_ylabel(label)
+            label_edges(ax, y=label)
         legend(figure)
     return draw, 2
 
@@ -461,58 +456,72 @@ def plot(table:pd.DataFrame, # from measure
     return picture(PARTS, table, part)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #fb62a121
-def listed(rows:pd.DataFrame, column:str="change") -> str:
-    "Changes in percent with their standard errors"
-    return ", ".join(f"{r.algorithm} {plus_minus(100 * r[column], 100 * r[column + '_se'])} %"
-                     for _, r in rows.iterrows())
+def change(row, column:str="change") -> str:
+    "A change in percent with its standard error"
+    return f"{plus_minus(100 * row[column], 100 * row[column + '_se'])} %"
+
+def changes(rows:pd.DataFrame, column:str="change") -> str:
+    "The change of each algorithm"
+    return ", ".join(f"{row.algorithm} {change(row, column)}" for _, row in rows.iterrows())
 
 def lower(rows:pd.DataFrame, column:str="change") -> pd.Series:
     return rows[column] < -4 * rows[f"{column}_se"]
 
-def share_of(fine:pd.Series) -> str:
-    "A verdict from how many of several cases are as claimed"
-    return "holds" if fine.all() else "holds with a condition" if fine.any() else "does not hold"
+def names(rows:pd.DataFrame) -> str: return ", ".join(rows.algorithm)
 
 # %% ../../nbs/experiments/flat_minima.ipynb #3e285316
-def flatter(m:pd.DataFrame, few:str, constant:str, rho:float
-           ) -> list: # the smallest batches, and constant noise
-    "Verdicts on the ends: flatter, at equal loss too, in any measure, and better on data held out"
-    def at(quantity, noise=few, **which):
-        return pick(m, quantity=quantity, noise=noise, rho=rho, **which)
-    traces = at("trace")
-    still = pick(m, quantity="trace", noise=few, algorithm="SGD")
-    other = at("trace", constant)
+def ends_flatter(m:pd.DataFrame, rho:float) -> Verdict: # rows of the algorithms on one network
+    "Is the trace lower than SGD's at the same time, with minibatches and with constant noise?"
+    few, constant = m.noise.unique()[[0, -1]]
+    traces, other = (pick(m, quantity="trace", rho=rho, noise=noise) for noise in (few, constant))
+    largest = pick(m, quantity="largest eigenvalue", rho=rho, noise=few)
     ratio = other.change.to_numpy() / traces.change.to_numpy()
-    many = m.noise.unique()[-2]
     weak = ", ".join(f"{name} {r:.2f}" for name, r in zip(traces.algorithm, ratio))
-    end = ("does not hold" if not lower(traces).any() else "holds" if lower(traces).all()
-           and (ratio > .2).all() else "holds with a condition")
-    test, largest, scaled = (at(q) for q in ("test loss", "largest eigenvalue", "scaled trace"))
-    alike = at("scaled trace", many)
-    def named(rows): return ", ".join(rows[lower(rows)].algorithm) or "none"
-    return [
-        Verdict("SAM-type algorithms end in flatter regions than SGD.", end,
-                f"Trace at the same time, ρ = {rho:g}, {few}: {listed(traces)}; "
-                f"largest eigenvalue: {listed(largest)}. "
-                f"With constant noise, {constant}: {listed(other)}, "
-                f"so {weak} times what it is with minibatches.",
-                f"with minibatches ({named(traces)}), and hardly with constant noise "
-                f"({', '.join(traces.algorithm[ratio <= .2])})"),
-        Verdict("SAM-type algorithms end in flatter regions at equal training loss too.",
-                share_of(lower(traces, "matched")),
-                f"Trace at the same training loss: {listed(traces, 'matched')}; "
-                f"largest eigenvalue: {listed(largest, 'matched')}. "
-                f"SGD against itself, the control: {listed(still, 'matched')}.",
-                "for " + ", ".join(traces[lower(traces, "matched")].algorithm)),
-        Verdict("By a trace without units SAM-type algorithms end in flatter regions too.",
-                share_of(pd.concat([lower(scaled), lower(alike)])),
-                f"The scaled trace: {listed(scaled)} at {few}, {listed(alike)} at {many}.",
-                f"for {named(scaled)} at {few} and {named(alike)} at {many}"),
-        Verdict("Flatter minima generalise better.", share_of(lower(test, "matched")),
-                f"Loss on data held out, {few}: {listed(test)} at the same time, "
-                f"but {listed(test, 'matched')} at the same training loss.",
-                "for " + ", ".join(test[lower(test, "matched")].algorithm)),
-    ]
+    flat = lower(traces)
+    verdict = ("does not hold" if not flat.any() else "holds" if flat.all() and (ratio > .2).all()
+               else "holds with a condition")
+    return Verdict("SAM-type algorithms end in flatter regions than SGD.", verdict,
+                   f"Trace at the same time, ρ = {rho:g}, {few}: {changes(traces)}; "
+                   f"largest eigenvalue: {changes(largest)}. "
+                   f"With constant noise, {constant}: {changes(other)}, "
+                   f"so {weak} times what it is with minibatches.",
+                   f"with minibatches ({names(traces[flat]) or 'none'}), and hardly with constant "
+                   f"noise ({names(traces[ratio <= .2])})")
+
+def flatter_at_equal_loss(m:pd.DataFrame, rho:float) -> Verdict:
+    "Is the trace lower than SGD's when its training loss was the same?"
+    rows = pick(m, noise=m.noise.iloc[0])
+    traces, largest = (pick(rows, quantity=q, rho=rho) for q in ("trace", "largest eigenvalue"))
+    sgd = pick(rows, quantity="trace", algorithm="SGD")
+    flat = lower(traces, "matched")
+    return Verdict("SAM-type algorithms end in flatter regions at equal training loss too.",
+                   judged(flat),
+                   f"Trace at the same training loss: {changes(traces, 'matched')}; "
+                   f"largest eigenvalue: {changes(largest, 'matched')}. "
+                   f"SGD against itself, the control: {changes(sgd, 'matched')}.",
+                   f"for {names(traces[flat])}")
+
+# %% ../../nbs/experiments/flat_minima.ipynb #fcc3de27
+def flatter_without_units(m:pd.DataFrame, rho:float) -> Verdict:
+    "Is the scaled trace lower, with the smallest minibatches and with the largest?"
+    few, many = m.noise.unique()[[0, -2]]
+    at_few, at_many = (pick(m, quantity="scaled trace", rho=rho, noise=noise)
+                       for noise in (few, many))
+    named = [names(rows[lower(rows)]) or "none" for rows in (at_few, at_many)]
+    return Verdict("By a trace without units SAM-type algorithms end in flatter regions too.",
+                   judged(pd.concat([lower(at_few), lower(at_many)])),
+                   f"The scaled trace: {changes(at_few)} at {few}, {changes(at_many)} at {many}.",
+                   f"for {named[0]} at {few} and {named[1]} at {many}")
+
+def better_held_out(m:pd.DataFrame, rho:float) -> Verdict:
+    "Is the loss on data held out lower when the training loss is the same?"
+    few = m.noise.iloc[0]
+    test = pick(m, quantity="test loss", rho=rho, noise=few)
+    better = lower(test, "matched")
+    return Verdict("Flatter minima generalise better.", judged(better),
+                   f"Loss on data held out, {few}: {changes(test)} at the same time, "
+                   f"but {changes(test, 'matched')} at the same training loss.",
+                   f"for {names(test[better])}")
 
 # %% ../../nbs/experiments/flat_minima.ipynb #04217a6d
 def batches(m:pd.DataFrame, models:pd.DataFrame, rho:float) -> Verdict:
@@ -523,38 +532,39 @@ def batches(m:pd.DataFrame, models:pd.DataFrame, rho:float) -> Verdict:
     gap = last.change.to_numpy() - first.change.to_numpy()
     fine = pd.Series(gap > 4 * (last.change_se.to_numpy()**2 + first.change_se.to_numpy()**2)**.5)
     def usam(rows): return pick(rows, algorithm="USAM").change.item()
-    parts = {n: usam(rows[n]) - usam(pick(models, quantity="trace", noise=n, rho=rho, model=SHORT))
-             for n in noises}
+    gaps = {n: usam(rows[n]) - usam(pick(models, quantity="trace", noise=n, rho=rho, model=SHORT))
+            for n in noises}
     return Verdict(
         "The smaller the minibatch, the flatter SAM-type algorithms end, "
         "and the regulariser of the noise is the reason.",
-        share_of(fine),
-                   "; ".join(f"{n}: {listed(rows[n])}" for n in noises)
+        judged(fine),
+        "; ".join(f"{n}: {changes(rows[n])}" for n in noises)
         + ". USAM less what its SDE predicts without the noise part: "
-                   + ", ".join(f"{100 * p:.2f} % at {n}" for n, p in parts.items())
+        + ", ".join(f"{100 * gap:.2f} % at {n}" for n, gap in gaps.items())
         + "; theory: falls like 1/B.",
-                   "for " + ", ".join(first.algorithm[fine.to_numpy()]))
+        "for " + names(first[fine.to_numpy()]))
 
 # %% ../../nbs/experiments/flat_minima.ipynb #26dedb20
+def range_of(r:pd.Series) -> str:
+    "The least and the largest of some numbers, or the only one"
+    return f"{r.min():.2f} to {r.max():.2f}" if len(r) > 1 else f"{r.item():.2f}"
+
 def predicted(m:pd.DataFrame, models:pd.DataFrame) -> Verdict:
     "Do the SDEs predict the trace?"
-    both = pick(models, model=OWN,
-                quantity="trace").merge(pick(m, quantity="trace"), on=["noise", "algorithm", "rho"],
-                                        suffixes=("", "_true"))
+    sde, true = pick(models, model=OWN, quantity="trace"), pick(m, quantity="trace")
+    both = sde.merge(true, on=["noise", "algorithm", "rho"], suffixes=("", "_true"))
     gap = (both.change - both.change_true).abs()
     se = (both.change_se**2 + both.change_se_true**2)**.5
     both["ratio"] = both.change / both.change_true
-    # too noisy to tell
-    wide = 4 * se > .5 * both.change_true.abs()
-    fine = (gap <= .25 * both.change_true.abs()) | (gap < 4 * se)
-    told = fine[~(fine & wide)]
-    right = ", ".join(f"{part.sum()} of {len(part)} cases at {noise}"
-                      for noise, part in fine.groupby(both.noise, sort=False))
-    def range_of(r): return f"{r.min():.2f} to {r.max():.2f}" if len(r) > 1 else f"{r.item():.2f}"
-    wrong = ", ".join(f"{range_of(part.ratio)} ({name}, {noise})" for (noise, name), part
+    size = both.change_true.abs()
+    fine = (gap <= .25 * size) | (gap < 4 * se)
+    told = fine[~(fine & (4 * se > .5 * size))] # the rest is too noisy to tell
+    right = ", ".join(f"{good.sum()} of {len(good)} cases at {noise}"
+                      for noise, good in fine.groupby(both.noise, sort=False))
+    wrong = ", ".join(f"{range_of(rows.ratio)} ({name}, {noise})" for (noise, name), rows
                       in both[~fine].groupby(["noise", "algorithm"], sort=False))
     return Verdict("Each algorithm's own SDE predicts the curvature at the end.",
-                   share_of(told) if 2 * len(told) >= len(fine) else "undecided",
+                   judged(told) if 2 * len(told) >= len(fine) else "undecided",
                    f"The predicted change of the trace is within a quarter of the measured one, "
                    f"or within four standard errors. Elsewhere predicted over measured is "
                    f"{wrong or 'never'}. "
@@ -568,17 +578,17 @@ def controls(m:pd.DataFrame, models:pd.DataFrame, noise:str) -> Verdict:
     def traces(rows, **which): return pick(rows, quantity="trace", noise=noise, **which)
     plain = traces(models, model=PLAIN)
     true = traces(m, rho=rho, algorithm="USAM")
-    own, short = (traces(models, model=model, rho=rho, algorithm="USAM")
+    sde, short = (traces(models, model=model, rho=rho, algorithm="USAM")
                   for model in (OWN, SHORT))
     fails = (abs(plain.change.item()) < 4 * plain.change_se.item()
-             and short.change.item() > own.change.item() / 4)
+             and short.change.item() > sde.change.item() / 4)
     return Verdict(
         "SGD's SDE sees no change of curvature, "
         "nor does a regulariser of the full gradient alone.",
         "holds" if fails else "does not hold",
-                   f"Trace of SGD's SDE against SGD's, {noise}: {listed(plain)}. At ρ = {rho:g}: "
-                   f"{listed(true)}, its SDE {listed(own)}, "
-                   f"and without the noise part of the regulariser {listed(short)}.")
+        f"Trace of SGD's SDE against SGD's, {noise}: {changes(plain)}. At ρ = {rho:g}: "
+        f"{changes(true)}, its SDE {changes(sde)}, "
+        f"and without the noise part of the regulariser {changes(short)}.")
 
 # %% ../../nbs/experiments/flat_minima.ipynb #3d17e8ca
 def below(rows:pd.DataFrame, share:float) -> str:
@@ -602,16 +612,16 @@ def valley(line:pd.DataFrame, kind:str) -> Verdict:
     rows = pick(line, noise=[n for n in line.noise.unique() if n.startswith(kind)][-1])
     share, first = (pick(rows, quantity=fact, model="algorithm") for fact in FACTS[:2])
     plain = pick(share, algorithm="SGD").value.item()
-    own = pick(rows, quantity=FACTS[0], model=OWN)
-    each = [pick(share, algorithm=name) for name in ALGORITHMS]
+    of_sdes = pick(rows, quantity=FACTS[0], model=OWN)
+    algorithms = [pick(share, algorithm=name) for name in ALGORITHMS]
     return Verdict(f"The flat valley is preferred ({rows.noise.iloc[0]}).",
-                   share_of(pick(share, algorithm=tuple(ALGORITHMS)).value < plain),
+                   judged(pick(share, algorithm=tuple(ALGORITHMS)).value < plain),
                    f"Least share of time in the sharp valley, where SGD's is {plain:.3f}: "
-                   f"{', '.join(least(rows) for rows in each)}. "
-                   f"Shares of the SDEs: {between(own, 'SGD', 'USAM', 'SAM')}. "
+                   f"{', '.join(least(rows) for rows in algorithms)}. "
+                   f"Shares of the SDEs: {between(of_sdes, 'SGD', 'USAM', 'SAM')}. "
                    f"From the top, the sharp valley comes first with probability "
                    f"{between(first, 'SGD', *ALGORITHMS)}.",
-                   "; ".join(f"by {below(rows, plain)}" for rows in each))
+                   "; ".join(f"by {below(rows, plain)}" for rows in algorithms))
 
 # %% ../../nbs/experiments/flat_minima.ipynb #b7fc6da5
 def agreement(line:pd.DataFrame) -> Verdict:
@@ -625,13 +635,13 @@ def agreement(line:pd.DataFrame) -> Verdict:
                                         suffixes=("", "_true"))
     both = both[both.algorithm != "SGD"]
     fine = both.up == both.up_true
-    wrong = "; ".join(f"{name}, {noise}, ρ = " + ", ".join(f"{r:g}" for r in part.rho)
-                      for (noise, name), part in both[~fine].groupby(keys[:2], sort=False))
+    wrong = "; ".join(f"{name}, {noise}, ρ = " + ", ".join(f"{r:g}" for r in rows.rho)
+                      for (noise, name), rows in both[~fine].groupby(keys[:2], sort=False))
     kind = both.noise.str.split(",").str[0]
     first = both.rho.where(~fine).groupby([kind, both.algorithm], sort=False).min()
     until = "; ".join(f"{name}, {noise}: " + (f"ρ < {rho:g}" if rho < math.inf else "every ρ")
                       for (noise, name), rho in first.fillna(math.inf).items())
-    return Verdict("The SDE captures which valley is preferred.", share_of(fine),
+    return Verdict("The SDE captures which valley is preferred.", judged(fine),
                    f"It moves the share the way the algorithm does in {fine.sum()} of {len(fine)} "
                    f"cases. The other way: {wrong or 'never'}.",
                    f"for small ρ ({until})")
@@ -641,16 +651,15 @@ def elsewhere(network:pd.DataFrame, rho:float) -> list:
     "SAM on the other networks, if there are any"
     rows = pick(network, model="algorithm", quantity="trace", algorithm="SAM", rho=rho)
     if rows.problem.nunique() == 1: return []
-    text = "; ".join(f"{problem}: "
-                     + ", ".join(f"{r.noise} {plus_minus(100 * r.change, 100 * r.change_se)} %"
-                                 for _, r in part.iterrows())
-                     for problem, part in rows.groupby("problem", sort=False))
+    texts = {f"{problem}:": ", ".join(f"{row.noise} {change(row)}" for _, row in group.iterrows())
+             for problem, group in rows.groupby("problem", sort=False)}
     batches = rows[rows.noise.str.startswith("B")]
     fine = lower(batches)
     wrong = "; ".join(f"{r.problem}, {r.noise}" for r in batches[~fine].itertuples())
     return [Verdict("With another activation or weight decay, too, SAM ends in flatter regions "
-                    "(minibatches).", share_of(fine),
-                    f"SAM's trace against SGD's at ρ = {rho:g}: {text}.", f"except with {wrong}")]
+                    "(minibatches).", judged(fine),
+                    f"SAM's trace against SGD's at ρ = {rho:g}: {listed(texts, '; ')}.",
+                    f"except with {wrong}")]
 
 # %% ../../nbs/experiments/flat_minima.ipynb #70ebcbf6
 def verdicts(table:pd.DataFrame) -> Verdicts: # from measure
@@ -660,9 +669,10 @@ def verdicts(table:pd.DataFrame) -> Verdicts: # from measure
     m = pick(base, model="algorithm")
     models = base[base.model != "algorithm"]
     rho = .1
-    noises = base.noise.unique()
-    return Verdicts([*flatter(m, noises[0], noises[-1], rho), batches(m, models, rho),
-                     predicted(m, models), controls(m, models, noises[0]),
+    return Verdicts([ends_flatter(m, rho), flatter_at_equal_loss(m, rho),
+                     flatter_without_units(m, rho), better_held_out(m, rho),
+                     batches(m, models, rho), predicted(m, models),
+                     controls(m, models, m.noise.iloc[0]),
                      *elsewhere(network, rho), valley(line, "constant"),
                      valley(line, "minibatches"), agreement(line)])
 

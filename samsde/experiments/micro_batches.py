@@ -11,15 +11,15 @@ from typing import Callable
 
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..algorithm import SAM, Chain
 from ..ensemble import simulate
-from .experiment import Experiment, Verdict, Verdicts, legend, picture, plus_minus
+from .experiment import (
+    Experiment, Verdict, Verdicts, judged, label_edges, legend, pick, picture, plus_minus)
 from .networks import watched
 from .training import (
-    Task, cancer, convolutional, ends, gaps, inside, judged, listed, of, where)
+    Task, cancer, convolutional, ends, furthest_off, gaps, inside, where)
 from ..machinery.checks import check_int
 from ..machinery.style import colours
 from ..sample_sums import square_norms
@@ -103,10 +103,10 @@ KEYS = ["network", "m", "statistic", "step"]
 def with_whole(table:pd.DataFrame # from measure
               ) -> pd.DataFrame:
     "The table with the SDE of m = B beside each m"
-    rows = of(table, model=OWN)
-    whole = rows[rows.m == rows.groupby("network").m.transform("max")]
+    rows = pick(table, model=OWN)
+    full_batch = rows[rows.m == rows.groupby("network").m.transform("max")]
     sizes = table[["network", "m"]].drop_duplicates()
-    return pd.concat([table, sizes.merge(whole.drop(columns="m").assign(model=WHOLE))])
+    return pd.concat([table, sizes.merge(full_batch.drop(columns="m").assign(model=WHOLE))])
 
 # %% ../../nbs/experiments/micro_batches.ipynb #36b8c1ad
 LOOKS = {OWN: dict(fmt="s-", color=colours["SAM"]), WHOLE: dict(fmt="o--", color="k")}
@@ -114,15 +114,14 @@ LOOKS = {OWN: dict(fmt="s-", color=colours["SAM"]), WHOLE: dict(fmt="o--", color
 def draw_network(network:str):
     "A part of the picture: how far both SDEs are off at the end, against m"
     def draw(figure, table):
-        rows = gaps(of(with_whole(table), network=network), KEYS, ALGORITHM)
+        rows = gaps(pick(with_whole(table), network=network), KEYS, ALGORITHM)
         rows = ends(rows, "step")
         sizes = sorted(rows.m.unique())
-        for ax, name in zip(figure.subplots(3, 2).flat, (*STATISTICS, None)):
-            if name is None:
-                ax.set_axis_off()
-                continue
+        *panels, last = figure.subplots(3, 2).flat
+        last.set_axis_off()
+        for ax, name in zip(panels, STATISTICS):
             for model, look in LOOKS.items():
-                m = of(rows, statistic=name, model=model).sort_values("m")
+                m = pick(rows, statistic=name, model=model).sort_values("m")
                 ax.errorbar(m.m, m.percent, 1.96 * m.percent_se, ms=4, capsize=2, label=model,
                             **look)
             ax.axhline(0, color="0.5", lw=1)
@@ -130,7 +129,7 @@ def draw_network(network:str):
             ax.set_xticks(sizes, sizes)
             ax.minorticks_off()
             ax.set_title(name, fontsize=10)
-            if ax.get_subplotspec().is_first_col(): ax.set_ylabel("off by, %")
+            label_edges(ax, y="off by, %")
         legend(figure)
     return draw, 3
 
@@ -147,19 +146,19 @@ def plot(table:pd.DataFrame, # from measure
 def follows(rows:pd.DataFrame, claim:str) -> Verdict: # of gaps, at the end, for one model
     fine = inside(rows, setting="m")
     return Verdict(claim, judged(fine),
-                   f"Furthest off: {listed(rows, 'm')}.", where(fine))
+                   f"Furthest off: {furthest_off(rows, 'm')}.", where(fine))
 
 def lower(table:pd.DataFrame, statistic:str, claim:str) -> Verdict:
     "Does a statistic of the algorithm fall as m does, by more than four standard errors each?"
-    rows = ends(of(table, model=ALGORITHM, statistic=statistic), "step")
+    rows = ends(pick(table, model=ALGORITHM, statistic=statistic), "step")
     rows = rows.sort_values(["network", "m"], ascending=[True, False])
     falls = []
     told = []
-    for network, own in rows.groupby("network"):
-        error = (own.se**2 + own.se.shift()**2)**.5
-        falls += [*(own["value"].diff() < -4 * error)[1:]]
+    for network, by_m in rows.groupby("network"):
+        error = (by_m.se**2 + by_m.se.shift()**2)**.5
+        falls += [*(by_m["value"].diff() < -4 * error)[1:]]
         told.append(f"{network}: " + ", ".join(f"{plus_minus(r.value, r.se)} (m = {r.m})"
-                                               for r in own.itertuples()))
+                                               for r in by_m.itertuples()))
     return Verdict(claim, judged(pd.Series(falls)),
                    f"{'; '.join(told)}.", f"in {sum(falls)} of {len(falls)} steps from one m to "
                    "the next, beyond four standard errors")
@@ -169,10 +168,10 @@ def verdicts(table:pd.DataFrame # from measure
             ) -> Verdicts:
     "Does an SDE have to know the micro-batch?"
     rows = ends(gaps(with_whole(table), KEYS, ALGORITHM), "step")
-    whole = of(rows, model=WHOLE)
-    smaller = whole[whole.m < whole.groupby("network").m.transform("max")]
+    full_batch = pick(rows, model=WHOLE)
+    smaller = full_batch[full_batch.m < full_batch.groupby("network").m.transform("max")]
     return Verdicts([
-        follows(of(rows, model=OWN), "The SDE of micro-batches follows SAM in micro-batches."),
+        follows(pick(rows, model=OWN), "The SDE of micro-batches follows SAM in micro-batches."),
         follows(smaller, "The SDE of whole batches follows SAM in micro-batches too (m < B)."),
         lower(table, STATISTICS[3],
               "The fewer samples share a perturbation, the smaller their gradients become.")])

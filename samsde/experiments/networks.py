@@ -20,7 +20,9 @@ from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
 from ..machinery.style import colours
 from ..diagnosis import largest_eigenvalue
 from ..ensemble import simulate
-from .experiment import Experiment, Verdict, Verdicts, legend, picture, plus_minus
+from samsde.experiments.experiment import (
+    Experiment, Verdict, Verdicts, judged, label_edges, legend, listed, off_by, pick, picture,
+    worst)
 from ..hessian_noise import noise_covariance
 from ..machinery.checks import check_int, psd_root
 from ..objective import FiniteSum
@@ -134,12 +136,15 @@ def cost_rows(quick:bool, tick:Callable) -> list: # of dicts
 STATISTICS = ("training loss", "norm of x", "largest eigenvalue", "test accuracy")
 RADII = {"USAM": (.1, .3, 1.), "DNSAM": (.03, .1, .3), "SAM": (.05, .15, .5)}
 
+def accuracy(net:nn.Module, X:Tensor, y:Tensor) -> FiniteSum:
+    "The share of samples that a network classifies rightly, as an objective of its parameters"
+    def right(out, target): return (out.argmax(-1) == target).to(out.dtype).mean() + 0 * out.sum()
+    return FiniteSum.from_module(net, right, X, y)
+
 def watched(net:nn.Module, objective:FiniteSum, X:Tensor, y:Tensor # to test on
            ) -> Callable: # (..., d) -> (..., 4)
     "STATISTICS of a network at every point"
-    held = FiniteSum.from_module(net,
-                                 lambda out, target: (out.argmax(-1) == target).to(out.dtype).mean()
-                                 + 0 * out.sum(), X, y)
+    held = accuracy(net, X, y)
     def statistics(x):
         sharpness = largest_eigenvalue(objective.hvp, x)
         return torch.stack([objective.loss(x), torch.linalg.vector_norm(x, dim=-1), sharpness,
@@ -183,9 +188,7 @@ def large_rows(quick:bool, seed:int, dtype, device, tick:Callable) -> list: # of
     "The training loss and accuracy of a large network, for each algorithm and its SDE"
     net = conv_net(*(SIZES[0] if quick else SIZES[-1]), dtype=dtype, device=device)
     X, y = digits(dtype, device)
-    held = FiniteSum.from_module(net,
-                                 lambda out, target: (out.argmax(-1) == target).to(out.dtype).mean()
-                                 + 0 * out.sum(), X[1500:], y[1500:])
+    held = accuracy(net, X[1500:], y[1500:])
     def watch(objective):
         return (("training loss", "test accuracy"),
                 lambda x: torch.stack([objective.loss(x), held.loss(x)], -1))
@@ -214,31 +217,28 @@ def measure(quick:bool=False, # smaller networks, fewer runs, a shorter training
 # %% ../../nbs/experiments/networks.ipynb #0fe254f2
 def cost_panel(ax, table:pd.DataFrame, statistic:str, label:str):
     "Seconds or megabytes of a step against the number of parameters"
-    part = table[(table.part == "cost") & (table.statistic == statistic)]
-    for (kind,
-         B), rows in part[(part.model == "best")
-                          & (part.chunk == 256)].groupby(["algorithm", "batch_size"]):
-        rows = rows.sort_values("d")
+    costs = pick(table, part="cost", statistic=statistic).sort_values("d")
+    best = pick(costs, model="best", chunk=256)
+    for (kind, B), rows in best.groupby(["algorithm", "batch_size"]):
         ax.plot(rows.d, rows.value, "o-" if B == 1 else "s--", ms=4, color=colours[kind],
                 label=f"{kind}, $B={B}$")
     for route, marker in (("samples", "x"), ("dense", "+")):
-        rows = part[part.model == route].sort_values("d")
+        rows = pick(costs, model=route)
         ax.plot(rows.d, rows.value, marker + ":k", label=f"USAM, $B=1$, {route}")
     ax.set(xscale="log", yscale="log", xlabel="parameters $d$", ylabel=label)
 
 def curves(ax, rows:pd.DataFrame, name:str=""):
     """One statistic over time, of an algorithm (solid, with its 95 % interval) and of its SDE
     (dashed), a shade for each radius"""
+    colour = colours[rows.algorithm.iloc[0]]
     radii = [*rows.groupby("rho")]
-    for shade, (rho, own) in zip((.4, .7, 1.)[-len(radii):], radii):
-        for model, look in (("algorithm", "-"), ("own SDE", "--")):
-            m = own[own.model == model].sort_values("time")
-            label = f"{name}$\\rho={rho:g}$" if model == "algorithm" else "_"
-            ax.plot(m.time, m.value, look, color=colours[m.algorithm.iloc[0]], alpha=shade,
-                    label=label)
-            if model == "algorithm":
-                ax.fill_between(m.time, m.value - 1.96 * m.se, m.value + 1.96 * m.se,
-                                color=colours[m.algorithm.iloc[0]], alpha=.2, lw=0)
+    for shade, (rho, group) in zip((.4, .7, 1.)[-len(radii):], radii):
+        m, sde = (pick(group, model=model).sort_values("time")
+                  for model in ("algorithm", "own SDE"))
+        ax.plot(m.time, m.value, "-", color=colour, alpha=shade, label=f"{name}$\\rho={rho:g}$")
+        ax.fill_between(m.time, m.value - 1.96 * m.se, m.value + 1.96 * m.se, color=colour,
+                        alpha=.2, lw=0)
+        ax.plot(sde.time, sde.value, "--", color=colour, alpha=shade, label="_")
 
 # %% ../../nbs/experiments/networks.ipynb #2259cc57
 def draw_costs(figure, table:pd.DataFrame):
@@ -248,24 +248,22 @@ def draw_costs(figure, table:pd.DataFrame):
     legend(figure)
 
 def draw_large(figure, table:pd.DataFrame):
-    large = table[table.part == "large"]
+    large = pick(table, part="large")
     for ax, statistic in zip(figure.subplots(1, 2), ("training loss", "test accuracy")):
         for name in KINDS:
-            curves(ax, large[(large.algorithm == name) & (large.statistic == statistic)],
-                   f"{name}, ")
+            curves(ax, pick(large, algorithm=name, statistic=statistic), f"{name}, ")
         ax.set(xlabel="time $k\\eta$", ylabel=statistic, title=f"{large.d.iloc[0]:,.0f} parameters")
     legend(figure, 2)
 
 def training(statistic:str):
     "A part of the picture: one statistic, a panel for each algorithm"
     def draw(figure, table):
-        rows = table[(table.part == "training") & (table.statistic == statistic)]
+        rows = pick(table, part="training", statistic=statistic)
         for ax, name in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, KINDS):
-            curves(ax, rows[rows.algorithm == name])
+            curves(ax, pick(rows, algorithm=name))
             ax.set(title=name, ylim=(.95 * rows.value.min(), 1.05 * rows.value.max()))
             if name != "SGD": ax.legend()
-            if ax.get_subplotspec().is_first_col(): ax.set_ylabel(statistic)
-            if ax.get_subplotspec().is_last_row(): ax.set_xlabel("time $k\\eta$")
+            label_edges(ax, "time $k\\eta$", statistic)
     return draw, 2
 
 PARTS = {"costs": (draw_costs, 1), "large": (draw_large, 1),
@@ -284,127 +282,144 @@ def gaps(table:pd.DataFrame, other:str="own SDE"
         ) -> pd.DataFrame: # a row for each algorithm, ρ, statistic and time; columns percent, se, z
     "By how much a model is off an algorithm: its own SDE, or SGD's"
     rows = table[table.time > 0].set_index(["algorithm", "rho", "statistic", "time"])
-    m = rows[rows.model == "algorithm"]
-    if other == "own SDE": model = rows[rows.model == "own SDE"].loc[m.index]
-    else:
-        model = rows[rows.model
-                     == "own SDE"].loc[[("SGD", 0., *index[2:])
-                                        for index in m.index]].set_index(m.index)
+    m = pick(rows, model="algorithm")
+    keys = m.index if other == "own SDE" else [("SGD", 0., *key[2:]) for key in m.index]
+    model = pick(rows, model="own SDE").loc[keys].set_index(m.index)
     gap = model.value - m.value
     se = (model.se**2 + m.se**2)**.5
     return pd.DataFrame(dict(percent=100 * gap / m.value, se=100 * se / m.value.abs(),
                              z=gap / se)).reset_index()
 
-def worst(rows:pd.DataFrame) -> pd.Series: return rows.loc[rows.percent.abs().idxmax()]
 def parted(rows:pd.DataFrame) -> bool: return ((rows.z.abs() > 4) & (rows.percent.abs() > 5)).any()
-def listed(parts:dict) -> str: return "; ".join(f"{name} {text}" for name, text in parts.items())
 
-def slope(rows:pd.DataFrame) -> float: # of the three largest
-    rows = rows.sort_values("d").iloc[-3:]
-    return np.polyfit(np.log(rows.d), np.log(rows.value), 1)[0]
+def partings(rows:pd.DataFrame) -> dict: # (algorithm, ρ) -> the statistics in which they part
+    return {key: [s for s in STATISTICS if parted(pick(group, statistic=s))]
+            for key, group in rows.groupby(["algorithm", "rho"])}
+
+# %% ../../nbs/experiments/networks.ipynb #7782e334
+def slope(rows:pd.DataFrame) -> float: # rows in the order of d
+    "The power of d with which a cost grows, from the three largest networks"
+    return np.polyfit(np.log(rows.d[-3:]), np.log(rows.value[-3:]), 1)[0]
+
+def power(rows:pd.DataFrame) -> str: return f"{slope(rows):.2f}"
+
+def best_costs(table:pd.DataFrame) -> pd.DataFrame:
+    "The costs of steps by the best route, in chunks of 256 samples"
+    return pick(table, part="cost", model="best", chunk=256).sort_values("d")
+
+def by_kind(costs:pd.DataFrame, statistic:str) -> dict: # (algorithm, B) -> rows in the order of d
+    return dict(iter(pick(costs, statistic=statistic).groupby(["algorithm", "batch_size"])))
+
+def told(groups:dict, say:Callable) -> str:
+    "What is said of the rows of each algorithm and batch size"
+    return listed({f"{kind}, B = {B}:": say(rows) for (kind, B), rows in groups.items()}, "; ")
 
 # %% ../../nbs/experiments/networks.ipynb #1b57cb35
-def costs(table:pd.DataFrame) -> list:
-    "Verdicts on time, memory and the dense route"
-    cost = table[table.part == "cost"]
-    best = cost[(cost.model == "best") & (cost.chunk == 256)]
-    def of(statistic):
-        rows = best[best.statistic == statistic]
-        return dict(iter(rows.groupby(["algorithm", "batch_size"])))
-    def told(parts, say):
-        return listed({f"{kind}, B = {B}:": say(rows.sort_values("d"))
-                       for (kind, B), rows in parts.items()})
-    seconds, gradients, memory = (of(s) for s in ("seconds", "gradients", "megabytes"))
+def time_of_step(table:pd.DataFrame) -> Verdict:
+    "Is a step as cheap as a few gradients, whatever the size?"
+    best = best_costs(table)
+    seconds, gradients = (by_kind(best, s) for s in ("seconds", "gradients"))
     linear = (max(slope(rows) for rows in seconds.values()) < 1.1
               and max(rows.value.max() for rows in gradients.values()) < 20)
-    single = cost[cost.batch_size == 1]
-    largest = single[(single.statistic == "megabytes") & (single.algorithm == "SAM")
-                     & (single.d == cost.d.max())]
+    def first_to_last(rows): return f"{rows.value.iloc[0]:.1f} to {rows.value.iloc[-1]:.1f}"
+    return Verdict("A step of the SDE costs a few gradients, however large the network.",
+                   "holds" if linear else "does not hold",
+                   f"Time of a step in gradients on all samples, "
+                   f"smallest to largest network ({best.d.min():,.0f} to {best.d.max():,.0f} "
+                   f"parameters): {told(gradients, first_to_last)}. "
+                   f"Time grows like d to the power {told(seconds, power)} (three largest).")
+
+def memory_of_step(table:pd.DataFrame) -> Verdict:
+    "Is the memory bounded by the chunk, and linear in d?"
+    best = best_costs(table)
+    memory = by_kind(best, "megabytes")
+    largest = pick(table, part="cost", batch_size=1, statistic="megabytes", algorithm="SAM",
+                   d=best.d.max())
     bounded = {chunk: rows.value.item() for chunk, rows in largest.groupby("chunk")}
-    routes = single[(single.algorithm == "USAM") & (single.statistic == "seconds")]
+    small = max(slope(rows) for rows in memory.values()) < 1.1
+    by_chunk = listed({f"{chunk:g}:": f"{value:.0f}" for chunk, value in bounded.items()}, "; ")
+    def last(rows): return f"{rows.value.iloc[-1]:.0f}"
+    return Verdict("Its memory is bounded by the chunk, and linear in d.",
+                   "holds" if small and bounded[64] < .6 * max(bounded.values())
+                   else "does not hold",
+                   f"Megabytes at {best.d.max():,.0f} parameters, chunk 256: "
+                   f"{told(memory, last)}; SAM, by chunk: {by_chunk}. "
+                   f"A d×d matrix has {4e-6 * best.d.max()**2:,.0f}. Grows like d to the power "
+                   f"{told(memory, power)}.")
+
+# %% ../../nbs/experiments/networks.ipynb #2b6011d9
+def dense_route(table:pd.DataFrame) -> Verdict:
+    "Does a d×d matrix get there?"
+    routes = pick(table, part="cost", batch_size=1, algorithm="USAM", statistic="seconds")
     routes = routes.pivot_table(index="d", columns="model", values="value").dropna()
     last = routes.iloc[-1]
-    def first_to_last(rows): return f"{rows.value.iloc[0]:.1f} to {rows.value.iloc[-1]:.1f}"
-    def power(rows): return f"{slope(rows):.2f}"
-    small = max(slope(rows) for rows in memory.values()) < 1.1
-    by_chunk = bounded[64] < .6 * max(bounded.values())
-    return [
-        Verdict("A step of the SDE costs a few gradients, however large the network.",
-                "holds" if linear else "does not hold",
-                f"Time of a step in gradients on all samples, "
-                f"smallest to largest network ({best.d.min():,.0f} to {best.d.max():,.0f} "
-                f"parameters): {told(gradients, first_to_last)}. "
-                f"Time grows like d to the power {told(seconds, power)} (three largest)."),
-        Verdict("Its memory is bounded by the chunk, and linear in d.",
-                "holds" if small and by_chunk else "does not hold",
-                f"Megabytes at {best.d.max():,.0f} parameters, chunk 256: "
-                f"{told(memory, lambda rows: f'{rows.value.iloc[-1]:.0f}')}; SAM, by chunk: "
-                f"{listed({f'{chunk:g}:': f'{value:.0f}' for chunk, value in bounded.items()})}. "
-                f"A d×d matrix has {4e-6 * best.d.max()**2:,.0f}. Grows like d to the power "
-                f"{told(memory, power)}."),
-        Verdict("The dense route does not get there.",
-                "holds" if last["dense"] > 4 * last["best"] else "does not hold",
-                f"At {routes.index[-1]:,.0f} parameters a step takes {last['best']:.2g} s by "
-                f"norms, {last['samples']:.2g} s by samples, "
-                f"{last['dense']:.2g} s with a d×d matrix and its root.")]
+    return Verdict("The dense route does not get there.",
+                   "holds" if last["dense"] > 4 * last["best"] else "does not hold",
+                   f"At {routes.index[-1]:,.0f} parameters a step takes {last['best']:.2g} s by "
+                   f"norms, {last['samples']:.2g} s by samples, "
+                   f"{last['dense']:.2g} s with a d×d matrix and its root.")
 
 # %% ../../nbs/experiments/networks.ipynb #e4532b44
 def tracks(table:pd.DataFrame) -> Verdict:
     "Does the own SDE follow a network of a million parameters?"
-    rows = gaps(table[table.part == "large"])
-    rows = rows[(rows.statistic == "training loss") & (rows.time == rows.time.max())]
+    large = pick(table, part="large")
+    rows = pick(gaps(large), statistic="training loss")
+    rows = rows[rows.time == rows.time.max()]
     good = (rows.z.abs() < 4) | (rows.percent.abs() < 2)
     return Verdict(
-        f"The SDE of a network with {table[table.part == 'large'].d.max():,.0f} parameters follows "
-        f"its training.",
-                   "holds" if good.all() else "holds with a condition" if good.any()
-        else "does not hold",
-                   f"Training loss of the SDE against the algorithm's after t = "
-                   f"{rows.time.iloc[0]:g}, {table[table.part == 'large'].runs.max()} runs: "
-                   + listed({f"{r.algorithm}, ρ = {r.rho:g}:": f"{plus_minus(r.percent, r.se)} %"
-                             for r in rows.itertuples()}) + ".",
-                   "for " + ", ".join(f"{r.algorithm} (ρ = {r.rho:g})"
-                                      for r in rows[good].itertuples()))
+        f"The SDE of a network with {large.d.max():,.0f} parameters follows its training.",
+        judged(good),
+        f"Training loss of the SDE against the algorithm's after t = "
+        f"{rows.time.iloc[0]:g}, {large.runs.max()} runs: "
+        + listed({f"{r.algorithm}, ρ = {r.rho:g}:": off_by(r) for r in rows.itertuples()}, "; ")
+        + ".",
+        "for " + ", ".join(f"{r.algorithm} (ρ = {r.rho:g})" for r in rows[good].itertuples()))
 
 # %% ../../nbs/experiments/networks.ipynb #a257e1eb
-def parting(table:pd.DataFrame) -> list:
+LOSS = STATISTICS[0]
+
+def loss_off_by(rows:pd.DataFrame, where:dict) -> dict: # setting -> text
+    "How far the training loss is off, and in which statistics SDE and algorithm part"
+    texts = {}
+    for (name, rho), group in rows.groupby(["algorithm", "rho"]):
+        setting = f"{name}, ρ = {rho:g}:" if rho else f"{name}:"
+        parts = f", parts in {', '.join(where[name, rho])}" if where[name, rho] else ""
+        texts[setting] = off_by(worst(pick(group, statistic=LOSS))) + parts
+    return texts
+
+def follows_own(table:pd.DataFrame) -> Verdict:
     "Up to which radius are the SDEs models of training?"
-    own, sgd = (gaps(table[table.part == "training"], model) for model in ("own SDE", "SGD's SDE"))
-    def parts(g): # (algorithm, ρ) -> statistics in which they part
-        return {key: [s for s in STATISTICS if parted(rows[rows.statistic == s])]
-                for key, rows in g.groupby(["algorithm", "rho"])}
-    where = parts(own)
-    control = parts(sgd)
-    said = {}
-    for (name, rho), rows in own.groupby(["algorithm", "rho"]):
-        w = worst(rows[rows.statistic == STATISTICS[0]])
-        names = where[name, rho]
-        said[f"{name}, ρ = {rho:g}:" if rho
-             else f"{name}:"] = (f"{plus_minus(w.percent, w.se)} %"
-                                 + (f", parts in {', '.join(names)}" if names else ""))
-    moved = [key for key in where if key[1] > 0]
-    small = [where[name, min(r for n, r in moved if n == name)] for name in RADII]
-    verdict = ("holds" if not any(where.values()) else "holds with a condition"
-               if not any(STATISTICS[0] in names for names in small) else "does not hold")
+    rows = gaps(pick(table, part="training"))
+    where = partings(rows)
+    radii = {name: [rho for kind, rho in where if kind == name] for name in RADII}
     def until(name): # the last radius before the training losses part
-        loss = [STATISTICS[0] in where[key] for key in moved if key[0] == name]
-        radii = [r for n, r in moved if n == name]
-        return radii[(loss + [True]).index(True) - 1]
-    missed = [f"{name}, ρ = {rho:g}" for name, rho in moved if not control[name, rho]]
-    return [Verdict("Training by minibatches of 32 follows the algorithm's own SDE.", verdict,
-                    f"Largest deviation of the SDE's training loss, over all times: "
-                    f"{listed(said)}.", "in the training loss, up to ρ = "
-                    + ", ".join(f"{until(name):g} ({name})" for name in RADII)),
-            Verdict("SGD's SDE, the control, does not follow SAM-type algorithms.",
-                    "holds" if not missed else "holds with a condition",
-                    f"It parts from {len(moved) - len(missed)} of {len(moved)} runs of SAM-type "
-                    f"algorithms.", f"but for {', '.join(missed)}")]
+        lost = [LOSS in where[name, rho] for rho in radii[name]]
+        return radii[name][(lost + [True]).index(True) - 1]
+    follows = not any(LOSS in where[name, radii[name][0]] for name in RADII)
+    return Verdict("Training by minibatches of 32 follows the algorithm's own SDE.",
+                   "holds" if not any(where.values()) else "holds with a condition" if follows
+                   else "does not hold",
+                   f"Largest deviation of the SDE's training loss, over all times: "
+                   f"{listed(loss_off_by(rows, where), '; ')}.", "in the training loss, up to ρ = "
+                   + ", ".join(f"{until(name):g} ({name})" for name in RADII))
+
+# %% ../../nbs/experiments/networks.ipynb #9bab1fc2
+def sgd_parts(table:pd.DataFrame) -> Verdict:
+    "Does SGD's SDE, the control, part from every algorithm that perturbs?"
+    where = partings(gaps(pick(table, part="training"), "SGD's SDE"))
+    moved = [key for key in where if key[1] > 0]
+    missed = [f"{name}, ρ = {rho:g}" for name, rho in moved if not where[name, rho]]
+    return Verdict("SGD's SDE, the control, does not follow SAM-type algorithms.",
+                   "holds" if not missed else "holds with a condition",
+                   f"It parts from {len(moved) - len(missed)} of {len(moved)} runs of SAM-type "
+                   f"algorithms.", f"but for {', '.join(missed)}")
 
 # %% ../../nbs/experiments/networks.ipynb #c939127c
 def verdicts(table:pd.DataFrame # from measure
             ) -> Verdicts:
     "What became of the claims about real networks"
-    return Verdicts([*costs(table), tracks(table), *parting(table)])
+    return Verdicts(claim(table) for claim in (time_of_step, memory_of_step, dense_route, tracks,
+                                               follows_own, sgd_parts))
 
 experiment = Experiment("networks",
                         "what does an SDE step of a real network cost, "

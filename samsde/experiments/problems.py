@@ -41,6 +41,17 @@ def quadratic(dtype=torch.float64, device="cpu", d:int=20, sigma:float=.1, seed:
     return Problem("quadratic", Quadratic((A @ A.T / (2 * d)).to(device, dtype), sigma),
                    x0.to(device, dtype), t_end=4.)
 
+# %% ../../nbs/experiments/problems.ipynb #ecee66e3
+def gaussian_weights(sizes, # numbers of weights, layer by layer
+                     fan_in, # inputs of a unit, layer by layer
+                     seed:int, shape:tuple=() # of the points
+                    ) -> Tensor: # (*shape, d), in double precision
+    "Weights of variance one over the fan-in"
+    deviation = torch.cat([torch.full((n,), k**-.5, dtype=torch.float64)
+                           for n, k in zip(sizes, fan_in)])
+    generator = torch.Generator().manual_seed(seed)
+    return deviation * torch.randn(*shape, len(deviation), generator=generator, dtype=torch.float64)
+
 # %% ../../nbs/experiments/problems.ipynb #83c961bd
 def one_hidden_layer(fan_in:int, # inputs
                      hidden:int, # hidden units
@@ -55,10 +66,7 @@ def one_hidden_layer(fan_in:int, # inputs
     def network(x, inputs):
         W1, b1, W2, b2 = x.split(sizes)
         return activation(inputs @ W1.view(hidden, fan_in).T + b1) @ W2.view(outputs, hidden).T + b2
-    generator = torch.Generator().manual_seed(seed)
-    spread = torch.cat([torch.full((n,), k**-.5, dtype=torch.float64)
-                        for n, k in zip(sizes, (fan_in, fan_in, hidden, hidden))])
-    return network, spread * torch.randn(len(spread), generator=generator, dtype=torch.float64)
+    return network, gaussian_weights(sizes, (fan_in, fan_in, hidden, hidden), seed)
 
 # %% ../../nbs/experiments/problems.ipynb #aebb7d48
 def one_of(name:str, value, known):
@@ -96,6 +104,13 @@ def deep_linear(dtype=torch.float64, device="cpu", hidden:int=20, sigma:float=.0
                 seed:int=0) -> Problem:
     "A linear network on the breast cancer data"
     return classifier("cancer", identity, hidden, "deep-linear", dtype, device, sigma, seed)
+
+# %% ../../nbs/experiments/problems.ipynb #1e25ae28
+def shuffled_tumours(seed:int=0) -> tuple[Tensor, Tensor]: # (569, 30) and (569,), 0 or 1
+    "Standardised features in double precision and labels, in random order"
+    X, y = map(torch.from_numpy, load_breast_cancer(return_X_y=True))
+    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed))
+    return ((X - X.mean(0)) / X.std(0))[order], y[order]
 
 # %% ../../nbs/experiments/problems.ipynb #probl005
 def iris_nonlinear(dtype=torch.float64, device="cpu", hidden:int=8, sigma:float=.02,

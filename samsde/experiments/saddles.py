@@ -26,7 +26,7 @@ from .escape import (SPECTRA, Autoencoder, Stopped, autoencoder, first_exits,
                                        floor, held, leaving_time, mildest,
                                        noise_threshold, saddle, sphere, starts)
 from .experiment import (
-    Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus)
+    Experiment, Verdict, Verdicts, jackknife, legend, listed, pick, picture, plus_minus)
 from ..machinery.checks import check_int
 from ..saddle_attraction import arrival_time, escape_time, flow, kappa
 
@@ -188,12 +188,12 @@ def survival_study(s:Setting) -> list:
             rows += [row("survival", case, name, eta, rho, noise, t, share(times > t))
                      for t in grid]
             rows.append(row("leaving", case, name, eta, rho, noise, 0., mean(times)))
-        for one, other in [("USAM", "GD"), ("PUSAM", "PGD"), ("PGD", "GD"), ("PUSAM", "USAM"),
-                           ("PSAM", "PGD")]:
-            a, eta, _ = runs[one]
+        for name, other in [("USAM", "GD"), ("PUSAM", "PGD"), ("PGD", "GD"), ("PUSAM", "USAM"),
+                            ("PSAM", "PGD")]:
+            a, eta, _ = runs[name]
             b, _, noise = runs[other]
-            theory = slower if kind_of(one) is USAM and kind_of(other) is SGD else math.nan
-            rows.append(row("ratio", case, f"{one}/{other}", eta, rho, noise, 0., ratio(a, b),
+            theory = slower if kind_of(name) is USAM and kind_of(other) is SGD else math.nan
+            rows.append(row("ratio", case, f"{name}/{other}", eta, rho, noise, 0., ratio(a, b),
                             theory))
     return rows
 
@@ -402,30 +402,33 @@ def look(name:str) -> dict:
                 marker="s" if kind is DNSAM else "o",
                 ms=4 + 3 * (kind is DNSAM), mfc="white" if noisy or kind is DNSAM else None)
 
-def curves(ax, part:pd.DataFrame, theory:bool=False, only=None):
+def interval(name:str, c:pd.DataFrame): # (2, n)
+    "How far the 95 % interval of an algorithm reaches below and above its value; none for the ODE"
+    return np.maximum([c.value - c.low, c.high - c.value], 0) if name != "ODE" else None
+
+def curves(ax, rows:pd.DataFrame, theory:bool=False):
     "Value against x with 95 % intervals, a curve for each algorithm; predictions dotted"
-    for name in only or part.algorithm.unique():
-        c = part[part.algorithm == name].dropna(subset="value")
-        error = np.maximum([c.value - c.low, c.high - c.value], 0) if name != "ODE" else None
-        ax.errorbar(c.x, c.value, error, label=name, capsize=2, **look(name))
-        c = part[(part.algorithm == name) & np.isfinite(part.theory)]
+    for name, group in rows.groupby("algorithm", sort=False):
+        c = group.dropna(subset="value")
+        ax.errorbar(c.x, c.value, interval(name, c), label=name, capsize=2, **look(name))
+        c = group[np.isfinite(group.theory)]
         if theory: ax.plot(c.x, c.theory, ":", color=look(name)["color"], lw=2)
 
 # %% ../../nbs/experiments/saddles.ipynb #04a974fe
-def bands(ax, part:pd.DataFrame):
+def bands(ax, rows:pd.DataFrame):
     "The same as lines with bands; DNSAM without noise lies under SAM"
     for name in NOISELESS + NOISY:
-        c = part[part.algorithm == name]
+        c = pick(rows, algorithm=name)
         under = name == "DNSAM"
         ax.plot(c.x, c.value, color=look(name)["color"], ls=look(name)["ls"],
                 lw=4 if under else 1.5, alpha=.4 if under else 1, label=name)
         ax.fill_between(c.x, c.low, c.high, color=look(name)["color"], alpha=.15 * (name in NOISY),
                         lw=0)
 
-def bounds(ax, part:pd.DataFrame, names):
+def bounds(ax, rows:pd.DataFrame, names):
     "The x at which a share is predicted to jump"
     for name in names:
-        b = part[part.algorithm == name].bound.iloc[0]
+        b = pick(rows, algorithm=name).bound.iloc[0]
         if np.isfinite(b) and b > 0: ax.axvline(b, color=look(name)["color"], ls=":", lw=2)
 
 # %% ../../nbs/experiments/saddles.ipynb #bdb3a1e2
@@ -433,14 +436,13 @@ def draw_starts(figure, table:pd.DataFrame):
     "Shares held by quadratic saddles against the distance of the start"
     ax = figure.subplot_mosaic("AB;CD")
     for panel, case in zip("ABCD", SPECTRA):
-        part = table[(table.study == "distance, random") & (table.case == case)]
-        curves(ax[panel], part)
-        worst = table[(table.study == "distance, mildest") & (table.case == case)
-                      & (table.algorithm == "SAM")]
+        rows = pick(table, study="distance, random", case=case)
+        curves(ax[panel], rows)
+        worst = pick(table, study="distance, mildest", case=case, algorithm="SAM")
         ax[panel].plot(worst.x, worst.value, ":", color=colours["SAM"], marker="v", ms=4,
                        label="SAM, worst direction")
         ax[panel].axvline(1, color=".6", lw=1)
-        bounds(ax[panel], part, ["SAM"])
+        bounds(ax[panel], rows, ["SAM"])
         ax[panel].set(xscale="log", xlabel="distance $\\|Hx_0\\|\\,/\\,\\rho\\lambda^*$",
                       title=case)
     for panel in "AC": ax[panel].set_ylabel("share held")
@@ -451,14 +453,14 @@ def draw_noise(figure, table:pd.DataFrame):
     "The same against the noise"
     ax = figure.subplot_mosaic("EF;GH")
     for panel, case in zip("EFGH", SPECTRA):
-        part = table[(table.study == "noise") & (table.case == case)]
-        if part.empty:
+        rows = pick(table, study="noise", case=case)
+        if rows.empty:
             ax[panel].set_axis_off()
             continue
-        curves(ax[panel], part)
-        bounds(ax[panel], part, ["PSAM", "PDNSAM"])
+        curves(ax[panel], rows)
+        bounds(ax[panel], rows, ["PSAM", "PDNSAM"])
         ax[panel].set(xscale="log", xlabel="noise $s\\,/\\,\\rho\\lambda^*\\kappa_d$",
-                      title=f"{case}\n$\\eta={part.eta.iloc[0]:.3g}$")
+                      title=f"{case}\n$\\eta={rows.eta.iloc[0]:.3g}$")
     for panel in "EG": ax[panel].set_ylabel("share held")
     legend(figure, 4)
 
@@ -466,47 +468,49 @@ def draw_noise(figure, table:pd.DataFrame):
 def draw_escapes(figure, table:pd.DataFrame):
     "The length of the step, embedded saddles, and mean times of escape"
     ax = figure.subplot_mosaic("IJ;KL;M.")
-    part = table[table.study == "step"]
-    curves(ax["I"], part)
-    bounds(ax["I"], part, ["SAM"])
+    rows = pick(table, study="step")
+    curves(ax["I"], rows)
+    bounds(ax["I"], rows, ["SAM"])
     ax["I"].set(xscale="log", xlabel="$\\eta\\,/\\,\\eta_c$", ylabel="share held",
                 title="steps, no noise")
     ax["I"].set_xticks(STEPS, [f"{factor:g}" for factor in STEPS])
     ax["I"].minorticks_off()
     for panel, case in zip("JK", EMBEDDED):
-        bands(ax[panel], table[(table.study == "survival") & (table.case == case)])
+        bands(ax[panel], pick(table, study="survival", case=case))
         ax[panel].set(xlabel="time $t=k\\eta$", ylabel="share still there",
                       title=f"embedded,\n{case}")
-    curves(ax["L"], table[table.study == "exit, noise"], theory=True)
+    curves(ax["L"], pick(table, study="exit, noise"), theory=True)
     ax["L"].set(xscale="log", yscale="log", xlabel="noise $s$", ylabel="mean time",
                 title="exit, $d=2$")
-    curves(ax["M"], table[table.study == "exit, start"], theory=True)
+    curves(ax["M"], pick(table, study="exit, start"), theory=True)
     ax["M"].set(xscale="log", xlabel="distance of the start", ylabel="mean time",
                 title=f"exit, $s={EXIT['noise']:g}$ for P")
     legend(figure, 4)
 
 # %% ../../nbs/experiments/saddles.ipynb #c1411104
+def draw_capture(ax, table:pd.DataFrame):
+    "Shares that the autoencoder's saddle captures, with predictions for SAM (crosses)"
+    groups = pick(table, study="capture").groupby(["algorithm", "eta"], sort=False)
+    for (name, eta), c in groups:
+        label = name + (f", $\\eta={eta:g}$" if eta else "")
+        style = look(name) | dict(mfc="white" if eta == .05 else None, label=label)
+        ax.errorbar(c.x, c.value, interval(name, c), capsize=2, **style)
+        if name == "SAM":
+            ax.plot(c.x, c.theory, "x", color="k", ms=7, zorder=5,
+                    label="predicted" if eta == .2 else None)
+    ax.set(xlabel="$\\rho\\,/\\,\\|x_0\\|$", ylabel="share captured", title="capture")
+
 def draw_digits(figure, table:pd.DataFrame):
     "The autoencoder"
     ax = figure.subplot_mosaic("NO;PQ;R.")
     bands(ax["N"], table[(table.study == "descent") & (table.x > 0)])
     ax["N"].set(xscale="log", xlabel="time $t=k\\eta$", ylabel="loss",
                 title="autoencoder on digits")
-    for (name, eta), c in table[table.study == "capture"].groupby(["algorithm", "eta"], sort=False):
-        style = (look(name) | dict(mfc="white" if eta == .05 else None,
-                                   label=name + (f", $\\eta={eta:g}$" if eta else "")))
-        ax["O"].errorbar(c.x, c.value,
-                         None if name == "ODE"
-                         else np.maximum([c.value - c.low, c.high - c.value], 0), capsize=2,
-                         **style)
-        if name == "SAM":
-            ax["O"].plot(c.x, c.theory, "x", color="k", ms=7, zorder=5,
-                         label="predicted" if eta == .2 else None)
-    ax["O"].set(xlabel="$\\rho\\,/\\,\\|x_0\\|$", ylabel="share captured", title="capture")
+    draw_capture(ax["O"], table)
     varied = [("P", "ratio", "$\\rho\\,/\\,\\|x_0\\|$"), ("Q", "step", "learning rate $\\eta$"),
               ("R", "noise", "noise $s$")]
     for panel, study, label in varied:
-        curves(ax[panel], table[table.study == f"departure, {study}"], theory=True)
+        curves(ax[panel], pick(table, study=f"departure, {study}"), theory=True)
         ax[panel].set(xscale="log", yscale="log", xlabel=label, ylabel="mean time to $\\|x_-\\|=1$",
                       title="departure")
     ax["Q"].set_xticks(DIGITS["etas"], [f"{eta:g}" for eta in DIGITS["etas"]])
@@ -525,10 +529,10 @@ def plot(table:pd.DataFrame, # from measure
     return picture(PARTS, table, part)
 
 # %% ../../nbs/experiments/saddles.ipynb #86b83b4f
-def pooled(part:pd.DataFrame) -> dict:
+def pooled(rows:pd.DataFrame) -> dict:
     "The share over several rows"
-    if part.empty: return dict(value=math.nan, low=0., high=1.)
-    return share(np.arange(int(part.runs.sum())) < round((part.value * part.runs).sum()))
+    if rows.empty: return dict(value=math.nan, low=0., high=1.)
+    return share(np.arange(int(rows.runs.sum())) < round((rows.value * rows.runs).sum()))
 
 def percent(result:dict) -> str:
     return f"{100 * result['value']:.3g} % ({100 * result['low']:.3g}–{100 * result['high']:.3g})"
@@ -540,7 +544,7 @@ def number(r) -> str: return plus_minus(r.value, r.se)
 def judge_attraction(table:pd.DataFrame) -> Verdict:
     inside = table[table.study.str.startswith("distance") & (table.x < 1)]
     def here(name, fits):
-        return pooled(inside[(inside.algorithm == name) & ((inside.bound < 1) == fits)])
+        return pooled(pick(inside[(inside.bound < 1) == fits], algorithm=name))
     fits = {name: here(name, True) for name in ("SAM", "DNSAM", "GD", "USAM")}
     wide = {name: here(name, False) for name in ("ODE", "SAM")}
     claimed = most(fits["SAM"], fits["DNSAM"]) and few(fits["GD"])
@@ -548,7 +552,7 @@ def judge_attraction(table:pd.DataFrame) -> Verdict:
     if claimed and few(wide["SAM"]): verdict = "holds with a condition"
     elif claimed and most(wide["SAM"]): verdict = "holds"
     elif few(fits["SAM"]): verdict = "does not hold"
-    def said(shares): return ", ".join(f"{name} {percent(r)}" for name, r in shares.items())
+    def said(shares): return listed({name: percent(r) for name, r in shares.items()})
     return Verdict("SAM and DNSAM are attracted to saddles that GD leaves.", verdict,
                    f"held from within ρλ*: {said(fits)}. "
                    f"At the saddle of sharp positive and mild negative curvature, where the floor "
@@ -557,8 +561,7 @@ def judge_attraction(table:pd.DataFrame) -> Verdict:
 
 # %% ../../nbs/experiments/saddles.ipynb #446f736f
 def judge_usam(table:pd.DataFrame) -> Verdict:
-    pairs = table[(table.study == "ratio")
-                  & table.algorithm.isin(["USAM/GD", "PUSAM/PGD"])].dropna(subset="value")
+    pairs = pick(table, study="ratio", algorithm=("USAM/GD", "PUSAM/PGD")).dropna(subset="value")
     signs = [np.sign(r.value - 1) * (abs(r.value - 1) > 3 * r.se) for r in pairs.itertuples()]
     verdict = "undecided"
     if signs and min(signs) > 0: verdict = "holds"
@@ -572,11 +575,11 @@ def judge_usam(table:pd.DataFrame) -> Verdict:
 
 # %% ../../nbs/experiments/saddles.ipynb #45956221
 def judge_noise(table:pd.DataFrame) -> Verdict:
-    at = table[table.study == "exit, start"].set_index(["x", "algorithm"])
+    at = pick(table, study="exit, start").set_index(["x", "algorithm"])
     verdict = "undecided"
     near, far = (f(at.index.get_level_values("x")) for f in (min, max))
     saved = {x: (at.value[x, "PGD"] - at.value[x, "GD"], at.se[x, "PGD"]) for x in (near, far)}
-    noise = table[(table.study == "noise") & (table.algorithm == "PSAM") & (table.bound > 0)]
+    noise = pick(table[table.bound > 0], study="noise", algorithm="PSAM")
     weak = pooled(noise[noise.x < .75 * noise.bound])
     strong = pooled(noise[noise.x > 1.25 * noise.bound])
     if saved[near][0] < -3 * saved[near][1] and few(strong):
@@ -590,7 +593,7 @@ def judge_noise(table:pd.DataFrame) -> Verdict:
 
 # %% ../../nbs/experiments/saddles.ipynb #26aa3bb1
 def judge_dnsam(table:pd.DataFrame) -> Verdict:
-    noise = table[(table.study == "noise") & (table.algorithm == "PDNSAM") & (table.bound > 0)]
+    noise = pick(table[table.bound > 0], study="noise", algorithm="PDNSAM")
     many, two = (noise[(noise.case == "d = 2") == plane] for plane in (False, True))
     below = pooled(many[(many.x > 1) & (many.x < .95 * many.bound)])
     above = pooled(many[many.x > 1.5 * many.bound])
@@ -608,18 +611,18 @@ def judge_dnsam(table:pd.DataFrame) -> Verdict:
                    "in few dimensions, or if s is beyond a threshold that grows like η^(−1/2)")
 
 # %% ../../nbs/experiments/saddles.ipynb #510e52b7
+def by(table:pd.DataFrame, study:str, *columns) -> pd.DataFrame:
+    "The rows of a study by the values of some columns"
+    return pick(table, study=study).set_index([*columns]).sort_index()
+
 def judge_digits(table:pd.DataFrame) -> Verdict:
-    critical = table[(table.study == "critical") & (table.algorithm == "SAM")]
-    step, noise = (table[table.study
-                         == f"departure, {kind}"].set_index(["x", "algorithm"]).sort_index()
-                   for kind in ("step", "noise"))
-    slow = step.index.get_level_values("x").min()
-    weak, strong = [f(noise.index.get_level_values("x")) for f in (min, max)]
-    sam = step.loc[(slow, "SAM")]
-    gd = step.loc[(slow, "GD")]
-    ranks = table[table.study == "rank, step"].set_index(["x", "algorithm"])
-    half, never = (table[table.study == kind].set_index("algorithm")
-                   for kind in ("half way", "not half way"))
+    critical = pick(table, study="critical", algorithm="SAM")
+    step, noise, ranks = (by(table, study, "x", "algorithm")
+                          for study in ("departure, step", "departure, noise", "rank, step"))
+    half, never = (by(table, study, "algorithm") for study in ("half way", "not half way"))
+    slow = step.index.levels[0].min()
+    weak, strong = noise.index.levels[0][[0, -1]]
+    sam, gd = (step.loc[(slow, name)] for name in ("SAM", "GD"))
     verdict = "undecided"
     if (critical.value > .99).any(): verdict = "does not hold"
     elif sam.value - 3 * sam.se > 3 * gd.value: verdict = "holds with a condition"

@@ -12,7 +12,6 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
@@ -20,7 +19,7 @@ from ..machinery.style import colours
 from ..ensemble import Ensemble, simulate
 from .error_vs_rho import ALGORITHMS, relative_error
 from .experiment import (
-    Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus)
+    Experiment, Verdict, Verdicts, jackknife, label_edges, listed, pick, picture, plus_minus)
 from .problems import Problem, deep_nonlinear, quadratic
 from ..machinery.checks import check_int
 from ..sde import SDE
@@ -144,8 +143,8 @@ def simulated_rows(problem:Problem, etas, runs:int, seed:int, tick, cs=(1., 4.),
                                             round(1 / eta)]).generate_state(1)[0])
         e = follow(problem, kind, eta, [0.] + [c * eta**POWERS[p] for c, p in columns], runs,
                    t_ends[-1], fresh)
-        for (c, t, protocol, s), (j, (of, p)) in product(choices, enumerate(columns, 1)):
-            if of != c: continue
+        for (c, t, protocol, s), (j, (factor, p)) in product(choices, enumerate(columns, 1)):
+            if factor != c: continue
             for model in ("own SDE", "SGD's SDE"):
                 found = score(e, j, j if model == "own SDE" else 0, t, protocol, s)
                 rows.append(entry(problem.name, name, p, c, eta, t, model, protocol, s, **found))
@@ -175,25 +174,29 @@ def measure(quick:bool=False, # fewer and larger learning rates, fewer runs
 # %% ../../nbs/experiments/scaling.ipynb #69bff676
 LOOKS = {"own SDE": dict(), "SGD's SDE": dict(ls=":", mfc="w")}
 
-def panel(ax, part:pd.DataFrame, problem:str, p:str):
+def draw_order(ax, rows:pd.DataFrame, model:str, order:float, line:str, named:bool):
+    "A straight line of one order of theory, above the errors of a model, with its number"
+    middle = pick(rows, model=model).groupby("eta")["error"].median()
+    if middle.empty: return
+    straight = 1.7 * middle.iloc[0] * (middle.index / middle.index[0])**order
+    ax.plot(middle.index, straight, "k", lw=.8, ls=line, alpha=.6, zorder=0)
+    if not named: return
+    name = {1/3: "1/3", 1/2: "1/2", 2/3: "2/3", 1: "1"}[order]
+    ax.annotate(name, (middle.index[0], straight[0]), (-4, 0), textcoords="offset points",
+                fontsize="small", ha="right", va="center")
+
+def panel(ax, rows:pd.DataFrame, problem:str, p:str):
     "One scaling on one problem: three algorithms, two models, and lines with the orders of theory"
-    part = part[part["error"] > 1e-12].sort_values("eta")
+    rows = rows[rows["error"] > 1e-12].sort_values("eta")
     for model, algorithm in product(LOOKS, ALGORITHMS):
-        curve = part[(part["algorithm"] == algorithm) & (part["model"] == model)]
+        curve = pick(rows, algorithm=algorithm, model=model)
         size = 6 if algorithm == "DNSAM" else 4 # seen where SAM's points lie on it
         look = dict(color=colours[algorithm], marker="o", ms=size, lw=1, capsize=2) | LOOKS[model]
         ax.errorbar(curve["eta"], curve["error"], 2 * curve["se"], label=f"{algorithm}, {model}",
                     **look)
-    for model, line in [("own SDE", "-"), ("SGD's SDE", "--")]:
-        middle = part[part["model"] == model].groupby("eta")["error"].median()
-        if middle.empty: continue
-        order = theory(problem, p, model)
-        straight = 1.7 * middle.iloc[0] * (middle.index / middle.index[0])**order
-        ax.plot(middle.index, straight, "k", lw=.8, ls=line, alpha=.6, zorder=0)
-        if model != "own SDE" and order == theory(problem, p, "own SDE"): continue
-        name = {1/3: "1/3", 1/2: "1/2", 2/3: "2/3", 1: "1"}[order]
-        ax.annotate(name, (middle.index[0], straight[0]), (-4, 0), textcoords="offset points",
-                    fontsize="small", ha="right", va="center")
+    order, plain = (theory(problem, p, model) for model in LOOKS)
+    draw_order(ax, rows, "own SDE", order, "-", True)
+    draw_order(ax, rows, "SGD's SDE", plain, "--", plain != order)
     ax.margins(x=.22) # for the orders
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
@@ -203,15 +206,14 @@ def panels(problem:str, protocol:str, statistic:str, label:str):
     "A part of the picture: one problem, a panel for each scaling"
     def draw(figure, table):
         names = {"1": r"\eta", "1/2": r"\sqrt{\eta}", "1/3": r"\eta^{1/3}"}
-        rows = table[(table.problem == problem) & (table.protocol == protocol)
-                     & (table.statistic == statistic) & (table.c == 1)]
-        rows = rows[(rows.t_end == rows.t_end.max()) & rows.p.isin(names)]
+        rows = pick(table, problem=problem, protocol=protocol, statistic=statistic, c=1)
+        rows = pick(rows, t_end=rows.t_end.max(), p=tuple(names))
         axes = figure.subplots(2, 2, sharey=True).flat
         for ax, p in zip(axes, names):
-            panel(ax, rows[rows.p == p], problem, p)
+            panel(ax, pick(rows, p=p), problem, p)
             ax.set(title=rf"$\rho={names[p]}$", xlabel="learning rate $\\eta$",
                    ylim=(rows["error"].min() / 2, 3 * rows["error"].max()))
-            if ax.get_subplotspec().is_first_col(): ax.set_ylabel(label)
+            label_edges(ax, y=label)
         axes[3].set_axis_off()
         axes[3].legend(*axes[0].get_legend_handles_labels(), loc="center")
     return draw, 2
@@ -246,7 +248,8 @@ def span(slopes:pd.DataFrame) -> str:
     half = (slopes["ci_high"] - slopes["ci_low"]).max() / 2
     return f"{low:.2f} to {high:.2f} ± {half:.1g}"
 
-def told(groups:dict) -> str: return ", ".join(f"{name} {span(s)}" for name, s in groups.items())
+def told(groups:dict) -> str: # of slopes
+    return listed({name: span(slopes) for name, slopes in groups.items()})
 
 # %% ../../nbs/experiments/scaling.ipynb #277cf436
 # in the table, in words
@@ -255,16 +258,14 @@ PROBLEMS = {"circle": "circle", "quadratic": "quadratic", "deep-nonlinear": "net
 def measured(table:pd.DataFrame, p:str, c:float=1.) -> pd.DataFrame:
     """The rows (of a table, or of orders) that are the measurement:
     exact or paired, the paper's statistic, the longest time"""
-    part = table[(table.p == p) & (table.c == c) & table.protocol.isin(["exact", "paired"])
-                 & table.statistic.isin(["φ", "norms"])]
-    return part[part.t_end == part.groupby("problem")["t_end"].transform("max")]
+    rows = pick(table, p=p, c=c, protocol=("exact", "paired"), statistic=("φ", "norms"))
+    return rows[rows.t_end == rows.groupby("problem")["t_end"].transform("max")]
 
 def grouped(slopes:pd.DataFrame, p:str, model:str, c:float=1.
            ) -> dict: # problem in words -> slopes of the algorithms
     "The slopes for one scaling and model, where there are any"
-    part = measured(slopes, p, c)
-    groups = {name: part[(part.problem == problem) & (part.model == model)]
-              for problem, name in PROBLEMS.items()}
+    rows = measured(slopes, p, c)
+    groups = {name: pick(rows, problem=problem, model=model) for problem, name in PROBLEMS.items()}
     return {name: s for name, s in groups.items() if len(s)}
 
 def sides(groups:dict, cut:float) -> str:
@@ -274,9 +275,9 @@ def sides(groups:dict, cut:float) -> str:
 def ratios(table:pd.DataFrame, p:str, c:float=1.) -> pd.DataFrame: # columns ratio, se
     """Error of SGD's SDE over that of the own SDE at the smallest η of each problem, with its
     standard error"""
-    part = measured(table, p, c)
-    part = part[part.eta == part.groupby("problem")["eta"].transform("min")]
-    wide = part.pivot(index=["problem", "algorithm"], columns="model", values=["error", "se"])
+    rows = measured(table, p, c)
+    rows = rows[rows.eta == rows.groupby("problem")["eta"].transform("min")]
+    wide = rows.pivot(index=["problem", "algorithm"], columns="model", values=["error", "se"])
     ratio = wide["error", "SGD's SDE"] / wide["error", "own SDE"]
     relative = [wide["se", model] / wide["error", model] for model in LOOKS]
     return pd.DataFrame(dict(ratio=ratio, se=ratio * sum(r**2 for r in relative)**.5))
@@ -286,10 +287,12 @@ def extent(r:pd.DataFrame) -> str:
     return f"{plus_minus(low.ratio, low.se)} to {plus_minus(high.ratio, high.se)}"
 
 # %% ../../nbs/experiments/scaling.ipynb #15fae1db
+ERROR_RATIO = "Error of SGD's SDE over that of the own at the smallest η:"
+
 def same_as_sgd(table, slopes) -> Verdict:
-    own, sgd = (grouped(slopes, "1", model) for model in LOOKS)
+    of_sde, of_sgd = (grouped(slopes, "1", model) for model in LOOKS)
     factor = ratios(table, "1")
-    where = {sides(own, 3/4), sides(sgd, 3/4)}
+    where = {sides(of_sde, 3/4), sides(of_sgd, 3/4)}
     equal = "holds" if (factor.ratio < 1.1 + 2 * factor.se).all() else "holds with a condition"
     verdict = ("undecided" if "undecided" in where else equal if where == {"above"}
                else "does not hold")
@@ -297,73 +300,73 @@ def same_as_sgd(table, slopes) -> Verdict:
                      for c in sorted(table.c.unique()) if c != 1)
     return Verdict("At ρ = η SAM is SGD: SGD's SDE is as good a model as the algorithm's own.",
                    verdict,
-                   f"Order of SGD's SDE: {told(sgd)}; of the own: {told(own)}. "
-                   f"Error of SGD's SDE over that of the own at the smallest η: "
-                   f"{extent(factor)}{others}.",
+                   f"Order of SGD's SDE: {told(of_sgd)}; of the own: {told(of_sde)}. "
+                   f"{ERROR_RATIO} {extent(factor)}{others}.",
                    "in its order, but with a larger error")
 
 def root_needs_own(table, slopes) -> Verdict:
-    own, sgd = (grouped(slopes, "1/2", model) for model in LOOKS)
-    where = sides(own, 3/4), sides(sgd, 3/4)
+    of_sde, of_sgd = (grouped(slopes, "1/2", model) for model in LOOKS)
+    where = sides(of_sde, 3/4), sides(of_sgd, 3/4)
     verdict = ("undecided" if "undecided" in where else "holds" if where == ("above", "below")
                else "does not hold")
     return Verdict("At ρ = √η the algorithm's own SDE is needed, and is of order 1.", verdict,
-                   f"Order of the own SDE: {told(own)}; of SGD's: {told(sgd)}. "
-                   f"Error of SGD's SDE over that of the own at the smallest η: "
-                   f"{extent(ratios(table, '1/2'))}.")
+                   f"Order of the own SDE: {told(of_sde)}; of SGD's: {told(of_sgd)}. "
+                   f"{ERROR_RATIO} {extent(ratios(table, '1/2'))}.")
 
 # %% ../../nbs/experiments/scaling.ipynb #52b6e98d
-def order_lost(table, slopes) -> Verdict:
+def slopes_at_third(slopes:pd.DataFrame) -> dict: # case in words -> slopes of the own SDE
+    "The orders at ρ = c η^(1/3): of every problem at c = 1, and of the network at larger c"
     groups = grouped(slopes, "1/3", "own SDE")
     for c in sorted(slopes.c.unique()):
         wider = grouped(slopes, "1/3", "own SDE", c) if c != 1 else {}
         if "network" in wider: groups[f"network at ρ = {c:g} η^(1/3)"] = wider["network"]
+    return groups
+
+def order_lost(table, slopes) -> Verdict:
+    groups = slopes_at_third(slopes)
     found = {name: side(s, 5/6) for name, s in groups.items()}
     alike = {"below": "holds", "above": "does not hold", "undecided": "undecided"}
     verdict = (alike.get(found[next(iter(found))], "holds with a condition")
                if len(set(found.values())) == 1 else "holds with a condition")
     words = {"below": "lost", "above": "not lost", "both": "lost for some",
              "undecided": "undecided"}
+    found_orders = listed({name: f"{span(s)} ({words[found[name]]})" for name, s in groups.items()})
     beyond = grouped(slopes, "1/4", "own SDE")
     return Verdict("From ρ = η^(1/3) on the own SDE loses its order.", verdict,
-                   "Order of the own SDE: "
-                   + ", ".join(f"{name} {span(s)} ({words[found[name]]})"
-                               for name, s in groups.items())
+                   f"Order of the own SDE: {found_orders}"
                    + (f"; at ρ = η^(1/4) {told(beyond)}" if beyond else "") + ".",
                    "where the loss has third derivatives, and η is so small that ρ² outweighs it")
 
 # %% ../../nbs/experiments/scaling.ipynb #30603283
+def as_in_theory(slopes:pd.DataFrame) -> pd.DataFrame:
+    "The orders of all protocols, and whether their intervals are within 1/6 of theory"
+    rows = pick(slopes, c=1, statistic="norms", t_end=slopes.t_end.max())
+    want = pd.Series([theory(*key) for key in zip(rows.problem, rows.p, rows.model)],
+                     index=rows.index, dtype=float)
+    return rows.assign(right=(rows.ci_low > want - 1/6) & (rows.ci_high < want + 1/6))
+
 def protocol_sees(table, slopes) -> Verdict:
-    part = slopes[(slopes.c == 1) & (slopes.statistic == "norms")
-                  & (slopes.t_end == slopes.t_end.max())]
-    want = pd.Series([theory(*key) for key in zip(part.problem, part.p, part.model)],
-                     index=part.index, dtype=float)
-    part = part.assign(right=(part.ci_low > want - 1/6) & (part.ci_high < want + 1/6))
-    curves = (len(measured(table,
-                           "1")[["problem",
-                                 "algorithm"]].query("problem != 'circle'").drop_duplicates()) * 3)
+    rows = as_in_theory(slopes)
+    own_sde, sgd_sde = LOOKS
+    simulated = measured(table, "1").query("problem != 'circle'")
+    curves = 3 * len(simulated[["problem", "algorithm"]].drop_duplicates())
     def count(protocol, model):
-        return (f"{part[(part.protocol == protocol) & (part.model == model)].right.sum()} of "
-                f"{curves}")
-    own, sgd = LOOKS
+        return f"{pick(rows, protocol=protocol, model=model).right.sum()} of {curves}"
     def slope(p):
-        return span(part[(part.protocol == "Euler") & (part.problem == "deep-nonlinear")
-                         & (part.p == p) & (part.model == "own SDE")])
-    apart = part[(part.protocol == "independent") & (part.model == "own SDE")]
-    zero = table[(table.protocol == "Euler") & (table.problem == "quadratic")
-                 & (table.model == "own SDE") & (table.algorithm == "USAM")]
+        return span(pick(rows, protocol="Euler", problem="deep-nonlinear", p=p, model=own_sde))
+    apart = pick(rows, protocol="independent", model=own_sde)
+    zero = pick(table, protocol="Euler", problem="quadratic", model=own_sde, algorithm="USAM")
     return Verdict(
         "Independent runs, with the SDE integrated by Euler's method at h = η, "
         "show these orders (the usual protocol).",
-                   "holds" if len(apart) == curves and apart.right.all() else "does not hold",
-                   f"Slopes whose interval is within 1/6 of theory, own SDE: "
-                   f"{count('independent', own)} ({span(apart)}), "
-                   f"paired and extrapolated {count('paired', own)}; SGD's SDE: "
-                   f"{count('independent', sgd)}. "
-                   f"Without the noise, still at h = η, the own SDE shows 2p on the network: "
-                   f"{slope('1')} at η, {slope('1/2')} at √η, "
-                   f"{slope('1/3')} at η^(1/3); "
-                   f"and for USAM on the quadratic an error of at most {zero.error.max():.0e}.")
+        "holds" if len(apart) == curves and apart.right.all() else "does not hold",
+        f"Slopes whose interval is within 1/6 of theory, own SDE: "
+        f"{count('independent', own_sde)} ({span(apart)}), "
+        f"paired and extrapolated {count('paired', own_sde)}; SGD's SDE: "
+        f"{count('independent', sgd_sde)}. "
+        f"Without the noise, still at h = η, the own SDE shows 2p on the network: "
+        f"{slope('1')} at η, {slope('1/2')} at √η, {slope('1/3')} at η^(1/3); "
+        f"and for USAM on the quadratic an error of at most {zero.error.max():.0e}.")
 
 # %% ../../nbs/experiments/scaling.ipynb #3802226c
 def verdicts(table:pd.DataFrame # from measure

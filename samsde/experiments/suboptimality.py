@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 from ..algorithm import DNSAM, SAM, SGD, USAM, Chain
 from ..machinery.style import colours
 from ..ensemble import simulate
-from .experiment import (
-    Experiment, Verdict, Verdicts, jackknife, legend, picture, plus_minus)
+from samsde.experiments.experiment import (
+    Experiment, Verdict, Verdicts, jackknife, legend, listed, off_by, pick, picture, plus_minus,
+    worst)
 from .problems import Problem, deep_nonlinear
 from ..machinery.checks import check_int, psd_root
 from ..objective import NoisyLoss, Quadratic
@@ -105,12 +106,12 @@ def simulated(case:Case, runs:int, seed:int, dtype=torch.float64, device="cpu") 
     known = suboptimality(Chain(SGD(), case.quadratic, eta))
     sgd = averaged(Chain(SGD(), quadratic, eta), start, time, quadratic.loss, seed)[:, 0]
     places = {"algorithm": (objective, x + start, lambda z: objective.loss(z) - lowest)}
-    own = dict(value=sgd.mean().item(), se=(sgd.var() / runs).sqrt().item(), runs=runs)
+    of_sgd = dict(value=sgd.mean().item(), se=(sgd.var() / runs).sqrt().item(), runs=runs)
     if case.hidden is not None:
-        own = controlled(averaged(Chain(SGD(), objective, eta), x + start, time,
+        of_sgd = controlled(averaged(Chain(SGD(), objective, eta), x + start, time,
                                   places["algorithm"][2], seed)[:, 0], sgd, known)
         places["algorithm on the quadratic"] = (quadratic, start, quadratic.loss)
-    rows = [case.row(0., "SGD", "algorithm", **own)]
+    rows = [case.row(0., "SGD", "algorithm", **of_sgd)]
     for name, kind in ALGORITHMS.items():
         for source, (f, x0, height) in places.items():
             y = averaged(Chain(kind(rho), f, eta), x0, time, height, seed)
@@ -344,12 +345,13 @@ LOOKS = {"theory": dict(ls="-", lw=1.2), "theory of the SDE": dict(ls="--", lw=1
 
 def relative(table:pd.DataFrame) -> pd.DataFrame: # the rows of f, with ratio and ratio_se
     "Suboptimality over SGD's, which is known exactly"
-    f = table[table.statistic
-              == "f"].drop_duplicates(["setting", "parameter", "algorithm", "source", "rho"])
-    sgd = f[(f.algorithm == "SGD") & (f.source == "theory")]
+    keys = ["setting", "parameter", "algorithm", "source", "rho"]
+    f = pick(table, statistic="f").drop_duplicates(keys)
+    sgd = pick(f, algorithm="SGD", source="theory")
     sgd = {(s, p): v for s, p, v in zip(sgd.setting, sgd.parameter, sgd.value)}
-    own = [sgd.get((s, p), sgd.get((s, 0.))) for s, p in zip(f.setting, f.parameter)]
-    return f.assign(ratio=f.value.astype(float) / own, ratio_se=f.se.astype(float) / own)
+    of_sgd = [sgd.get((s, p), sgd.get((s, 0.))) for s, p in zip(f.setting, f.parameter)]
+    return f.assign(ratio=f.value.astype(float) / of_sgd,
+                    ratio_se=f.se.astype(float) / of_sgd)
 
 # %% ../../nbs/experiments/suboptimality.ipynb #e40abbe8
 def plain(axis, ticks=None):
@@ -359,31 +361,30 @@ def plain(axis, ticks=None):
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.set_minor_formatter(NullFormatter())
 
-def panel(ax, part:pd.DataFrame, sources:list, looks=LOOKS, fill="full"):
+def panel(ax, rows:pd.DataFrame, sources:list, looks=LOOKS, fill="full"):
     "Ratios to SGD of one setting: points are runs, lines are theory"
-    part = part[(part.parameter > 0) | (part.setting == "alignment")]
-    for name, own in part.sort_values("parameter").groupby("algorithm"):
-        dots = own[own.source == "algorithm"]
+    rows = rows[(rows.parameter > 0) | (rows.setting == "alignment")]
+    for name, curves in rows.sort_values("parameter").groupby("algorithm"):
+        dots = pick(curves, source="algorithm")
         look = dict(color=colours[name], fillstyle=fill)
         ax.errorbar(dots.parameter, dots.ratio, 2 * dots.ratio_se, fmt="o", ms=4, capsize=2,
                     label=name, **look)
         for source in sources:
-            curve = own[own.source == source]
+            curve = pick(curves, source=source)
             ax.plot(curve.parameter, curve.ratio, color=colours[name], label="_", **looks[source])
     ax.axhline(1, color=colours["SGD"], lw=1, zorder=0)
-    ax.set(xscale="linear" if part.parameter.min() == 0 else "log", yscale="log")
-    plain(ax.xaxis,
-          sorted(part[(part.source == "algorithm") & (part.algorithm == "SAM")].parameter))
+    ax.set(xscale="linear" if rows.parameter.min() == 0 else "log", yscale="log")
+    plain(ax.xaxis, sorted(pick(rows, source="algorithm", algorithm="SAM").parameter))
     plain(ax.yaxis)
 
 # %% ../../nbs/experiments/suboptimality.ipynb #443f23a7
 def tail_panel(ax, table:pd.DataFrame):
     "How much time DNSAM spends beyond y, in 1, 2 and 3 dimensions"
-    part = table[(table.setting == "tails") & table.statistic.str.startswith("beyond")
+    rows = table[(table.setting == "tails") & table.statistic.str.startswith("beyond")
                  & (table.value > 1e-7)]
-    part = part.assign(y=part.statistic.str.split().str[-1].astype(float)).sort_values("y")
+    rows = rows.assign(y=rows.statistic.str.split().str[-1].astype(float)).sort_values("y")
     for d, marker in [(1, "o"), (2, "s"), (3, "^")]:
-        runs, sde = (part[(part.d == d) & (part.source == source)]
+        runs, sde = (pick(rows, d=d, source=source)
                      for source in ("algorithm", "theory of the SDE"))
         ax.errorbar(runs.y, runs.value, 2 * runs.se, fmt=marker, ms=4, capsize=2,
                     color=colours["DNSAM"], label=f"$d={d}$")
@@ -402,16 +403,19 @@ SETTINGS = {"radius": ("radius $\\rho$", list(LOOKS)), "scale": ("scale of $H$",
             "alignment": ("angle of $\\Sigma$ to $H$ (degrees)", BOTH[:1]),
             "noise": ("noise $s$", BOTH), "learning rate": ("learning rate $\\eta$", BOTH)}
 
-def draw_settings(axes, table:pd.DataFrame, names:list):
+def draw_settings(axes, table:pd.DataFrame, names:list
+                 ) -> pd.DataFrame: # of relative
+    "A panel for each of several settings"
     f = relative(table)
     for ax, name in zip(axes, names):
         label, sources = SETTINGS[name]
-        panel(ax, f[f.setting == name], sources)
+        panel(ax, pick(f, setting=name), sources)
         ax.set(xlabel=label, title=name)
     return f
 
 # %% ../../nbs/experiments/suboptimality.ipynb #c380afa0
 def draw_curvature(figure, table:pd.DataFrame):
+    "A part of the picture: radius and Hessian"
     axes = figure.subplots(2, 2)
     draw_settings(axes.flat, table, ["radius", "scale", "condition", "alignment"])
     axes[0, 0].set_ylim(.1, None)
@@ -420,11 +424,12 @@ def draw_curvature(figure, table:pd.DataFrame):
     legend(figure)
 
 def draw_noise(figure, table:pd.DataFrame):
+    "A part of the picture: noise, learning rate, tails and network"
     axes = figure.subplots(2, 2)
     f = draw_settings(axes[0], table, ["noise", "learning rate"])
     tail_panel(axes[1, 0], table)
-    panel(axes[1, 1], f[f.setting == "network, noise isotropic"], BOTH[:1])
-    panel(axes[1, 1], f[f.setting == "network, noise along the curvature"], BOTH[:1],
+    panel(axes[1, 1], pick(f, setting="network, noise isotropic"), BOTH[:1])
+    panel(axes[1, 1], pick(f, setting="network, noise along the curvature"), BOTH[:1],
           dict(theory=dict(ls="-.", lw=1)), "none")
     axes[1, 1].set(xlabel="radius $\\rho$", ylabel=RATIO, title="network")
     axes[0, 0].set_ylabel(RATIO)
@@ -442,7 +447,7 @@ def plot(table:pd.DataFrame, # from measure
     return picture(PARTS, table, part)
 
 # %% ../../nbs/experiments/suboptimality.ipynb #3c7fc014
-def judged(z:pd.Series) -> str:
+def all_positive(z:pd.Series) -> str:
     "A verdict on 'all of these are positive', from their sizes in standard errors"
     return ("holds" if z.min() > 4 else "does not hold" if z.max() < -4 or z.min() < -4
             else "undecided")
@@ -450,16 +455,22 @@ def judged(z:pd.Series) -> str:
 def at(f:pd.DataFrame, setting:str, source:str="algorithm"
       ) -> dict: # algorithm -> its rows in the order of the parameter
     "The measurements of a setting"
-    return {name: f[(f.setting == setting) & (f.algorithm == name)
-                    & (f.source == source)].sort_values("parameter") for name in ALGORITHMS}
+    rows = pick(f, setting=setting, source=source).sort_values("parameter")
+    return {name: pick(rows, algorithm=name) for name in ALGORITHMS}
 
 def steps(rows:pd.DataFrame) -> pd.Series:
     "Increments from one parameter to the next, in standard errors"
     return rows.ratio.diff().iloc[1:] / (rows.ratio_se**2 + rows.ratio_se.shift()**2).iloc[1:]**.5
 
-def each(texts:dict) -> str: return ", ".join(f"{name} {text}" for name, text in texts.items())
-def ends(rows:pd.DataFrame) -> str:
-    return " → ".join(plus_minus(r.ratio, r.ratio_se) for r in (rows.iloc[0], rows.iloc[-1]))
+def ratio_of(row) -> str: return plus_minus(row.ratio, row.ratio_se)
+
+def first_to_last(rows:pd.DataFrame, say=ratio_of) -> str:
+    "What is said of the first row, and of the last"
+    return f"{say(rows.iloc[0])} → {say(rows.iloc[-1])}"
+
+def courses(groups:dict) -> str:
+    "How the ratios of each algorithm change from the first parameter to the last"
+    return listed({name: first_to_last(rows) for name, rows in groups.items()})
 
 # %% ../../nbs/experiments/suboptimality.ipynb #82af80e9
 def sits_higher(table, f) -> Verdict:
@@ -467,64 +478,61 @@ def sits_higher(table, f) -> Verdict:
     low = m.loc[m.ratio.idxmin()]
     base = {name: rows.loc[(rows.rho - RHO).abs().idxmin()]
             for name, rows in at(f, "radius").items()}
-    text = each({name: plus_minus(r.ratio, r.ratio_se) for name, r in base.items()})
     return Verdict("At the end of training USAM, DNSAM and SAM lie higher than SGD.",
-                   judged((m.ratio - 1) / m.ratio_se),
+                   all_positive((m.ratio - 1) / m.ratio_se),
                    f"E f over that of SGD at ρ = {base['SAM'].rho:g}, s = {S:g}, η = {ETA:g}: "
-                   f"{text}. Lowest of all {len(m)} measurements: "
-                   f"{plus_minus(low.ratio, low.ratio_se)}, "
-                   f"{low.algorithm} ({low.setting} {low.parameter:g})")
+                   f"{listed({name: ratio_of(r) for name, r in base.items()})}. "
+                   f"Lowest of all {len(m)} measurements: "
+                   f"{ratio_of(low)}, {low.algorithm} ({low.setting} {low.parameter:g})")
 
 def grows_with_rho(table, f) -> Verdict:
     rows = at(f, "radius")
-    def power(r):
+    rho = rows["SAM"].rho
+    def power(r): # of ρ
         return (math.log((r.ratio.iloc[-1] - 1) / (r.ratio.iloc[0] - 1))
                 / math.log(r.rho.iloc[-1] / r.rho.iloc[0]))
     return Verdict("Suboptimality grows with ρ.",
-                   judged(pd.concat([steps(r) for r in rows.values()])),
-                   f"E f over that of SGD from ρ = {rows['SAM'].rho.min():g} to "
-                   f"{rows['SAM'].rho.max():g}: "
-                   f"{each({n: ends(r) for n, r in rows.items()})}; "
-                   f"the excess over SGD grows like ρ to the power "
-                   f"{each({n: f'{power(r):.2f}' for n, r in rows.items()})}")
+                   all_positive(pd.concat([steps(r) for r in rows.values()])),
+                   f"E f over that of SGD from ρ = {rho.min():g} to {rho.max():g}: "
+                   f"{courses(rows)}; the excess over SGD grows like ρ to the power "
+                   f"{listed({name: f'{power(r):.2f}' for name, r in rows.items()})}")
 
 # %% ../../nbs/experiments/suboptimality.ipynb #1b4fa40d
 def grows_with_curvature(table, f) -> Verdict:
     scale, condition, turned = (at(f, setting) for setting in ("scale", "condition", "alignment"))
-    verdict = judged(pd.concat([steps(r) for r in scale.values()]))
+    verdict = all_positive(pd.concat([steps(r) for r in scale.values()]))
     parameter = condition["SAM"].parameter
     # the largest eigenvalue
     grown = (geometric(parameter.max())[-1] / geometric(parameter.min())[-1]).item()
     excess = {name: (r.ratio.iloc[-1] - 1) / (r.ratio.iloc[0] - 1) for name, r in condition.items()}
     if verdict == "holds" and excess["USAM"] < grown / 2: verdict = "holds with a condition"
-    told = [each({n: ends(r) for n, r in rows.items()}) for rows in (scale, turned)]
     return Verdict("Suboptimality grows with curvature.", verdict,
                    f"H scaled from {scale['SAM'].parameter.min():g} to "
-                   f"{scale['SAM'].parameter.max():g} times: {told[0]}. "
+                   f"{scale['SAM'].parameter.max():g} times: {courses(scale)}. "
                    f"At fixed trace, a largest eigenvalue {grown:.1f} times as large makes "
-                   f"the excess over SGD {each({n: f'{e:.2f}' for n, e in excess.items()})} times "
-                   f"as large; "
-                   f"and turning the same noise away from the large eigenvalues: {told[1]}",
+                   f"the excess over SGD {listed({n: f'{e:.2f}' for n, e in excess.items()})} "
+                   f"times as large; "
+                   f"and turning the same noise away from the large eigenvalues: {courses(turned)}",
                    "if that is tr(HΣ)/tr Σ, the curvature which the noise meets")
 
 # %% ../../nbs/experiments/suboptimality.ipynb #a76f9db3
+WRONG = ("Σ only", "truncated noise", "SGD's formula", "another ρ") # models
+
 def noise_does_it(table, f) -> Verdict:
-    m = f[f.algorithm
-          != "SGD"].set_index(["setting", "parameter", "algorithm",
-                               "source"]).ratio.unstack("source").dropna(subset="algorithm")
-    se = f[f.source == "algorithm"].set_index(["setting", "parameter",
-                                               "algorithm"]).ratio_se[m.index]
-    z = {c: ((m["algorithm"] - m[c]) / se).min()
-         for c in ("Σ only", "truncated noise", "SGD's formula", "another ρ")}
+    keys = ["setting", "parameter", "algorithm"]
+    m = f[f.algorithm != "SGD"].set_index([*keys, "source"]).ratio.unstack("source")
+    m = m.dropna(subset="algorithm")
+    se = pick(f, source="algorithm").set_index(keys).ratio_se[m.index]
+    z = {model: ((m["algorithm"] - m[model]) / se).min() for model in WRONG}
     last = {name: r.iloc[-1] for name, r in at(f, "radius", "Σ only").items()}
     return Verdict("It is the Hessian in the noise that lifts SAM-type algorithms above SGD.",
-                   judged(pd.Series(z)) if (m["Σ only"] < 1).all() else "does not hold",
+                   all_positive(pd.Series(z)) if (m["Σ only"] < 1).all() else "does not hold",
                    f"with Σ as the only noise all three would end below SGD, "
                    f"at ρ = {last['SAM'].rho:g} at these parts of its level: "
-                   f"{each({n: f'{r.ratio:.2g}' for n, r in last.items()})}. "
+                   f"{listed({n: f'{r.ratio:.2g}' for n, r in last.items()})}. "
                    f"All {len(m)} measurements are above what these predict, "
                    f"by at least so many standard errors: "
-                   f"{each({c: f'{v:.0f}' for c, v in z.items()})}")
+                   f"{listed({model: f'{v:.0f}' for model, v in z.items()})}")
 
 # %% ../../nbs/experiments/suboptimality.ipynb #a9cebdc0
 def deviations(f:pd.DataFrame, source:str
@@ -537,71 +545,78 @@ def deviations(f:pd.DataFrame, source:str
                z=(model - m.ratio) / m.ratio_se)
     return pd.DataFrame(off).dropna().reset_index()
 
-def off_by(row) -> str: return f"{plus_minus(row.percent, row.se)} %"
+def off_first_to_last(rows:pd.DataFrame) -> str: return first_to_last(rows, off_by)
 
-def worst(rows:pd.DataFrame) -> str:
+def worst_named(rows:pd.DataFrame) -> str:
     "The largest deviation, and where"
-    row = rows.loc[rows.percent.abs().idxmax()]
+    row = worst(rows)
     return f"{off_by(row)} ({row.setting} {row.parameter:g})"
 
-def first_to_last(rows:pd.DataFrame) -> str:
-    return f"{off_by(rows.iloc[0])} → {off_by(rows.iloc[-1])}"
+def without_network(rows:pd.DataFrame) -> pd.DataFrame:
+    return rows[~rows.setting.str.startswith("network")]
 
 # %% ../../nbs/experiments/suboptimality.ipynb #279cd43a
 def sde_predicts(table, f) -> Verdict:
-    sde, theory = (deviations(f, source) for source in ("theory of the SDE", "theory"))
-    theory = theory[~theory.setting.str.startswith("network")]
-    eta = {n: sde[(sde.setting == "learning rate") & (sde.algorithm == n)].sort_values("parameter")
-           for n in ("USAM", "SAM")}
-    exact = theory[theory.algorithm.isin(["SGD", "USAM"])]
-    sam = theory[theory.algorithm == "SAM"]
+    sde = pick(deviations(f, "theory of the SDE"), setting="learning rate").sort_values("parameter")
+    eta = {name: pick(sde, algorithm=name) for name in ("USAM", "SAM")}
+    theory = without_network(deviations(f, "theory"))
+    exact, sam = pick(theory, algorithm=("SGD", "USAM")), pick(theory, algorithm="SAM")
     rest = sam.drop(sam.percent.abs().idxmax())
     good = exact.z.abs().max() < 5 and rest.percent.abs().max() < 5
     return Verdict("USAM and SAM end where their SDEs say.",
                    "holds with a condition" if good else "does not hold",
                    f"from η = {eta['SAM'].parameter.min():g} to "
                    f"{eta['SAM'].parameter.max():g} the SDE is off by "
-                   f"{each({n: first_to_last(r) for n, r in eta.items()})}. "
+                   f"{listed({name: off_first_to_last(r) for name, r in eta.items()})}. "
                    f"Theory of the algorithms themselves: SGD and USAM, exact, "
                    f"at most {exact.z.abs().max():.1f} standard errors off in {len(exact)} "
                    f"measurements; "
-                   f"SAM, closed equation, {worst(rest)} at most, but for {worst(sam)}",
+                   f"SAM, closed equation, {worst_named(rest)} at most, but for {worst_named(sam)}",
                    "if ηλ(1+ρλ) is small for the largest eigenvalue λ")
 
-# %% ../../nbs/experiments/suboptimality.ipynb #31aaa819
-def dnsam_sde(table, f) -> Verdict:
-    power = table[(table.setting == "tails") & (table.source == "algorithm")
-                  & (table.statistic == "exponent")].set_index("d")
-    small = table[table.setting == "small steps"]
+# %% ../../nbs/experiments/suboptimality.ipynb #f6c89c4b
+def median_over_sde(table:pd.DataFrame) -> tuple[dict, dict]: # d -> ratios, d -> their errors
+    "Median distance of DNSAM over that of its SDE, for rising η"
+    small = pick(table, setting="small steps")
     small = small.pivot(index=["d", "parameter"], columns="source", values=["value", "se"])
     small = small.sort_index()
     sde = small["value", "theory of the SDE"]
-    ratio = small["value", "algorithm"] / sde
-    se = small["se", "algorithm"] / sde
-    # η in rising order
+    ratio, se = (small[column, "algorithm"] / sde for column in ("value", "se"))
+    return {d: ratio[d] for d in TAIL}, {d: se[d] for d in TAIL}
+
+def tail_exponents(table:pd.DataFrame) -> str:
+    "The measured exponents by dimension, in words"
+    rows = pick(table, setting="tails", source="algorithm", statistic="exponent").set_index("d")
+    return listed({f"d = {d}:": plus_minus(r.value, r.se) for d, r in rows.iterrows()})
+
+def dnsam_gaps(f:pd.DataFrame) -> str:
+    "By how much the SDE's E f is off in ten dimensions, from the largest η and ρ to the smallest"
+    off = pick(deviations(f, "SDE"), algorithm="DNSAM").sort_values("parameter", ascending=False)
+    gaps = []
+    for sign, setting in (("η", "learning rate"), ("ρ", "radius")):
+        rows = pick(off, setting=setting)
+        first, last = rows.parameter.iloc[[0, -1]]
+        gaps.append(f"by {off_first_to_last(rows)} from {sign} = {first:g} to {last:g}")
+    return ", and ".join(gaps)
+
+# %% ../../nbs/experiments/suboptimality.ipynb #31aaa819
+def dnsam_sde(table, f) -> Verdict:
+    ratio, se = median_over_sde(table)
     lost = all(ratio[1] - 1 > 4 * se[1]) and ratio[1].iloc[0] > ratio[1].iloc[-1]
     found = all(ratio[d].iloc[0] < ratio[d].iloc[-1] - 2 * se[d].iloc[-1] for d in (2, 3))
-    def ends(d): return " → ".join(plus_minus(ratio[d].iloc[i], se[d].iloc[i]) for i in (-1, 0))
-    off = deviations(f, "SDE").query("algorithm == 'DNSAM'")
-    off = off.sort_values("parameter", ascending=False)
-    off = {s: off[off.setting == setting]
-           for s, setting in [("η", "learning rate"), ("ρ", "radius")]}
-    gaps = [f"by {first_to_last(o)} from {s} = {o.parameter.iloc[0]:g} to {o.parameter.iloc[-1]:g}"
-            for s, o in off.items()]
-    theory = deviations(f, "theory").query("algorithm == 'DNSAM'")
     eta = ratio[1].index
-    heavy = each({f"d = {d}:": plus_minus(r.value, r.se) for d, r in power.iterrows()})
+    def falling(d): return " → ".join(plus_minus(ratio[d].iloc[k], se[d].iloc[k]) for k in (-1, 0))
+    theory = pick(without_network(deviations(f, "theory")), algorithm="DNSAM")
     return Verdict("DNSAM ends where its SDE says.",
                    "holds with a condition" if lost and found else "undecided",
                    f"Median distance from the minimum, algorithm over SDE, "
                    f"from η = {eta.max():g} to {eta.min():g}: "
-                   f"{each({f'd = {d}:': ends(d) for d in TAIL})}. Tails are P(r > y) ∝ y^-d, "
-                   f"measured exponents {heavy} (between y and 2y, "
+                   f"{listed({f'd = {d}:': falling(d) for d in TAIL})}. Tails are P(r > y) ∝ y^-d, "
+                   f"measured exponents {tail_exponents(table)} (between y and 2y, "
                    f"y = {', '.join(f'{y:g}' for y in TAIL.values())}), "
                    f"so E f is infinite for d = 1 and 2. "
-                   f"In ten dimensions the SDE's E f is off {', and '.join(gaps)}; "
-                   f"the closed equation for the algorithm by "
-                   f"{worst(theory[~theory.setting.str.startswith('network')])} at most",
+                   f"In ten dimensions the SDE's E f is off {dnsam_gaps(f)}; "
+                   f"the closed equation for the algorithm by {worst_named(theory)} at most",
                    "as η → 0, if two or more eigenvalues are positive (three, for E f)")
 
 # %% ../../nbs/experiments/suboptimality.ipynb #6dbb1151
@@ -610,9 +625,8 @@ def better_surrogate(table, f) -> Verdict:
     s = rows["SAM"].parameter.tolist()
     ratio = {name: np.log(r.ratio.to_numpy()) for name, r in rows.items()}
     closer = abs(ratio["DNSAM"] - ratio["SAM"]) < abs(ratio["USAM"] - ratio["SAM"])
-    text = "; ".join(
-        f"s = {v:g}: {each({n: f'{math.exp(ratio[n][i]):.3g}' for n in ('USAM', 'SAM', 'DNSAM')})}"
-        for i, v in enumerate(s))
+    def levels(k): return {n: f"{math.exp(ratio[n][k]):.3g}" for n in ("USAM", "SAM", "DNSAM")}
+    text = "; ".join(f"s = {v:g}: {listed(levels(k))}" for k, v in enumerate(s))
     quiet = max((v for v, c in zip(s, closer) if c), default=0)
     return Verdict("DNSAM is a better model of SAM than USAM is (at the end of training).",
                    "holds" if closer.all() else "holds with a condition" if quiet
@@ -621,31 +635,31 @@ def better_surrogate(table, f) -> Verdict:
                    f"{kappa(10):.3g}", f"where the noise is small, up to s = {quiet:g}")
 
 # %% ../../nbs/experiments/suboptimality.ipynb #d1eefe1c
+def walks(net:pd.DataFrame) -> str: # of relative
+    "How high DNSAM ends on the network and on the quadratic at its minimum, at the largest ρ"
+    rho = net.rho.max()
+    last = pick(net, algorithm="DNSAM", rho=rho).set_index(["source", "setting"]).ratio
+    pairs = zip(last["algorithm"].index, last["algorithm"], last["algorithm on the quadratic"])
+    far = listed({f"{setting.removeprefix('network, ')}:":
+                  f"{a:.2f} times SGD on the network, {q:.2f} on the quadratic"
+                  for setting, a, q in pairs})
+    return f" At ρ = {rho:g} DNSAM walks so far that the loss is no quadratic: {far}."
+
 def network_too(table, f) -> Verdict:
     net = f[f.setting.str.startswith("network")]
-    off = deviations(net, "theory")
-    naive = deviations(net[net.algorithm == "USAM"], "theory of the SDE")
-    for part in (off, naive): part["setting"] = part.setting.str.removeprefix("network, noise ")
-    smooth = off[off.algorithm != "DNSAM"]
-    dnsam = off[off.algorithm == "DNSAM"]
+    off, naive = (rows.assign(setting=rows.setting.str.removeprefix("network, noise "))
+                  for rows in (deviations(net, "theory"),
+                               deviations(pick(net, algorithm="USAM"), "theory of the SDE")))
+    smooth, dnsam = off[off.algorithm != "DNSAM"], pick(off, algorithm="DNSAM")
     good = ((smooth.percent.abs() < 3 * smooth.se + 1) | (smooth.z.abs() < 5)).all()
     near = (dnsam.percent.abs() < 3 * dnsam.se + 10).all()
-    last = net[(net.algorithm == "DNSAM")
-               & (net.rho == net.rho.max())].set_index(["source", "setting"]).ratio
-    pairs = zip(last["algorithm"].index, last["algorithm"], last["algorithm on the quadratic"])
-    far = each({n.removeprefix("network, ")
-                + ":": f"{a:.2f} times SGD on the network, {q:.2f} on the quadratic"
-                for n, a, q in pairs})
-    walks = ("" if near
-             else f" At ρ = {net.rho.max():g} DNSAM walks so far that the loss is no quadratic: "
-                  f"{far}.")
-    most = each({n: worst(off[off.algorithm == n]) for n in ("SGD", "USAM", "SAM", "DNSAM")})
+    most = listed({n: worst_named(pick(off, algorithm=n)) for n in ("SGD", "USAM", "SAM", "DNSAM")})
     return Verdict("At a minimum of a network its Hessian says where training ends.",
                    "does not hold" if not good else "holds" if near else "holds with a condition",
                    f"Largest deviation of theory on the quadratic at the minimum from the network: "
-                   f"{most}.{walks} "
+                   f"{most}.{'' if near else walks(net)} "
                    f"The formula (η/4) tr((I+ρH)Σ) for USAM at η = {naive.eta.iloc[0]:g}: "
-                   f"{worst(naive)}",
+                   f"{worst_named(naive)}",
                    f"for SGD, USAM and SAM, but not for DNSAM at ρ = {net.rho.max():g}")
 
 # %% ../../nbs/experiments/suboptimality.ipynb #bd353331

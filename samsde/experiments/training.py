@@ -14,7 +14,6 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.datasets import load_breast_cancer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -24,9 +23,11 @@ from .. import optim
 from ..algorithm import SAM, SGD, USAM, Chain
 from ..diagnosis import diagnose_training
 from ..ensemble import simulate
-from .experiment import Experiment, Verdict, Verdicts, legend, picture, plus_minus
+from .experiment import (
+    Experiment, Verdict, Verdicts, judged, label_edges, legend, listed, pick, picture, plus_minus)
 from .networks import STATISTICS as WATCHED
 from .networks import conv_net, digits, watched
+from .problems import shuffled_tumours
 from ..implicit_regularizer import drift
 from ..machinery.checks import check_int
 from ..machinery.style import colours
@@ -67,10 +68,8 @@ class Task:
 # %% ../../nbs/experiments/training.ipynb #ba5de1b4
 def cancer(dtype=torch.float32, device="cpu", hidden:int=8, n:int=448, **how) -> Task:
     "A sigmoid network on the breast cancer data"
-    X, y = (torch.from_numpy(a) for a in load_breast_cancer(return_X_y=True))
-    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(0))
-    X = ((X - X.mean(0)) / X.std(0))[order].to(device, dtype)
-    y = y[order].to(device)
+    X, y = shuffled_tumours()
+    X, y = X.to(device, dtype), y.to(device)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(30, hidden), nn.Sigmoid(), nn.Linear(hidden, 2))
@@ -265,17 +264,12 @@ def measure(quick:bool=False, # fewer runs and radii, a smaller convolutional ne
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/training.ipynb #3a122661
-def of(table:pd.DataFrame, **where) -> pd.DataFrame:
-    "The rows in which every named column has the given value"
-    for column, value in where.items(): table = table[table[column] == value]
-    return table
-
 def gaps(table:pd.DataFrame, # from measure
          keys:list, # columns that tell the rows of one model apart
          truth:str # the model that the others are compared with
         ) -> pd.DataFrame: # columns percent, percent_se and z beside those of the table
     "By how much models are off, in percent with its standard error, and in standard errors"
-    true = of(table, model=truth).set_index(keys)
+    true = pick(table, model=truth).set_index(keys)
     rows = table[table.model != truth]
     true = true.loc[pd.MultiIndex.from_frame(rows[keys])]
     rows = rows.reset_index(drop=True)
@@ -294,28 +288,34 @@ def ends(rows:pd.DataFrame, column:str) -> pd.DataFrame:
 KEYS = ["network", "rho", "statistic", "epoch"]
 
 # %% ../../nbs/experiments/training.ipynb #67c1d42f
+def half_width(m:pd.DataFrame, column:str) -> pd.Series:
+    "Half the 95 % interval of a mean (`value`), or of a standard deviation (`spread`)"
+    return 1.96 * (m.se if column == "value" else m.spread / (2 * m.runs - 2)**.5)
+
+def draw_statistic(ax, rows:pd.DataFrame, column:str, model:str, line:str):
+    "Training (points with intervals) and a model (a line) over the epochs, a shade for each radius"
+    rows = rows[rows.epoch > 0]
+    for shade, (rho, curves) in zip((.4, .7, 1.), rows.groupby("rho")):
+        m = pick(curves, model=TRAINING)
+        ax.errorbar(m.epoch, m[column], half_width(m, column), fmt="o", ms=3, color=colours["SAM"],
+                    alpha=shade, label=f"training, $\\rho={rho:g}$")
+        m = pick(curves, model=model)
+        ax.plot(m.epoch, m[column], line, alpha=shade, color="k", lw=1,
+                label=model if shade == .4 else "_")
+        ax.set_xticks(m.epoch)
+
+# %% ../../nbs/experiments/training.ipynb #5a897589
 def draw_training(network:str):
     "A part of the picture: STATISTICS over the epochs, of training and of the full model"
     def draw(figure, table):
-        rows = of(table, part="training", network=network)
-        panels = figure.subplots(3, 2, sharex=True).flat
-        for ax, name in zip(panels, (*STATISTICS, None)):
-            if name is None: name, value = "training loss", "spread"
-            else: value = "value"
-            for shade, (rho, own) in zip((.4, .7, 1.), of(rows, statistic=name).groupby("rho")):
-                m = of(own, model=TRAINING)
-                m = m[m.epoch > 0]
-                error = 1.96 * (m.se if value == "value" else m.spread / (2 * m.runs - 2)**.5)
-                ax.errorbar(m.epoch, m[value], error, fmt="o", ms=3, color=colours["SAM"],
-                            alpha=shade, label=f"training, $\\rho={rho:g}$")
-                other = INDEPENDENT if value == "spread" else ALL
-                m = of(own, model=other)
-                m = m[m.epoch > 0]
-                ax.plot(m.epoch, m[value], ":" if value == "spread" else "-", alpha=shade,
-                        color="k", lw=1, label=other if shade == .4 else "_")
-                ax.set_xticks(m.epoch)
-            ax.set_title(name if value == "value" else "spread of the training loss", fontsize=10)
-            if ax.get_subplotspec().is_last_row(): ax.set_xlabel("epoch")
+        rows = pick(table, part="training", network=network)
+        *panels, last = figure.subplots(3, 2, sharex=True).flat
+        for ax, name in zip(panels, STATISTICS):
+            draw_statistic(ax, pick(rows, statistic=name), "value", ALL, "-")
+            ax.set_title(name, fontsize=10)
+        draw_statistic(last, pick(rows, statistic="training loss"), "spread", INDEPENDENT, ":")
+        last.set_title("spread of the training loss", fontsize=10)
+        for ax in (*panels, last): label_edges(ax, x="epoch")
         legend(figure, 2)
     return draw, 3
 
@@ -323,12 +323,12 @@ def draw_training(network:str):
 def draw_forgetting(network:str):
     "A part of the picture: how far the training loss of each model is from that of training"
     def draw(figure, table):
-        rows = of(table, part="training", network=network, statistic="training loss")
+        rows = pick(table, part="training", network=network, statistic="training loss")
         rows = gaps(rows, KEYS, TRAINING)
         rows = rows[rows.epoch > 0]
         names = [ALL, *(f"forgets {thing}" for thing in FORGETS), INDEPENDENT]
         for ax, name in zip(figure.subplots(4, 2, sharex=True, sharey=True).flat, names):
-            for shade, (rho, m) in zip((.4, .7, 1.), of(rows, model=name).groupby("rho")):
+            for shade, (rho, m) in zip((.4, .7, 1.), pick(rows, model=name).groupby("rho")):
                 ax.errorbar(m.epoch, m.percent, 1.96 * m.percent_se, fmt="o-", ms=3, capsize=2,
                             color=colours["SAM"], alpha=shade, label=f"$\\rho={rho:g}$")
             ax.axhline(0, color="0.5", lw=1)
@@ -338,8 +338,7 @@ def draw_forgetting(network:str):
             ax.minorticks_off()
             ax.set_xticks(sorted(rows.epoch.unique()))
             ax.set_title(name, fontsize=10)
-            if ax.get_subplotspec().is_first_col(): ax.set_ylabel("off by, %")
-            if ax.get_subplotspec().is_last_row(): ax.set_xlabel("epoch")
+            label_edges(ax, "epoch", "off by, %")
         legend(figure)
     return draw, 4
 
@@ -358,25 +357,21 @@ LIMIT = 2. # percent
 
 def furthest(rows:pd.DataFrame, *columns:str) -> pd.DataFrame:
     "The row that is furthest off in percent, of each group"
-    each = rows.groupby([*columns], sort=False).percent
-    return rows.loc[each.apply(lambda p: p.abs().idxmax())]
+    groups = rows.groupby([*columns], sort=False).percent
+    return rows.loc[groups.apply(lambda p: p.abs().idxmax())]
 
-def off_by(row) -> str: # of gaps
+def off_and_z(row) -> str: # of gaps
     "A difference in percent and in standard errors"
     return f"{plus_minus(row.percent, row.percent_se)} % ({abs(row.z):.0f} standard errors)"
 
 SIGNS = dict(rho="ρ", m="m")
 
-def listed(rows:pd.DataFrame, setting:str="rho") -> str:
-    "The statistic that is furthest off, of each network and setting"
-    def told(r): return f"{SIGNS[setting]} = {r[setting]:g} {r.statistic} {off_by(r)}"
-    each = furthest(rows, "network", setting).groupby("network", sort=False)
-    return "; ".join(f"{network}: " + ", ".join(told(r) for _, r in own.iterrows())
-                     for network, own in each)
-
-def judged(fine:pd.Series) -> str:
-    "A verdict from how many of several cases are as claimed"
-    return "holds" if fine.all() else "holds with a condition" if fine.any() else "does not hold"
+def furthest_off(rows:pd.DataFrame, setting:str="rho") -> str:
+    "The statistic that is furthest off, of each network and setting, in words"
+    def told(r): return f"{SIGNS[setting]} = {r[setting]:g} {r.statistic} {off_and_z(r)}"
+    groups = furthest(rows, "network", setting).groupby("network", sort=False)
+    return listed({f"{network}:": ", ".join(told(r) for _, r in group.iterrows())
+                   for network, group in groups}, "; ")
 
 # %% ../../nbs/experiments/training.ipynb #6f3be620
 def inside(rows:pd.DataFrame, more=0., # percent besides LIMIT
@@ -391,73 +386,80 @@ def where(fine:pd.Series) -> str:
     sign = SIGNS[setting]
     if fine.all(): return f"at every {sign}"
     if not fine.any(): return f"at no {sign}"
-    each = fine[fine].rename("fine").reset_index().groupby("network", sort=False)
-    return "at " + ", ".join(f"{sign} = {', '.join(f'{v:g}' for v in own[setting])} ({network})"
-                             for network, own in each)
+    groups = fine[fine].rename("fine").reset_index().groupby("network", sort=False)
+    return "at " + ", ".join(f"{sign} = {', '.join(f'{v:g}' for v in rows[setting])} ({network})"
+                             for network, rows in groups)
+
+def where_all_end(fine:pd.Series) -> str:
+    "Where all statistics are inside, in words"
+    return f"{where(fine)}, where all statistics end within 2 % or four standard errors"
 
 # %% ../../nbs/experiments/training.ipynb #c947e186
 def full_model(rows:pd.DataFrame) -> Verdict: # of gaps
     "Does the SDE that knows all follow training?"
-    own = of(rows, model=ALL)
-    last = ends(own, "epoch")
+    full = pick(rows, model=ALL)
+    last = ends(full, "epoch")
     fine = inside(last)
-    way = furthest(of(own, statistic="training loss"), "network", "rho")
+    loss = furthest(pick(full, statistic="training loss"), "network", "rho")
     told = "; ".join(f"{r.network}, ρ = {r.rho:g} {r.percent:.2g} % (epoch {r.epoch})"
-                     for r in way.itertuples())
+                     for r in loss.itertuples())
     return Verdict("An SDE that knows momentum, decay, the schedule and the epochs follows SAM as "
                    "it is trained.", judged(fine),
-                   f"Furthest off at the end: {listed(last)}. "
+                   f"Furthest off at the end: {furthest_off(last)}. "
                    f"Furthest off in the training loss, over all times: {told}.",
-                   f"{where(fine)}, where all statistics end within 2 % or four standard errors")
+                   where_all_end(fine))
 
 def forgotten(rows:pd.DataFrame, thing:str) -> Verdict: # of gaps
     "Can it be forgotten?"
     last = ends(rows, "epoch")
-    own = of(last, model=f"forgets {thing}")
-    full = of(last, model=ALL).set_index(KEYS).percent.abs()
-    more = full.loc[pd.MultiIndex.from_frame(own[KEYS])].to_numpy()
-    fine = inside(own, more)
+    without = pick(last, model=f"forgets {thing}")
+    full = pick(last, model=ALL).set_index(KEYS).percent.abs()
+    more = full.loc[pd.MultiIndex.from_frame(without[KEYS])].to_numpy()
+    fine = inside(without, more)
     name = thing[0].upper() + thing[1:]
     return Verdict(f"{name} can be forgotten (at the end of training).", judged(fine),
-                   f"Furthest off training: {listed(own)}.", where(fine))
+                   f"Furthest off training: {furthest_off(without)}.", where(fine))
 
 # %% ../../nbs/experiments/training.ipynb #06178f78
 def same_law(rows:pd.DataFrame) -> Verdict: # of gaps
     "Do the chain's epochs agree with the loop's?"
-    last = ends(of(rows, model=CHAIN), "epoch")
+    last = ends(pick(rows, model=CHAIN), "epoch")
     return Verdict("The chain with reshuffled epochs is the real loop.",
                    "holds" if last.z.abs().max() < 4 else "does not hold",
                    f"On epochs of its own, largest difference of {len(last)} at the end: "
                    f"{last.z.abs().max():.1f} standard errors.")
 
 # %% ../../nbs/experiments/training.ipynb #2ec4b933
-def epochs(table:pd.DataFrame, rows:pd.DataFrame) -> list: # of Verdict
-    "What do independent minibatches change: the mean, and which SDE is nearer?"
+def epochs_in_the_mean(rows:pd.DataFrame) -> Verdict: # of gaps
+    "Do independent minibatches change the mean?"
+    independent = pick(ends(rows, "epoch"), model=INDEPENDENT)
+    fine = inside(independent)
+    return Verdict("In the mean, independent minibatches train as epochs do.", judged(fine),
+                   f"The algorithm itself, furthest off at the end: {furthest_off(independent)}.",
+                   where_all_end(fine))
+
+def nearer_sde(rows:pd.DataFrame) -> Verdict: # of gaps
+    "Which SDE is nearer to training, that of epochs or that of independent minibatches?"
     last = ends(rows, "epoch")
-    alone = of(last, model=INDEPENDENT)
-    fine = inside(alone)
-    pair = [of(last, model=name).set_index(KEYS).percent.abs()
-            for name in (ALL, f"forgets {FORGETS[0]}")]
-    nearer = int((pair[0] < pair[1].loc[pair[0].index]).sum())
-    share = nearer / len(pair[0])
-    return [Verdict("In the mean, independent minibatches train as epochs do.", judged(fine),
-                    f"The algorithm itself, furthest off at the end: {listed(alone)}.",
-                    f"{where(fine)}, where all statistics end within 2 % or four standard errors"),
-            Verdict("In the mean, the SDE of epochs is nearer than that of independent "
-                    "minibatches.", "holds" if share > .9 else "does not hold" if share <= .5
-                    else "holds with a condition",
-                    f"Without noise and with the bias, it is nearer to training in {nearer} of "
-                    f"{len(pair[0])} statistics.",
-                    f"in {nearer} of {len(pair[0])} statistics at the end")]
+    full, independent = (pick(last, model=name).set_index(KEYS).percent.abs()
+                         for name in (ALL, f"forgets {FORGETS[0]}"))
+    nearer = int((full < independent.loc[full.index]).sum())
+    count = f"in {nearer} of {len(full)} statistics"
+    share = nearer / len(full)
+    return Verdict("In the mean, the SDE of epochs is nearer than that of independent "
+                   "minibatches.", "holds" if share > .9 else "does not hold" if share <= .5
+                   else "holds with a condition",
+                   f"Without noise and with the bias, it is nearer to training {count}.",
+                   f"{count} at the end")
 
 # %% ../../nbs/experiments/training.ipynb #b8cf25d1
 def spreads(table:pd.DataFrame) -> Verdict:
     "What do independent minibatches change in the spread between the runs?"
-    loss = ends(of(table, statistic="training loss"), "epoch").set_index(["network", "rho"])
-    true = of(loss, model=TRAINING)
-    def ratio(model): return of(loss, model=model).spread / true.spread
+    loss = ends(pick(table, statistic="training loss"), "epoch").set_index(["network", "rho"])
+    true = pick(loss, model=TRAINING)
+    def ratio(model): return pick(loss, model=model).spread / true.spread
     def told(model):
-        se = (1 / (of(loss, model=model).runs - 1) / 2 + 1 / (true.runs - 1) / 2)**.5
+        se = (1 / (pick(loss, model=model).runs - 1) / 2 + 1 / (true.runs - 1) / 2)**.5
         return ", ".join(f"{network}, ρ = {rho:g} {plus_minus(r, r * se[network, rho])}"
                          for (network, rho), r in ratio(model).items())
     wide = ratio(INDEPENDENT).map(math.log) * (true.runs - 1)**.5 > 4
@@ -470,43 +472,53 @@ def spreads(table:pd.DataFrame) -> Verdict:
 # %% ../../nbs/experiments/training.ipynb #ae217851
 FAIR = .1 # part of the drift that may be neglected
 
+def told_in_rho(found:pd.DataFrame, rows:pd.DataFrame) -> tuple[pd.Series, int]:
+    "What each training neglects in ρ at most, and in how many that tells where all end inside"
+    neglected = pick(found, statistic="neglected in ρ")
+    most = neglected.groupby(["network", "rho"], sort=False)["value"].max()
+    fine = inside(ends(pick(rows, model=ALL), "epoch")).loc[most.index]
+    return most, int(((most <= FAIR) == fine).sum())
+
+def told_in_eta(found:pd.DataFrame, rows:pd.DataFrame) -> tuple[int, int]:
+    "At how many moments after the start the SDE called fair is near enough, and of how many"
+    keys = ["network", "rho", "epoch"]
+    later = pick(found, statistic="neglected in η").set_index(keys).query("epoch > 0")
+    loss = pick(rows, statistic="training loss")
+    full, slow = (pick(loss, model=name).set_index(keys).percent.abs().loc[later.index]
+                  for name in (ALL, f"forgets {FORGETS[1]}"))
+    return int(((later.model == "order 1") == (slow <= full + LIMIT)).sum()), len(later)
+
+# %% ../../nbs/experiments/training.ipynb #7fddb776
 def diagnosed(table:pd.DataFrame, rows:pd.DataFrame) -> Verdict: # of measure, and of gaps
     "Does a diagnosis tell which SDE is fair?"
-    found = of(table, part="diagnosis")
-    most = of(found, statistic="neglected in ρ").groupby(["network", "rho"],
-                                                         sort=False)["value"].max()
-    fine = inside(ends(of(rows, model=ALL), "epoch")).loc[most.index]
-    in_rho = int(((most <= FAIR) == fine).sum())
-    keys = ["network", "rho", "epoch"]
-    later = of(found, statistic="neglected in η").set_index(keys).query("epoch > 0")
-    loss = of(rows, statistic="training loss")
-    full, slow = (of(loss, model=name).set_index(keys).percent.abs().loc[later.index]
-                  for name in (ALL, f"forgets {FORGETS[1]}"))
-    in_eta = int(((later.model == "order 1") == (slow <= full + LIMIT)).sum())
-    good = in_rho == len(most) and in_eta >= .9 * len(later)
-    poor = in_rho <= len(most) / 2 or in_eta < len(later) / 2
+    found = pick(table, part="diagnosis")
+    most, in_rho = told_in_rho(found, rows)
+    in_eta, moments = told_in_eta(found, rows)
+    good = in_rho == len(most) and in_eta >= .9 * moments
+    poor = in_rho <= len(most) / 2 or in_eta < moments / 2
     said = ", ".join(f"{network}, ρ = {rho:g} {value:.2g}"
                      for (network, rho), value in most.items())
     return Verdict("A diagnosis along the run tells which SDE is fair.",
                    "holds" if good else "does not hold" if poor else "holds with a condition",
                    f"In ρ: it neglects at most {FAIR:g} of the drift at every moment where the "
-                   "model that knows all ends within 2 % or four standard errors, and more elsewhere, in "
-                   f"{in_rho} of {len(most)} trainings (at most: {said}). In η: it calls the SDE "
+                   "model that knows all ends within 2 % or four standard errors, and more "
+                   f"elsewhere, in {in_rho} of {len(most)} trainings (at most: {said}). "
+                   "In η: it calls the SDE "
                    "of first order fair where that is no more than 2 % farther off in the training "
-                   f"loss than the kinetic model, and not elsewhere, at {in_eta} of {len(later)} "
+                   f"loss than the kinetic model, and not elsewhere, at {in_eta} of {moments} "
                    "moments after the start.",
                    f"in {in_rho} of {len(most)} trainings as for ρ, and at {in_eta} of "
-                   f"{len(later)} moments as for η")
+                   f"{moments} moments as for η")
 
 # %% ../../nbs/experiments/training.ipynb #b8faceab
 def verdicts(table:pd.DataFrame # from measure
             ) -> Verdicts:
     "Which things can an SDE of training forget?"
-    trained = of(table, part="training")
+    trained = pick(table, part="training")
     rows = gaps(trained, KEYS, TRAINING)
     return Verdicts([same_law(rows), full_model(rows),
-                     *(forgotten(rows, thing) for thing in FORGETS), *epochs(trained, rows),
-                     spreads(trained), diagnosed(table, rows)])
+                     *(forgotten(rows, thing) for thing in FORGETS), epochs_in_the_mean(rows),
+                     nearer_sde(rows), spreads(trained), diagnosed(table, rows)])
 
 experiment = Experiment("training",
                         "does an SDE follow SAM as people train, and what may it forget?",

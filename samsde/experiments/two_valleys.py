@@ -68,9 +68,9 @@ def transitions(algorithm:Algorithm, objective, eta:float, grid:Tensor # n equid
 def long_run(P:Tensor) -> Tensor: # (n, n) -> (n,)
     "The stationary distribution of a Markov chain"
     balance = torch.eye(len(P), dtype=P.dtype) - P.T
-    one = torch.zeros(len(P), dtype=P.dtype)
-    balance[0], one[0] = 1, 1
-    return torch.linalg.solve(balance, one)
+    total = torch.zeros(len(P), dtype=P.dtype)
+    balance[0], total[0] = 1, 1
+    return torch.linalg.solve(balance, total)
 
 def chain_facts(algorithm:Algorithm, objective, eta:float, grid:Tensor) -> tuple:
     "The four FACTS of an algorithm, by linear systems"
