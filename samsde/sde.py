@@ -38,7 +38,7 @@ class EulerScheme:
         "x − combine(h, √(η_e h) ξ, ρ), where drift and noise have the same moments"
         sde = self.sde
         mean, noise = sde.moments(x, seed)
-        if sde.order == 2 or mean is not noise:
+        if sde.order == 2 or mean is not noise or has_own_terms(sde):
             return x + h * sde.drift(x, seed) + h**.5 * sde.diffusion(x, xi, seed)
         s = (per_path(sde.rate, x) * h)**.5
         after = mean.euler(x, h, s, xi, per_path(sde.algorithm.rho, x))
@@ -48,6 +48,7 @@ class EulerScheme:
         holds, and k the time in steps."""
         sde, name = self.sde, ("sde", h)
         def plain(x, xi): return self.euler(x, xi, h, seed)
+        if has_own_terms(sde): return plain(x, xi)
         if has_record(sde, name, x, xi): return sde.taken(name, plain, x, xi)
         mean, noise = sde.moments(x, seed)
         if max(mean.passes, noise.passes) > 1: return plain(x, xi) # a record would be as long
@@ -231,6 +232,16 @@ class SDE(Model):
         raise ValueError(
             f"torchsde takes an SDE whose state is its point, got {', '.join(self.memory)} besides")
 
+# %% ../nbs/05_sde.ipynb #76f81f4b
+def is_own(sde:SDE, name:str) -> bool: return getattr(type(sde), name) is not getattr(SDE, name)
+
+def has_own_terms(sde:SDE) -> bool:
+    "Has a subclass a drift or a diffusion of its own? Raises ValueError if it has a covariance alone."
+    if is_own(sde, "covariance") and not is_own(sde, "diffusion"):
+        raise ValueError(f"{type(sde).__name__} overrides covariance, but a step draws by "
+                         "diffusion: override that too")
+    return any(is_own(sde, name) for name in ("drift", "field", "diffusion"))
+
 # %% ../nbs/05_sde.ipynb #cf979f71
 def at_step(sde:SDE, k:float, x:Tensor) -> SDE:
     "The SDE with the radius that it has at step k"
@@ -357,11 +368,15 @@ class LateScheme(EulerScheme):
 
 # %% ../nbs/05_sde.ipynb #c74e5ec0
 def one_process(process) -> Chain|SDE:
-    "`process` if it is one Chain or SDE, not a sweep; else a TypeError or ValueError"
+    """`process` if it is one Chain or SDE, not a sweep, with a covariance as its noise; else a
+    TypeError or ValueError"""
     if not isinstance(process, (Chain, SDE)):
         raise TypeError(f"process must be a Chain or an SDE, got {type(process).__name__}")
     if process.shape:
         raise ValueError(f"one eta and one rho at a time, got a sweep of shape {process.shape}")
+    if isinstance(process, SDE) and is_own(process, "diffusion") > is_own(process, "covariance"):
+        raise ValueError(f"{type(process).__name__} overrides diffusion, but moments follow from "
+                         "the covariance: override that too")
     return process
 
 # %% ../nbs/05_sde.ipynb #8704c0ba

@@ -19,7 +19,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Process
+from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Process, is_ours
 from .ensemble import simulate, time_grid
 from .moments import gamma_support, with_law
 from .machinery.checks import (
@@ -464,12 +464,23 @@ def torus_error(algorithm:Algorithm, # any, on both sides
                         expansion=expansion, noise=noise, order=order)
 
 # %% ../nbs/05b_weak_errors.ipynb #f5886ab1
+def check_adds_up(process:Chain|SDE):
+    "Raises ValueError where a class of a user's own has a drift or a gradient that is not linear"
+    if is_ours(process) and is_ours(process.objective): return
+    field = process.drift if isinstance(process, SDE) else process.objective.grad
+    d = process.objective.dim
+    x, y = torch.randn(2, d, generator=torch.Generator().manual_seed(0)).to(process.objective.H)
+    gap = (field(x + y) - field(x) - field(y)).abs().max()
+    if gap <= 1e-3 * max(field(x).abs().max(), field(y).abs().max()): return
+    raise ValueError(f"{type(process).__name__} on {type(process.objective).__name__} is not "
+                     "linear, which exact moments need")
+
 def check_linear(process:Chain|SDE):
     """Raises TypeError or ValueError unless the process is that of SGD or USAM on a Quadratic.
     With a metric, |x| of `adaptive`, a step is not linear."""
     algorithm, objective = one_process(process).algorithm, process.objective
     linear = type(algorithm) in (SGD, USAM) and not algorithm.has_metric
-    if linear and isinstance(objective, Quadratic): return
+    if linear and isinstance(objective, Quadratic): return check_adds_up(process)
     what = f"{algorithm!r} on {type(objective).__name__}"
     raise TypeError(f"moments are exact for SGD or USAM on a Quadratic, got {what}")
 

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import pandas as pd
 import pytest
 
 from samsde.cli import EXPERIMENTS

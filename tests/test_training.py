@@ -557,3 +557,39 @@ def test_a_function_of_time_is_another_schedule_in_a_kinetic_model(name):
         gaps["function"].append(gap(eta, *pair(eta, falling)))
     assert gaps["rates"][2] < 0.6 * gaps["rates"][1] < 0.36 * gaps["rates"][0]
     assert gaps["function"][2] > 0.6 * gaps["function"][1]  # the control
+
+
+def test_exact_moments_of_classes_of_ones_own():
+    """A drift that is not linear, or a diffusion without its covariance, is refused; a linear one is taken."""
+    o, x = Quadratic(torch.eye(2, dtype=F64), sigma=0.1), torch.ones(2, dtype=F64)
+
+    class Wind(SDE):
+        def drift(self, x, seed=None):
+            return super().drift(x, seed) + 1
+
+    class Still(SDE):
+        def diffusion(self, x, xi, seed=None):
+            return 0 * xi
+
+    class Slow(SDE):
+        def drift(self, x, seed=None):
+            return super().drift(x, seed) / 2
+
+    class Bent(Quadratic):
+        def loss(self, x):
+            return super().loss(x) + (x**4).sum(-1)
+
+        def grad(self, x):
+            return super().grad(x) + 4 * x**3
+
+    with pytest.raises(ValueError, match="Wind on Quadratic is not linear"):
+        linear_moments(Wind(USAM(0.1), o, 0.1), x, 1.0)
+    with pytest.raises(ValueError, match="Still overrides diffusion"):
+        linear_moments(Still(USAM(0.1), o, 0.1), x, 1.0)
+    with pytest.raises(ValueError):
+        linear_moments(Chain(SGD(), Bent(o.H, sigma=0.1), 0.1), x, 1.0)
+    mean = linear_moments(Slow(SGD(), o, 0.1), x, 1.0)[0]
+    assert_close(mean, x * math.exp(-0.5))
+    ensemble = simulate(Wind(SGD(), o, 0.1), x, 1.0, 400)
+    known = x * 0.9**10 + (1 - 0.9**10)
+    assert ((ensemble.mean["x"][-1] - known).abs() < 4 * ensemble.sem["x"][-1]).all()
