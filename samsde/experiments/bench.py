@@ -482,6 +482,7 @@ WHY = { # of the targets that are missed, by contestant
        "(benchmarks/optim_speed.py)",
     "USAM, float32": "of 210 µs, random numbers take 120, the step 70, and what looks for changes "
        "of the process and finds its record 20",
+    "SAM, float32": "E u and its covariance are looked up in a table, at every point",
     "records = 1000": "two passes over the paths in double precision take a fifth of a step on one "
        "thread; two threads share a memory",
     **{f"{peer}, {net}": "two closures and the base optimizer's step are most of the time, for "
