@@ -544,7 +544,7 @@ def draw_targets(figure, table:pd.DataFrame, question:str, label:str, relative:b
     ax = figure.subplots()
     for k, (t, r) in enumerate(reversed(found)):
         # above its line, so that a phone has room for both
-        ax.text(0, k + .25, t.claim, transform=ax.get_yaxis_transform(), size=10,
+        ax.text(0, k + .25, t.claim, transform=ax.get_yaxis_transform(), size=9.4,
                 bbox=dict(facecolor="w", edgecolor="none", pad=.5))
         ax.plot([r.min(), r.max()], [k, k], color="0.4", lw=1)
         ax.plot(1 if relative else t.bound, k, "|", color="k", ms=10)
