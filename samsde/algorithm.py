@@ -351,8 +351,9 @@ def in_cuts(algorithm:Algorithm, objective:Objective) -> Objective:
     if m not in known: known[m] = InMicroBatches(objective, m)
     return known[m]
 
-def overrides(algorithm:Algorithm, name:str) -> bool: # "direction" or "step"
-    return getattr(type(algorithm), name) is not getattr(Algorithm, name)
+def overrides(thing, name:str, base:type=Algorithm) -> bool:
+    "Has the class of a thing another method of this name than `base`?"
+    return getattr(type(thing), name) is not getattr(base, name)
 
 # %% ../nbs/01_algorithm.ipynb #02e59fe5
 def check_model(algorithm:Algorithm, what:str, # that is asked for, in words

@@ -834,7 +834,7 @@ def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, toler
              "neglected in η": lag * in_eta, "error of that, η": lag * eta_error,
              **terms_of_edge(settings, lam, errors, *c, rho, decay.max().item())}
     terms |= momentum_terms(mu, eta, A, lag * in_eta, tolerance)
-    if clip is not None: terms["clipped"] = (step.sizes > clip).double().mean().item()
+    if clip is not None: terms["clipped"] = (step.norms > clip).double().mean().item()
     said = coarseness(how, used, full_error / size_of_grad, errors, lam, step, changes.n, clock)
     return Diagnosis(terms, table, tolerance, settings, said)
 

@@ -145,7 +145,7 @@ class Drawn:
     c: float # c, in E u = c ḡ along ḡ
     c_error: float
     kept: list # G of the first γ, (1, d), or their sketches, as many as there is room for
-    sizes: Tensor # of g or G, whichever is longer, (draws,)
+    norms: Tensor # of g or of G, whichever is larger, (draws,)
     regulariser: Tensor|None=None # the mean of c − g, (d,), where the sums are of sketches
 
     @cached_property
@@ -173,7 +173,7 @@ def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,
         mean_u = mean_perturbation(with_source(algorithm, "own"), objective, x, draws)
     projections = {n: [] for n in ("g", "c", "G")}
     sums = {n: Sums() for n in ("g", "c", "gap", "regulariser")}
-    alignments, sizes, kept, room = [], [], [], None
+    alignments, norms, kept, room = [], [], [], None
     regulariser = torch.zeros_like(x) if sketch else None
     size = BUCKETS if sketch else len(x)
     keep = ROOM // size if is_fused(algorithm, objective) else 0
@@ -181,7 +181,7 @@ def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,
         g, u, c, G = step_parts(algorithm, objective, x, gammas[s], grad, mean_u)
         for name, value in {"g": g, "c": c, "G": G}.items(): projections[name].append(value @ V.T)
         alignments.append(u @ grad)
-        sizes.append(torch.maximum(g.norm(dim=-1), G.norm(dim=-1)))
+        norms.append(torch.maximum(g.norm(dim=-1), G.norm(dim=-1)))
         del u
         if sketch:
             regulariser.add_(c.sum(0)).sub_(g.sum(0))
@@ -197,7 +197,7 @@ def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,
     n = sums["g"].n
     if sketch: regulariser.div_(n)
     return Drawn(gammas[:n], projections, sums, alignments.mean().item(),
-                 (alignments.var() / n).sqrt().item(), kept, torch.cat(sizes), regulariser)
+                 (alignments.var() / n).sqrt().item(), kept, torch.cat(norms), regulariser)
 
 # %% ../nbs/08a_drawn_steps.ipynb #cbcd5d9c
 def moments_of_step(eta:float, b:Tensor, # (m,), the drift along the directions

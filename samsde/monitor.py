@@ -82,6 +82,12 @@ def refuse_larger_batches(trainer): # of Lightning
         f"by accumulate_grad_batches={parts} and {processes} processes: "
         "give data, a DataLoader with batches of that size")
 
+# %% ../nbs/08f_monitor.ipynb #dfe0263d
+def clip_of(trainer) -> float|None: # of Lightning
+    "The norm to which it clips gradients; None if it does not. Raises ValueError if by value."
+    if trainer.gradient_clip_algorithm in (None, "norm"): return trainer.gradient_clip_val or None
+    raise ValueError(f"gradients must be clipped by norm, got {trainer.gradient_clip_algorithm!r}")
+
 # %% ../nbs/08f_monitor.ipynb #f6eda2f0
 def lightning_callback(batch_loss, # (module, batch) -> scalar
                        data=None, # as in diagnose_training; the Trainer's own if None
@@ -97,12 +103,9 @@ def lightning_callback(batch_loss, # (module, batch) -> scalar
             if self.monitor is None:
                 if data is None: refuse_larger_batches(trainer)
                 given = trainer.train_dataloader if data is None else data
-                if trainer.gradient_clip_algorithm not in (None, "norm"):
-                    raise ValueError("gradients must be clipped by norm, "
-                                     f"got {trainer.gradient_clip_algorithm!r}")
-                clip = dict(clip=trainer.gradient_clip_val or None)
+                known = dict(batch_loss=batch_loss, clip=clip_of(trainer))
                 self.monitor = Monitor(pl_module, None, given, trainer.optimizers[0],
-                                       batch_loss=batch_loss, **clip | how)
+                                       **known | how)
             found = self.monitor()
             if found is not None and trainer.logger is not None:
                 trainer.logger.log_metrics(numbers_of(found), step=trainer.global_step)

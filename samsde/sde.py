@@ -11,7 +11,7 @@ import copy, math
 import torch
 from torch import Tensor
 
-from .algorithm import Algorithm, Chain, Model, joined
+from .algorithm import Algorithm, Chain, Model, joined, overrides
 from .hessian_noise import (
     NoNoise, noise_covariance, noise_moments, noise_sample, nowhere)
 from .implicit_regularizer import check_expansion, drift, mean_moments
@@ -233,14 +233,13 @@ class SDE(Model):
             f"torchsde takes an SDE whose state is its point, got {', '.join(self.memory)} besides")
 
 # %% ../nbs/05_sde.ipynb #76f81f4b
-def is_own(sde:SDE, name:str) -> bool: return getattr(type(sde), name) is not getattr(SDE, name)
-
 def has_own_terms(sde:SDE) -> bool:
     "Has a subclass a drift or a diffusion of its own? Raises ValueError if it has a covariance alone."
-    if is_own(sde, "covariance") and not is_own(sde, "diffusion"):
+    changed = [name for name in ("drift", "field", "diffusion") if overrides(sde, name, SDE)]
+    if overrides(sde, "covariance", SDE) and "diffusion" not in changed:
         raise ValueError(f"{type(sde).__name__} overrides covariance, but a step draws by "
                          "diffusion: override that too")
-    return any(is_own(sde, name) for name in ("drift", "field", "diffusion"))
+    return bool(changed)
 
 # %% ../nbs/05_sde.ipynb #cf979f71
 def at_step(sde:SDE, k:float, x:Tensor) -> SDE:
@@ -374,7 +373,9 @@ def one_process(process) -> Chain|SDE:
         raise TypeError(f"process must be a Chain or an SDE, got {type(process).__name__}")
     if process.shape:
         raise ValueError(f"one eta and one rho at a time, got a sweep of shape {process.shape}")
-    if isinstance(process, SDE) and is_own(process, "diffusion") > is_own(process, "covariance"):
+    noise = [isinstance(process, SDE) and overrides(process, name, SDE)
+             for name in ("diffusion", "covariance")]
+    if noise == [True, False]:
         raise ValueError(f"{type(process).__name__} overrides diffusion, but moments follow from "
                          "the covariance: override that too")
     return process

@@ -464,10 +464,15 @@ def torus_error(algorithm:Algorithm, # any, on both sides
                         expansion=expansion, noise=noise, order=order)
 
 # %% ../nbs/05b_weak_errors.ipynb #f5886ab1
+def step_without_noise(chain:Chain, x:Tensor) -> Tensor: # (..., d) -> (..., d)
+    def no_noise(): return x.new_zeros(*x.shape[:-1], chain.noise_dim)
+    return chain.position(chain.advance(chain.start(x), no_noise, [chain.time_step]))
+
 def check_adds_up(process:Chain|SDE):
-    "Raises ValueError where a class of a user's own has a drift or a gradient that is not linear"
+    "Raises ValueError where a class of a user's own has a drift or a step that is not linear"
     if is_ours(process) and is_ours(process.objective): return
-    field = process.drift if isinstance(process, SDE) else process.objective.grad
+    field = (process.drift if isinstance(process, SDE)
+             else functools.partial(step_without_noise, process))
     d = process.objective.dim
     x, y = torch.randn(2, d, generator=torch.Generator().manual_seed(0)).to(process.objective.H)
     gap = (field(x + y) - field(x) - field(y)).abs().max()
@@ -480,9 +485,10 @@ def check_linear(process:Chain|SDE):
     With a metric, |x| of `adaptive`, a step is not linear."""
     algorithm, objective = one_process(process).algorithm, process.objective
     linear = type(algorithm) in (SGD, USAM) and not algorithm.has_metric
-    if linear and isinstance(objective, Quadratic): return check_adds_up(process)
-    what = f"{algorithm!r} on {type(objective).__name__}"
-    raise TypeError(f"moments are exact for SGD or USAM on a Quadratic, got {what}")
+    if not linear or not isinstance(objective, Quadratic):
+        what = f"{algorithm!r} on {type(objective).__name__}"
+        raise TypeError(f"moments are exact for SGD or USAM on a Quadratic, got {what}")
+    check_adds_up(process)
 
 def array(v:Tensor) -> np.ndarray: return v.detach().double().cpu().numpy()
 

@@ -224,6 +224,21 @@ def test_a_diagnosis(name):
 # --- callbacks in the real trainers ---
 
 
+def fit_quietly(module, loader, **how):
+    "By Lightning's Trainer, which writes and shows nothing"
+    quiet = dict(
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        accelerator="cpu",
+        devices=1,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        needs("lightning").Trainer(**how, **quiet).fit(module, loader)
+
+
 def test_lightning():
     L = needs("lightning")
 
@@ -245,18 +260,7 @@ def test_lightning():
         with torch.random.fork_rng():
             torch.manual_seed(0)
             module = Module()
-        quiet = dict(
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            accelerator="cpu",
-            devices=1,
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trainer = L.Trainer(max_epochs=2, callbacks=callbacks, gradient_clip_val=5.0, **quiet)
-            trainer.fit(module, loader)
+        fit_quietly(module, loader, max_epochs=2, callbacks=callbacks, gradient_clip_val=5.0)
         return module
 
     watch = lightning_callback(
@@ -299,18 +303,8 @@ def test_lightning_joins_batches():
             effort=5,
             **how,
         )
-        quiet = dict(
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            accelerator="cpu",
-            devices=1,
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trainer = L.Trainer(max_epochs=1, callbacks=[watch], accumulate_grad_batches=2, **quiet)
-            trainer.fit(Module(), torch.utils.data.DataLoader(rows, 4))
+        loader = torch.utils.data.DataLoader(rows, 4)
+        fit_quietly(Module(), loader, max_epochs=1, callbacks=[watch], accumulate_grad_batches=2)
         return watch.monitor.history
 
     with pytest.raises(ValueError, match="a step takes 2 batches of the Trainer's DataLoader"):

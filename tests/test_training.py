@@ -586,8 +586,15 @@ def test_exact_moments_of_classes_of_ones_own():
         linear_moments(Wind(USAM(0.1), o, 0.1), x, 1.0)
     with pytest.raises(ValueError, match="Still overrides diffusion"):
         linear_moments(Still(USAM(0.1), o, 0.1), x, 1.0)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="Bent contradicts itself"):
         linear_moments(Chain(SGD(), Bent(o.H, sigma=0.1), 0.1), x, 1.0)
+
+    class Pushed(Chain):
+        def step(self, state, gamma):
+            return super().step(state, gamma) + 0.1
+
+    with pytest.raises(ValueError, match="Pushed on Quadratic is not linear"):
+        linear_moments(Pushed(SGD(), o, 0.1), x, 1.0)
     mean = linear_moments(Slow(SGD(), o, 0.1), x, 1.0)[0]
     assert_close(mean, x * math.exp(-0.5))
     ensemble = simulate(Wind(SGD(), o, 0.1), x, 1.0, 400)
