@@ -138,6 +138,7 @@ def normed(name):
     return nn.Sequential(*layers).double()
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("use", [whole, batches])
 def test_hessians_of_normed_weights(use, name):
