@@ -478,7 +478,7 @@ class UnitAdditiveMoments(AdditiveMoments):
         g, w, d = at_least_single(self.grad), at_least_single(w), self.size
         square = torch.linalg.vecdot(g, g)
         A, share = gaussian_factors(square, self.objective.law.sigma, d, "A", "share") # 1 − A_∥/A
-        square = torch.where(square == 0, 1, square)
+        square = square.clamp(min=torch.finfo(square.dtype).tiny)
         along = share * (torch.linalg.vecdot(g, w) / square - h)
         return (A[..., None] * torch.addcmul(w, along[..., None], g, value=-1)).to(self.x.dtype)
 

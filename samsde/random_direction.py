@@ -44,9 +44,9 @@ FACTORS = dict(A=lambda v, q, s: v / s, along=lambda v, q, s: v * q**3 / s, shar
 
 @functools.cache
 def factor_table(d:int, dtype:torch.dtype, device:str
-                ) -> tuple[Tensor, int, int]: # (cells + 1, 3 × (degree + 1)), highest power first
-    """Coefficients of A, A_∥/q³ and 1 − A_∥/A in the position within a cell of q, the number of cells,
-    and the degree"""
+                ) -> tuple[Tensor, int]: # (3, degree + 1, cells + 1), highest power first
+    """Coefficients of A, A_∥/q³ and 1 − A_∥/A in the position within a cell of q, and the number
+    of cells"""
     cells, degree = (4096, 3) if dtype == torch.float64 else (8192, 1)
     t = ((torch.cos(torch.pi * (torch.arange(degree + 1, dtype=torch.float64) + .5) / (degree + 1))
           + 1) / 2)
@@ -57,7 +57,7 @@ def factor_table(d:int, dtype:torch.dtype, device:str
     table[0, 0, -1] = 0 # A(0) = 0: what were left of it is multiplied by r/s later
     end = torch.zeros_like(table[:1])
     end[..., -1] = table[-1].sum(-1) # at q = 1
-    return torch.cat([table, end]).flatten(1).to(device, dtype), cells, degree
+    return torch.cat([table, end]).movedim(0, -1).contiguous().to(device, dtype), cells
 
 # %% ../nbs/02b_random_direction.ipynb #3613557d
 def at_least_single(t:Tensor) -> Tensor:
@@ -70,17 +70,17 @@ def gaussian_factors(square:Tensor, # ‖∇f‖², (...)
                      *names:str # A, along, share
                     ) -> list: # of Tensors (...)
     "A and A_∥ of Eqs. (2b.3) and (2b.5), and 1 − A_∥/A, from a table"
-    table, cells, degree = factor_table(d, torch.promote_types(square.dtype, torch.float32),
-                                        str(square.device))
+    table, cells = factor_table(d, torch.promote_types(square.dtype, torch.float32),
+                                str(square.device))
     # NaN on a path that diverges
     q = (square.to(table.dtype) * (1 / (d * sigma**2)) + 1).rsqrt().nan_to_num()
-    cell = (position := q * cells).long()
-    rows = torch.embedding(table, cell)
-    t = position.sub_(cell)
+    position = q * cells
+    cell = position.long().flatten()
+    t = position.frac()
     def value(name):
-        k = [*FACTORS].index(name) * (degree + 1)
-        v = rows[..., k]
-        for j in range(k + 1, k + degree + 1): v = torch.addcmul(rows[..., j], v, t)
+        columns = table[[*FACTORS].index(name)]
+        v, *others = (column.index_select(0, cell).reshape(t.shape) for column in columns)
+        for lower in others: v = torch.addcmul(lower, v, t)
         return FACTORS[name](v, q, sigma).to(square.dtype)
     return [value(name) for name in names]
 
