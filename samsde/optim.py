@@ -9,253 +9,22 @@ __all__ = ['Perturbed', 'SAM', 'USAM', 'DNSAM', 'LambdaRho', 'LinearRho', 'full_
 import copy
 import inspect
 import math
-import sys
 import types
-import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial, reduce, wraps
+from contextlib import nullcontext
+from functools import partial, wraps
 from numbers import Real
-from operator import attrgetter
 from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-# %% ../nbs/08_optim.ipynb #3a7a388a
-PLAIN = {Tensor, torch.nn.Parameter}
-dtype_of = attrgetter("dtype")
-
-def is_sharded(t) -> bool:
-    "Is it a DTensor, of which this process may hold a part alone?"
-    return type(t) not in PLAIN and hasattr(t, "full_tensor")
-
-def shards(tensors:list) -> list:
-    "What this process holds of each, in the same memory"
-    if PLAIN.issuperset(map(type, tensors)): return tensors
-    return [t.to_local() if is_sharded(t) else t for t in tensors]
-
-# %% ../nbs/08_optim.ipynb #52f7ffc2
-def norm_on_mesh(tensors:list, dtype=None) -> float:
-    "The norm of tensors that are all plain, or all on one mesh of processes"
-    norms = (torch._foreach_norm(tensors, 2) if dtype is None
-             else torch._foreach_norm(tensors, 2, dtype=dtype))
-    try: n = torch.linalg.vector_norm(torch.stack(norms))
-    except RuntimeError:  # on several devices
-        n = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-    return (n.full_tensor() if is_sharded(n) else n).item()
-
-def norm_in(tensors:list, dtype=None) -> float:
-    "The norm of all tensors together, its squares summed in `dtype` (by default in their own)"
-    if PLAIN.issuperset(map(type, tensors)): return norm_on_mesh(tensors, dtype)
-    meshes = {}
-    for t in tensors: meshes.setdefault(t.device_mesh if is_sharded(t) else None, []).append(t)
-    return math.hypot(*(norm_on_mesh(group, dtype) for group in meshes.values()))
-
-# %% ../nbs/08_optim.ipynb #76e7c0eb
-# norms whose squares were in range
-TRUSTED = {torch.float32: (1e-12, 1e18), torch.float64: (1e-140, 1e150)}
-
-def norm(tensors:list) -> float:
-    "The norm of all tensors together, in the widest of their dtypes"
-    if not tensors: return 0.0
-    dtypes = {*map(dtype_of, tensors)}
-    if not dtypes <= TRUSTED.keys():
-        tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
-        dtypes = {*map(dtype_of, tensors)}
-    dtype = reduce(torch.promote_types, dtypes, torch.float32)
-    n = norm_in(tensors, None if dtypes == {dtype} else dtype)  # None is faster
-    low, high = TRUSTED[dtype]
-    return n if low < n < high else norm_in_other_units(tensors)
-
-def norm_in_other_units(tensors:list) -> float:
-    "The same, of entries whose squares are out of range: in double precision, and in other units"
-    low, high = TRUSTED[torch.float64]
-    for unit in (1.0, 1e200, 1e-200):
-        n = norm_in([t.double() / unit for t in tensors], torch.float64)
-        if low < n < high: break
-    return n * unit
-
-# %% ../nbs/08_optim.ipynb #b12b6435
-traits_of = attrgetter("dtype", "device", "shape")  # of a parameter, and of what can hold its copy
-
-class Copies:
-    "Copies of the parameters that are about to move, and the way back"
-    def __init__(self):
-        self.active = False      # between the two phases?
-        self.params = []         # what has moved, or is about to
-        self.copies = []         # what they were
-        self.plain = False       # are they all plain tensors, none of them sharded?
-        self.versions = []       # of the parameters, after they moved
-
-    def record(self, params:list):
-        "Copy the parameters. From here on `undo` brings them back."
-        copies = self.copies
-        if not self.fits(params):
-            refuse_fsdp1(params)
-            held = {id(p): copy for p, copy in zip(self.params, copies)}
-            kept = [held.get(id(p)) for p in params]
-            copies = [copy if copy is not None and traits_of(copy) == traits_of(p)
-                      else torch.empty_like(p.detach()) for copy, p in zip(kept, params)]
-            self.plain = PLAIN.issuperset(map(type, params))
-        if copies and self.plain: torch._foreach_copy_(copies, params)
-        elif copies: torch._foreach_copy_(shards(copies), shards(params))
-        self.versions = []
-        self.params = params
-        self.copies = copies
-        self.active = True
-
-    def fits(self, params:list) -> bool:
-        "Are the copies of the last step those that this one needs?"
-        if [*map(id, params)] != [*map(id, self.params)]: return False
-        return [*map(traits_of, params)] == [*map(traits_of, self.copies)]
-
-# %% ../nbs/08_optim.ipynb #fac0f741
-class Displacement(Copies):
-    "What one step has moved, with what its second phase needs of the first"
-    def __init__(self):
-        super().__init__()
-        self.ready = False       # are the gradients at x + ρ u there, and the parameters back at x?
-        self.random = []         # generators' states, before and after each part of the first phase
-        self.replayed = 0        # parts of the second phase that have begun from those states
-        self.gradient = None     # a gradient that the step has used, and its version
-        self.kept = {}           # parameter -> its gradient of the first phase, where it was left
-        self.came = {}           # parameter -> how many gradients came to it since
-        self.hooks = []          # that count these
-
-    def watch(self, params:list):
-        "Note the gradients that parameters hold, and count those that come to them"
-        self.kept = {p: used(p.grad) for p in params}
-        self.came = dict.fromkeys(params, 0)
-        def note(p): self.came[p] += 1
-        self.hooks = [p.register_post_accumulate_grad_hook(note) for p in params if p.requires_grad]
-
-    def left(self, p) -> bool:
-        "Was each write to a parameter's gradient since the first phase one that came to it?"
-        if p not in self.kept: return False
-        return writes_since(self.kept[p], p.grad) in range(max(1, self.came[p]) + 1)
-
-    def undo(self, unless_written:bool=False):
-        "Bring the parameters back; with `unless_written`, those alone that nobody wrote to since"
-        if not self.active: return
-        params, copies = self.params, self.copies
-        if unless_written and self.versions:
-            unwritten = [p._version == v for p, v in zip(params, self.versions)]
-            params, copies = ([t for t, u in zip(ts, unwritten) if u] for ts in (params, copies))
-        if params:
-            with torch.no_grad():
-                if self.plain: torch._foreach_copy_(params, copies)
-                else: torch._foreach_copy_(shards(params), shards(copies))
-            torch.clear_autocast_cache()
-        self.active = False
-        self.random = []
-        self.replayed = 0
-        for hook in self.hooks: hook.remove()
-        self.kept, self.came, self.hooks = {}, {}, []
-
-    def release(self):
-        "Let go of the copies"
-        self.params, self.copies = [], []
-
-    def __getstate__(self) -> dict:
-        kept = dict(active=True, params=self.params, copies=self.copies) if self.active else {}
-        return vars(Displacement()) | kept
-
-# %% ../nbs/08_optim.ipynb #abde6516
-def used(gradient:Tensor|None):
-    "A gradient that a step uses, and its version"
-    return None if gradient is None else (weakref.ref(gradient), gradient._version)
-
-def writes_since(use, gradient:Tensor) -> int|None:
-    "How often a gradient was written to since it was `used`; None if it is another one"
-    if use is None or use[0]() is not gradient: return None
-    return gradient._version - use[1]
-
-def refuse_first_gradient(record:Displacement, held:list):
-    "An error if the second phase drew other numbers, or its gradients contain the first ones"
-    if record.replayed != len(record.random):
-        raise ValueError(
-            f"same_randomness() was entered {len(record.random)} times in the first phase, "
-            f"{record.replayed} times in the second; enter it as often in both")
-    for p in held if record.params else []:
-        if record.left(p) and norm([p.grad]):
-            raise RuntimeError("the gradients at x were not cleared before those at x + rho u "
-                               "were computed: write first_step(zero_grad=True)")
-
-# %% ../nbs/08_optim.ipynb #f6b50a3a
-def refuse_fsdp1(params:list):
-    "A RuntimeError for parameters of FSDP1, whose norm each process would take of its own part"
-    if any(getattr(p, "_fsdp_flattened", False) for p in params):
-        raise RuntimeError(
-            "parameters of FullyShardedDataParallel (FSDP1) are not supported: the norm would be "
-            "that of one process's part. Shard with torch.distributed.fsdp.fully_shard (FSDP2)")
-
-# %% ../nbs/08_optim.ipynb #aa8dd512
-LOW_PRECISION = {torch.float16, torch.bfloat16}
-
-
-def add_scaled(params:list, directions:list, alpha:float):
-    "Add alpha times the directions to the parameters"
-    params, directions = shards(params), shards(directions)
-    if 1e-30 < abs(alpha) < 1e30 and LOW_PRECISION.isdisjoint(map(dtype_of, params)):
-        return torch._foreach_add_(params, directions, alpha=alpha)
-    for p, d in zip(params, directions):
-        p.add_(d.to(torch.promote_types(d.dtype, torch.float64)) * alpha)
-
-def scaled_by(params:list, tensors:list) -> list:
-    "|w| times each tensor"
-    if not PLAIN.issuperset(map(type, params)):
-        return [p.abs() * t for p, t in zip(params, tensors)]
-    sizes = torch._foreach_abs(params)
-    if any(size.dtype is not t.dtype for size, t in zip(sizes, tensors)):
-        return torch._foreach_mul(sizes, tensors)
-    torch._foreach_mul_(sizes, tensors)  # in place, to save memory
-    return sizes
-
-def dense(g, p) -> Tensor:
-    "The gradient g, sharded as its parameter p is. Raises TypeError if it is sparse."
-    if type(g) is Tensor and g.layout is torch.strided: return g
-    if g.layout != torch.strided: raise TypeError("gradients must be dense, got a sparse one")
-    if not is_sharded(g) or g.placements == p.placements: return g
-    return g.redistribute(p.device_mesh, p.placements)
-
-# %% ../nbs/08_optim.ipynb #80b2ee77
-def states(devices:set) -> list:
-    "The states of the generators of the CPU and of these devices, with the modules that set them"
-    found = [(torch, (), torch.get_rng_state())]
-    for device in devices:
-        module = getattr(torch, device.type, None)
-        if not hasattr(module, "get_rng_state"): continue
-        args = () if device.type == "mps" else (device,)
-        found.append((module, args, module.get_rng_state(*args)))
-    return found
-
-def put_back(found:list):
-    "Set the generators to these states"
-    for module, args, state in found: module.set_rng_state(state, *args)
-
-# %% ../nbs/08_optim.ipynb #c4d98cbd
-class SameRandomness:
-    "A context, entered once in each phase: the second one draws what the first one drew"
-    def __init__(self, record:Displacement, devices:set):
-        self.record, self.devices = record, devices
-    def __enter__(self):
-        self.again = self.record.active
-        if not self.again:
-            self.start = states(self.devices)
-            return
-        if self.record.replayed == len(self.record.random):
-            raise ValueError("same_randomness() was entered more often in the second phase than in "
-                             "the first; enter it as often in both")
-        start, self.end = self.record.random[self.record.replayed]
-        self.record.replayed += 1
-        put_back(start)
-    def __exit__(self, kind, error, trace):
-        if not self.again:
-            if kind is None: self.record.random.append((self.start, states(self.devices)))
-            return
-        put_back(self.end)
+from .machinery.closures import (
+    call_beside, checked_micro_batches, refuse_shortened_closure)
+from .machinery.displacement import (
+    Displacement, SameRandomness, add_scaled, dense, norm, put_back, refuse_first_gradient,
+    refuse_fsdp1, scaled_by, states, used, writes_since)
 
 # %% ../nbs/08_optim.ipynb #bdc41777
 def uncompiled(method):
@@ -375,66 +144,6 @@ class SharedGroups(Optimizer):
         self.base_optimizer.add_param_group(param_group)
         self._set_options(self.param_groups[-1], options)
 
-# %% ../nbs/08_optim.ipynb #67bd6371
-class Restorable(SharedGroups):
-    "An optimizer that brings back what it has moved"
-    @property
-    def displacement(self) -> Displacement:
-        "What has moved: shared by all that share the base optimizer"
-        base = self.base_optimizer
-        try: return base.displacement
-        except AttributeError:
-            base.displacement = Displacement()
-            return base.displacement
-    @property
-    def is_perturbed(self) -> bool: return self.displacement.active
-
-    @uncompiled
-    def restore(self, ready:bool=False):
-        """Move back to x without a step; nothing if the parameters are there. With `ready`, the
-        gradients that they hold are those at x + ρ u, and the next step() without a closure takes
-        them: for what clips, unscales, checks and steps on its own. Raises ValueError if `ready`
-        and they have not moved."""
-        record = self.displacement
-        if ready and not record.active:
-            raise ValueError("restore(ready=True) needs first_step before it")
-        try:
-            if ready: refuse_first_gradient(record, with_gradient(self.param_groups))
-        finally: record.undo()
-        record.ready = ready
-
-    def release(self):
-        "Free the memory of the copies. Raises ValueError between the phases, which need them."
-        if self.displacement.active:
-            raise ValueError("the copies are needed until second_step or restore")
-        self.displacement.release()
-
-# %% ../nbs/08_optim.ipynb #35f2e7a1
-class Checkpointed(Restorable):
-    "An optimizer that can be saved, copied, and loaded from its own state or its base's"
-    def load_state_dict(self, state_dict:dict):
-        """Load a state of this optimizer, or of its base alone: then the groups keep our options.
-        What is still displaced comes back first, and the copies are released."""
-        self.displacement.undo(unless_written=True)
-        self.release()
-        names = [*self.keys.values(), *KEPT]
-        ours = [{name: g[name] for name in names if name in g} for g in self.param_groups]
-        self.base_optimizer.load_state_dict(state_dict)
-        for group, options in zip(self.param_groups, ours):
-            group.update(options | group)
-            checked_options(*(group[self.keys[name]] for name in OPTIONS))
-
-    def __getstate__(self) -> dict:
-        ours = {name: value for name, value in vars(self).items() if name[0] != "_"}
-        for patched in ("step", "state"): ours.pop(patched, None)
-        return ours | dict(displacement=self.displacement)
-
-    def __setstate__(self, state:dict):
-        state = dict(state)
-        record = state.pop("displacement")
-        super().__setstate__(state)
-        self.base_optimizer.displacement = record
-
 # %% ../nbs/08_optim.ipynb #21abff88
 class Move(NamedTuple):
     "What one group moves"
@@ -471,142 +180,6 @@ def move(optimizer, record:Displacement):
             add_scaled(m.params, directions, m.radius * c)
     record.versions = [p._version for p in moved]
     torch.clear_autocast_cache()
-
-# %% ../nbs/08_optim.ipynb #7e642096
-class TwoPhases(Checkpointed):
-    "The two phases of a step, in an optimizer that defines `scale` and `step`"
-    @property
-    def perturbs(self) -> bool:
-        "Is the next step one that perturbs? See `interval`."
-        return self.interval == 1 or self.param_groups[0].get("sam_steps", 0) % self.interval == 0
-
-    @uncompiled
-    def first_step(self, zero_grad:bool=False, *, grad_scale:float=1.0):
-        """Move to x + ρ u, by the gradients that the parameters hold, divided by `grad_scale`
-        (that of a GradScaler, say). Raises ValueError if they have moved already."""
-        record = self.displacement
-        if record.active:
-            raise ValueError("first_step was called twice: "
-                             "second_step or restore has to come between")
-        if not 0 < grad_scale < math.inf:
-            raise ValueError(f"grad_scale must be positive and finite, got {grad_scale}")
-        if grad_scale != 1: divide_gradients(self.param_groups, grad_scale)
-        record.ready = False
-        grad_mode = torch.is_grad_enabled()
-        try:
-            if self.perturbs: move(self, record)
-            else: record.record([])
-            if zero_grad: self.zero_grad()
-            held = with_gradient(self.param_groups)
-            record.watch([p for p in held if p.grad.layout is torch.strided])
-            record.gradient = used(first_gradient(self.param_groups))
-        except BaseException:
-            self.restore()
-            torch.set_grad_enabled(grad_mode)
-            raise
-
-    @uncompiled
-    def second_step(self, zero_grad:bool=False):
-        "Move back, and let the base optimizer step with the gradients that the parameters hold now"
-        self.step()
-        if zero_grad: self.zero_grad()
-
-    def same_randomness(self):
-        "A context for the passes of each phase: the second one draws what the first one drew"
-        return SameRandomness(self.displacement, devices_of(self.param_groups))
-
-# %% ../nbs/08_optim.ipynb #be3251d3
-@contextmanager
-def noted(params:list, note:Callable):
-    "A context in which `note` is called with each parameter whose gradient has come"
-    hooks = []
-    try:
-        for p in params: hooks.append(p.register_post_accumulate_grad_hook(note))
-        yield
-    finally:
-        for hook in hooks: hook.remove()
-
-def refuse_another(before:list, grads:list):
-    "A ValueError if these are not the same gradient twice, to rounding"
-    tolerance = max(1e-3, *(2 * torch.finfo(g.dtype).eps for g in grads))
-    if norm([b - g for b, g in zip(before, grads)]) <= tolerance * norm(grads): return
-    raise ValueError(
-        "the parameters held gradients before the step, and the closure adds another one to them: "
-        "a part of the batch would perturb, the rest descend. Call optimizer.zero_grad() in the "
-        "closure, before backward; for several micro-batches use step(closures=[...])")
-
-# %% ../nbs/08_optim.ipynb #567e733a
-def call_beside(closure:Callable, held:list # the parameters that hold a gradient
-               ): # what the closure returns
-    """Call a closure without the gradients that the parameters hold. Raises ValueError if it adds
-    to them, instead of clearing them, and what it adds is another gradient."""
-    before, seen, cleared = [p.grad for p in held], set(), set()
-    zeros = {p: torch.zeros_like(p.grad) for p in held}
-    def note(p):
-        if p not in seen and zeros[p]._version > 1:
-            cleared.add(p)  # written to before this gradient came: set to zero
-        seen.add(p)
-    with noted(held, note):
-        for p in held: p.grad = zeros[p]
-        loss = closure()
-    kept = [p.grad is zeros[p] for p in held]
-    if all(same and not zeros[p]._version for p, same in zip(held, kept)):
-        raise ValueError(
-            "the parameters hold gradients, and the closure computes none: it has to call "
-            "backward. To step with gradients that are there, use first_step and second_step")
-    for p, same in zip(held, kept):
-        if same and not zeros[p]._version: p.grad = None  # no gradient came
-    added = [same and p not in cleared and p.grad is not None for p, same in zip(held, kept)]
-    pairs = [(b, p.grad) for p, b, more in zip(held, before, added) if more]
-    if pairs: refuse_another(*map(list, zip(*pairs)))
-    return loss
-
-# %% ../nbs/08_optim.ipynb #7b0381f0
-ADVICE = {
-    "Lightning":
-        "Lightning's accumulate_grad_batches={} hands the optimizer the closure of the last "
-        "micro-batch alone. Use manual optimization (self.automatic_optimization = False, and no "
-        "accumulate_grad_batches), with this in training_step:\n"
-        "    for part in parts: self.manual_backward(self.loss(part) / len(parts))\n"
-        "    optimizer.first_step(zero_grad=True)  # then the line above once more, at x + rho u\n"
-        "    optimizer.second_step(zero_grad=True)",
-    "accelerate":
-        "accelerate's gradient_accumulation_steps={} calls the optimizer with the closure of the "
-        "last micro-batch alone. Make the Accelerator without it, and write\n"
-        "    def backward(part): accelerator.backward(loss_of(model, part))\n"
-        "    closures = [partial(backward, part) for part in parts]\n"
-        "    optimizer.optimizer.step(closures=closures)",
-}
-LOOPS = {"lightning.pytorch.loops.optimization.automatic": "Lightning",
-         "pytorch_lightning.loops.optimization.automatic": "Lightning",
-         "accelerate.optimizer": "accelerate"}
-
-# %% ../nbs/08_optim.ipynb #942bc55b
-def refuse_shortened_closure():
-    "A RuntimeError if the caller is a framework that accumulates gradients over several calls"
-    if not any(name in sys.modules for name in LOOPS): return
-    frame = sys._getframe(1)
-    while frame is not None:
-        name, caller = LOOPS.get(frame.f_globals.get("__name__")), frame.f_locals.get("self")
-        count = 1
-        if name == "Lightning": count = caller.trainer.accumulate_grad_batches
-        if name == "accelerate": count = caller.gradient_state.num_steps
-        if count > 1: raise RuntimeError(ADVICE[name].format(count))
-        frame = frame.f_back
-
-# %% ../nbs/08_optim.ipynb #2b58da97
-def checked_micro_batches(closures, perturbation, weights) -> tuple[list, list]:
-    "The closures, and their weights, which sum to 1. Raises ValueError or TypeError."
-    closures = list(closures)
-    if not closures or not all(map(callable, closures)):
-        raise TypeError("closures must be functions, one for each micro-batch")
-    if perturbation not in ("joined", "own"):
-        raise ValueError(f"perturbation must be 'joined' or 'own', got {perturbation!r}")
-    weights = [1.0] * len(closures) if weights is None else list(map(float, weights))
-    if len(weights) != len(closures) or not all(0 < w < math.inf for w in weights):
-        raise ValueError("weights must be positive, "
-                         f"one for each of {len(closures)} micro-batches, got {weights}")
-    return closures, [w / sum(weights) for w in weights]
 
 # %% ../nbs/08_optim.ipynb #8456a2af
 def then_restore(optimizer, run:Callable, *args):
@@ -689,6 +262,109 @@ def gradient_of_step(optimizer, closure, closures, perturbation, weights, first,
         return then_restore(optimizer, both_passes, at_x, closure, first, second)
     for p in held: p.grad = None
     return then_restore(optimizer, both_passes, closure, closure, first, second)
+
+# %% ../nbs/08_optim.ipynb #67bd6371
+class Restorable(SharedGroups):
+    "An optimizer that brings back what it has moved"
+    @property
+    def displacement(self) -> Displacement:
+        "What has moved: shared by all that share the base optimizer"
+        base = self.base_optimizer
+        try: return base.displacement
+        except AttributeError:
+            base.displacement = Displacement()
+            return base.displacement
+    @property
+    def is_perturbed(self) -> bool: return self.displacement.active
+
+    @uncompiled
+    def restore(self, ready:bool=False):
+        """Move back to x without a step; nothing if the parameters are there. With `ready`, the
+        gradients that they hold are those at x + ρ u, and the next step() without a closure takes
+        them: for what clips, unscales, checks and steps on its own. Raises ValueError if `ready`
+        and they have not moved."""
+        record = self.displacement
+        if ready and not record.active:
+            raise ValueError("restore(ready=True) needs first_step before it")
+        try:
+            if ready: refuse_first_gradient(record, with_gradient(self.param_groups))
+        finally: record.undo()
+        record.ready = ready
+
+    def release(self):
+        "Free the memory of the copies. Raises ValueError between the phases, which need them."
+        if self.displacement.active:
+            raise ValueError("the copies are needed until second_step or restore")
+        self.displacement.release()
+
+# %% ../nbs/08_optim.ipynb #35f2e7a1
+class Checkpointed(Restorable):
+    "An optimizer that can be saved, copied, and loaded from its own state or its base's"
+    def load_state_dict(self, state_dict:dict):
+        """Load a state of this optimizer, or of its base alone: then the groups keep our options.
+        What is still displaced comes back first, and the copies are released."""
+        self.displacement.undo(unless_written=True)
+        self.release()
+        names = [*self.keys.values(), *KEPT]
+        ours = [{name: g[name] for name in names if name in g} for g in self.param_groups]
+        self.base_optimizer.load_state_dict(state_dict)
+        for group, options in zip(self.param_groups, ours):
+            group.update(options | group)
+            checked_options(*(group[self.keys[name]] for name in OPTIONS))
+
+    def __getstate__(self) -> dict:
+        ours = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        for patched in ("step", "state"): ours.pop(patched, None)
+        return ours | dict(displacement=self.displacement)
+
+    def __setstate__(self, state:dict):
+        state = dict(state)
+        record = state.pop("displacement")
+        super().__setstate__(state)
+        self.base_optimizer.displacement = record
+
+# %% ../nbs/08_optim.ipynb #7e642096
+class TwoPhases(Checkpointed):
+    "The two phases of a step, in an optimizer that defines `scale` and `step`"
+    @property
+    def perturbs(self) -> bool:
+        "Is the next step one that perturbs? See `interval`."
+        return self.interval == 1 or self.param_groups[0].get("sam_steps", 0) % self.interval == 0
+
+    @uncompiled
+    def first_step(self, zero_grad:bool=False, *, grad_scale:float=1.0):
+        """Move to x + ρ u, by the gradients that the parameters hold, divided by `grad_scale`
+        (that of a GradScaler, say). Raises ValueError if they have moved already."""
+        record = self.displacement
+        if record.active:
+            raise ValueError("first_step was called twice: "
+                             "second_step or restore has to come between")
+        if not 0 < grad_scale < math.inf:
+            raise ValueError(f"grad_scale must be positive and finite, got {grad_scale}")
+        if grad_scale != 1: divide_gradients(self.param_groups, grad_scale)
+        record.ready = False
+        grad_mode = torch.is_grad_enabled()
+        try:
+            if self.perturbs: move(self, record)
+            else: record.record([])
+            if zero_grad: self.zero_grad()
+            held = with_gradient(self.param_groups)
+            record.watch([p for p in held if p.grad.layout is torch.strided])
+            record.gradient = used(first_gradient(self.param_groups))
+        except BaseException:
+            self.restore()
+            torch.set_grad_enabled(grad_mode)
+            raise
+
+    @uncompiled
+    def second_step(self, zero_grad:bool=False):
+        "Move back, and let the base optimizer step with the gradients that the parameters hold now"
+        self.step()
+        if zero_grad: self.zero_grad()
+
+    def same_randomness(self):
+        "A context for the passes of each phase: the second one draws what the first one drew"
+        return SameRandomness(self.displacement, devices_of(self.param_groups))
 
 # %% ../nbs/08_optim.ipynb #8b3c02f4
 class Perturbed(TwoPhases):
