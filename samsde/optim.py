@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from .machinery.closures import (
     call_beside, checked_micro_batches, refuse_shortened_closure)
 from .machinery.displacement import (
-    Displacement, SameRandomness, add_scaled, dense, norm, put_back, refuse_first_gradient,
+    Displacement, FirstGradients, SameRandomness, add_scaled, dense, norm, put_back, refuse_first_gradient,
     refuse_fsdp1, scaled_by, states, used, writes_since)
 
 # %% ../nbs/08_optim.ipynb #bdc41777
@@ -349,7 +349,7 @@ class TwoPhases(Checkpointed):
             else: record.record([])
             if zero_grad: self.zero_grad()
             held = with_gradient(self.param_groups)
-            record.watch([p for p in held if p.grad.layout is torch.strided])
+            record.first = FirstGradients([p for p in held if p.grad.layout is torch.strided])
             record.gradient = used(first_gradient(self.param_groups))
         except BaseException:
             self.restore()

@@ -110,31 +110,6 @@ class Copies:
         if [*map(id, params)] != [*map(id, self.params)]: return False
         return [*map(traits_of, params)] == [*map(traits_of, self.copies)]
 
-# %% ../../nbs/machinery/displacement.ipynb #fac0f741
-class Displacement(Copies):
-    "What one step has moved, with what its second phase needs of the first"
-    def __init__(self):
-        super().__init__()
-        self.ready = False       # are the gradients at x + ρ u there, and the parameters back at x?
-        self.random = []         # generators' states, before and after each part of the first phase
-        self.replayed = 0        # parts of the second phase that have begun from those states
-        self.gradient = None     # a gradient that the step has used, and its version
-        self.kept = {}           # parameter -> its gradient of the first phase, where it was left
-        self.came = {}           # parameter -> how many gradients came to it since
-        self.hooks = []          # that count these
-
-    def watch(self, params:list):
-        "Note the gradients that parameters hold, and count those that come to them"
-        self.kept = {p: used(p.grad) for p in params}
-        self.came = dict.fromkeys(params, 0)
-        def note(p): self.came[p] += 1
-        self.hooks = [p.register_post_accumulate_grad_hook(note) for p in params if p.requires_grad]
-
-    def left(self, p) -> bool:
-        "Was each write to a parameter's gradient since the first phase one that came to it?"
-        if p not in self.kept: return False
-        return writes_since(self.kept[p], p.grad) in range(max(1, self.came[p]) + 1)
-
     def undo(self, unless_written:bool=False):
         "Bring the parameters back; with `unless_written`, those alone that nobody wrote to since"
         if not self.active: return
@@ -148,18 +123,10 @@ class Displacement(Copies):
                 else: torch._foreach_copy_(shards(params), shards(copies))
             torch.clear_autocast_cache()
         self.active = False
-        self.random = []
-        self.replayed = 0
-        for hook in self.hooks: hook.remove()
-        self.kept, self.came, self.hooks = {}, {}, []
 
     def release(self):
         "Let go of the copies"
         self.params, self.copies = [], []
-
-    def __getstate__(self) -> dict:
-        kept = dict(active=True, params=self.params, copies=self.copies) if self.active else {}
-        return vars(Displacement()) | kept
 
 # %% ../../nbs/machinery/displacement.ipynb #abde6516
 def used(gradient:Tensor|None):
@@ -171,14 +138,52 @@ def writes_since(use, gradient:Tensor) -> int|None:
     if use is None or use[0]() is not gradient: return None
     return gradient._version - use[1]
 
+class FirstGradients:
+    "The gradients that parameters hold after the first phase, and how many have come since"
+    def __init__(self, params:list):
+        self.held = {p: used(p.grad) for p in params}
+        self.came = dict.fromkeys(params, 0)
+        self.hooks = [p.register_post_accumulate_grad_hook(self.note)
+                      for p in params if p.requires_grad]
+    def note(self, p): self.came[p] += 1
+    def left(self, p) -> bool:
+        "Was each write to a parameter's gradient since the first phase one that came to it?"
+        if p not in self.held: return False
+        return writes_since(self.held[p], p.grad) in range(max(1, self.came[p]) + 1)
+    def release(self):
+        for hook in self.hooks: hook.remove()
+
+# %% ../../nbs/machinery/displacement.ipynb #fac0f741
+class Displacement(Copies):
+    "What one step has moved, with what its second phase needs of the first"
+    def __init__(self):
+        super().__init__()
+        self.ready = False       # are the gradients at x + ρ u there, and the parameters back at x?
+        self.random = []         # generators' states, before and after each part of the first phase
+        self.replayed = 0        # parts of the second phase that have begun from those states
+        self.gradient = None     # a gradient that the step has used, and its version
+        self.first = None        # the FirstGradients, where a user computes those at x + ρ u
+
+    def undo(self, unless_written:bool=False):
+        if self.first is not None: self.first.release()
+        self.first = None
+        self.random = []
+        self.replayed = 0
+        super().undo(unless_written)
+
+    def __getstate__(self) -> dict:
+        kept = dict(active=True, params=self.params, copies=self.copies) if self.active else {}
+        return vars(Displacement()) | kept
+
 def refuse_first_gradient(record:Displacement, held:list):
     "An error if the second phase drew other numbers, or its gradients contain the first ones"
     if record.replayed != len(record.random):
         raise ValueError(
             f"same_randomness() was entered {len(record.random)} times in the first phase, "
             f"{record.replayed} times in the second; enter it as often in both")
-    for p in held if record.params else []:
-        if record.left(p) and norm([p.grad]):
+    if record.first is None or not record.params: return
+    for p in held:
+        if record.first.left(p) and norm([p.grad]):
             raise RuntimeError("the gradients at x were not cleared before those at x + rho u "
                                "were computed: write first_step(zero_grad=True)")
 
