@@ -38,9 +38,11 @@ from .sde import SDE
 
 # %% ../nbs/08b_diagnosis.ipynb #f41251e1
 def one_point(objective, x) -> Tensor: # (d,)
-    "`x` if it is one finite point of an objective; else a ValueError or TypeError"
-    if an_objective(objective).check(x).ndim == 1: return check_finite("x", x)
-    raise ValueError(f"x must be one point of shape ({objective.dim},), got {tuple(x.shape)}")
+    "`x` if it is one finite point of an objective, of float32 or float64; else an error"
+    if an_objective(objective).check(x).ndim != 1:
+        raise ValueError(f"x must be one point of shape ({objective.dim},), got {tuple(x.shape)}")
+    if x.dtype.itemsize >= 4: return check_finite("x", x).detach()
+    raise TypeError(f"x must be of float32 or float64, got {x.dtype}")
 
 # %% ../nbs/08b_diagnosis.ipynb #0f18e696
 def products_of(objective:Objective, x:Tensor) -> Callable: # (d,) -> (d,)
@@ -66,12 +68,12 @@ def top_eigenvectors(objective:Objective,
     k = check_int("k", k)
     if k > d: raise ValueError(f"k must be at most the dimension {d}, got {k}")
     if k > d / 2:
-        values, vectors = torch.linalg.eigh(objective.hessian(x))
+        values, vectors = torch.linalg.eigh(check_finite("the Hessian at x", objective.hessian(x)))
         return values[-k:].flip(0), vectors.T[-k:].flip(0)
     times = products_of(objective, x)
     def product(v):
         v = torch.from_numpy(np.ascontiguousarray(v.ravel())).to(x)
-        return times(v).double().cpu().numpy()
+        return check_finite("the Hessian at x", times(v)).double().cpu().numpy()
     start = np.random.default_rng(0).standard_normal(d)
     if not product(start).any():
         return x.new_zeros(k), torch.eye(k, d).to(x) # the zero matrix, at which Lanczos fails
@@ -90,7 +92,7 @@ def largest_eigenvalue(hvp:Callable, # x, v, (..., d) each -> (..., d), such as 
     orthogonalisation"""
     d = check_floating("x", x).shape[-1]
     seeded = torch.Generator().manual_seed(0)
-    v = torch.randn(d, generator=seeded, dtype=torch.float64).to(x).expand_as(x)
+    v = torch.randn(d, generator=seeded, dtype=torch.float64, device="cpu").to(x).expand_as(x)
     Q = (v / torch.linalg.vector_norm(v, dim=-1, keepdim=True))[None]
     diagonal = []
     beside = []
@@ -99,18 +101,20 @@ def largest_eigenvalue(hvp:Callable, # x, v, (..., d) each -> (..., d), such as 
         value = (w * Q[-1]).sum(-1)
         # a vector is 0 where the space is exhausted
         diagonal.append(torch.where(Q[-1].any(-1), value, diagonal[-1]) if diagonal else value)
+        rounding = 16 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(w, dim=-1, keepdim=True)
         for _ in range(2): w = w - ((w * Q).sum(-1, keepdim=True) * Q).sum(0)
-        beside.append(torch.linalg.vector_norm(w, dim=-1))
-        Q = torch.cat([Q, (w / beside[-1][..., None].clamp(min=torch.finfo(x.dtype).tiny))[None]])
-    off = torch.diag_embed(torch.stack(beside[:-1], -1), 1) if len(beside) > 1 else 0
-    T = (torch.diag_embed(torch.stack(diagonal, -1)) + off
-         + (off.mT if isinstance(off, Tensor) else 0))
+        left = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+        beside.append(torch.where(left > rounding, left, 0)[..., 0])
+        Q = torch.cat([Q, torch.where(left > rounding, w / left, 0)[None]])
+    below = torch.stack(beside, -1)[..., :-1] # eigvalsh reads the lower half
+    T = torch.diag_embed(torch.stack(diagonal, -1)) + torch.diag_embed(below, -1)
     return torch.linalg.eigvalsh(T)[..., -1]
 
 # %% ../nbs/08b_diagnosis.ipynb #c0cc8019
 @dataclass
 class Diagnosis:
-    "What the SDE neglects at a point; true where that is a small part of the drift"
+    """What the SDE neglects at a point; true where that is a small part of the drift.
+    Raises ValueError if a term is not finite."""
     terms: dict # name -> number, see `diagnose`
     # top eigenvectors and random directions: curvature, noise, and the moments of one step
     directions: pd.DataFrame
@@ -118,6 +122,10 @@ class Diagnosis:
     settings: dict=field(default_factory=dict) # of a training run: algorithm, η, momentum, ...
     coarse: list=field(default_factory=list) # what was measured on less than all, in words
 
+    def __post_init__(self):
+        values = {name: v for name, v in self.terms.items() if isinstance(v, (int, float))}
+        wrong = [f"{name}: {v}" for name, v in values.items() if not np.isfinite(v)]
+        if wrong: raise ValueError(f"the terms at x must be finite, got {', '.join(wrong)}")
     @property
     def stable(self) -> bool:
         "Is the point below the edge of stability?"
@@ -169,8 +177,9 @@ class Diagnosis:
 # %% ../nbs/08b_diagnosis.ipynb #49326aa3
 def c_of(algorithm:Algorithm, step:Drawn, size:float) -> tuple[float, float]:
     "c in E u = c ḡ and its standard error: where it is known, as it is; else from the drawn γ"
-    if not algorithm.has_metric and algorithm.definer in (SGD, USAM): return 1., 0.
-    if not algorithm.has_metric and algorithm.definer is DNSAM: return 1 / size, 0.
+    if algorithm.has_metric: return step.c, step.c_error
+    if algorithm.definer is USAM: return 1., 0.
+    if algorithm.definer is DNSAM: return 1 / size, 0.
     return step.c, step.c_error
 
 # %% ../nbs/08b_diagnosis.ipynb #5dfc7e26
@@ -340,7 +349,7 @@ def directions_at(objective:Objective, x:Tensor, top:int|None, random:int, seed:
     "The largest eigenvalues, their vectors and random directions behind them"
     if top is None: top = min(3, objective.dim)
     lam, vectors = top_eigenvectors(objective, x, top)
-    generator = torch.Generator().manual_seed(check_int("seed", seed, least=0))
+    generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(check_int("directions", random, least=0), objective.dim,
                         generator=generator, dtype=torch.float64).to(x)
     drawn = drawn / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
@@ -396,6 +405,7 @@ def diagnose(algorithm:Algorithm, # with one radius
     Raises ValueError or TypeError on bad input."""
     eta = check_scalar("eta", eta)
     draws = check_int("draws", draws, least=4)
+    seed = check_int("seed", seed, least=0)
     rho = pair(algorithm, objective)[0].rho
     x = one_point(objective, x)
     if isinstance(rho, Tensor) and rho.ndim:
@@ -403,7 +413,7 @@ def diagnose(algorithm:Algorithm, # with one radius
     check_positive("tolerance", tolerance)
     sde = sde_of_run(algorithm, objective, eta, training)
     objective = sde.objective # in micro-batches, if they are batches of their own
-    grad = objective.grad(x)
+    grad = check_finite("the gradient at x", objective.grad(x))
     bar = Bar(progress, lambda: seconds_of(algorithm, objective, x, grad, draws))
     lam, V, names = directions_at(objective, x, top, directions, seed)
     bar.done("curvature")

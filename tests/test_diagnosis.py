@@ -18,6 +18,7 @@ from samsde.diagnosis import (
     directions_at,
     diagnose_training,
     drift_of,
+    largest_eigenvalue,
     momentum_terms,
     noise_in_regulariser,
     noise_in_run,
@@ -939,3 +940,49 @@ def test_curvature_along_directions():
     known = (V * small.hvp(small.x0, V)).sum(1)
     torch.testing.assert_close(curvatures(small, small.x0, lam, V), known, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(curvatures(small, small.x0, lam, V.roll(1, 0)), known, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("values", [[1.0] * 40, [2.0] * 20 + [1.0] * 20, [3.0] + [0.0] * 39])
+def test_the_largest_of_few_eigenvalues(values, dtype):
+    """Where Krylov's space is exhausted before the steps are, what is left of a product is rounding.
+    Normalised, it made eigenvalues of thousands. The control is a spectrum that takes all steps."""
+    Q = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(1), dtype=F64))[0]
+
+    def largest(values, steps):
+        H = (Q * torch.tensor(values, dtype=F64)) @ Q.T
+        bowl = Quadratic(((H + H.T) / 2).to(dtype))
+        return largest_eigenvalue(bowl.hvp, torch.ones(2, 40, dtype=dtype), steps).double()
+
+    for steps in (12, 40):
+        assert (largest(values, steps) - max(values)).abs().max() < 100 * torch.finfo(dtype).eps
+    full = [k / 40 for k in range(1, 41)]
+    assert (largest(full, 6) < 0.99).all() and (largest(full, 40) > 1 - 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    "loss, at, words",
+    [
+        (lambda z: z.abs().sqrt().sum(), [0.0, 1.0, 2.0], "the gradient at x must be finite"),
+        (lambda z: (z.abs() ** 1.5).sum(), [0.0, 1.0, 2.0], "the Hessian at x must be finite"),
+        (lambda z: (z.abs() ** 1.5).sum(), [0.0] + [1.0] * 9, "the Hessian at x must be finite"),
+        (lambda z: z.exp().sum(), [0.0, 1.0, 600.0], "terms at x must be finite, got gradient: inf"),
+    ],
+)
+def test_what_is_not_finite(loss, at, words):
+    "No term is infinite or NaN"
+    at = torch.tensor(at, dtype=F64)
+    with pytest.raises(ValueError, match=words):
+        diagnose(USAM(0.1), NoisyLoss(loss, len(at), 0.1), at, 0.1)
+
+
+def test_kinds_of_points_and_seeds():
+    "A parameter, a seed of numpy; half a precision is refused"
+    o = NoisyLoss(lambda z: (z**4).sum(), 3, 0.1)
+    x = torch.tensor([1.0, -0.5, 0.2], dtype=F64)
+    known = diagnose(SAM(0.1), o, x, 0.1, seed=3, draws=8).terms
+    assert diagnose(SAM(0.1), o, nn.Parameter(x), 0.1, seed=np.int64(3), draws=8).terms == known
+    assert diagnose(SGD(), o, x, 0.1, draws=8).terms["c"] == 0
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(TypeError, match=f"x must be of float32 or float64, got {dtype}"):
+            diagnose(SAM(0.1), o, x.to(dtype), 0.1)
