@@ -685,9 +685,11 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
     them have an error. A DataLoader that shuffles adds `epoch_terms`, where there is no momentum.
     Nothing in the model, the optimizer or the random state is changed.
     Raises ValueError or TypeError on bad input, and for an optimizer that is none of these."""
-    check_scalar("budget_s", budget_s), check_scalar("effort", effort)
-    check_scalar("tolerance", tolerance), check_int("top", top), check_int("seed", seed, least=0)
+    for name, value in dict(budget_s=budget_s, effort=effort, tolerance=tolerance).items():
+        check_scalar(name, value)
     if clip is not None: check_scalar("clip", clip)
+    top = check_int("top", top)
+    seed = check_int("seed", seed, least=0)
     clock = Timed(budget_s)
     algorithm, settings, decay = read_optimizer(model, optimizer, rho)
     objective = run_objective(model, loss, data, batch_size, collate_fn, batch_loss)
@@ -857,7 +859,7 @@ def coarseness(how:dict, used:str, error:float, errors:Tensor, lam:Tensor, step:
         said.append(f"gradient from {how['batches']} of {every} batches, error {error:.1%}")
     elif used == "drawn":
         said.append(f"gradient from a pass over the data, error at most {error:.1%}")
-    off = (errors[0].double() / lam[0].double().abs()).item()
+    off = errors[0].item() / abs(lam[0].item() or 1.) # of an eigenvalue 0 the error is 0, too
     said.append(f"curvature from {min(how['curved'], every)} of {every} batches, "
                 f"largest eigenvalue within {off:.1%} of theirs")
     said.append(f"{n} drawn minibatches")

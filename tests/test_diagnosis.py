@@ -947,7 +947,8 @@ def test_curvature_along_directions():
 def test_the_largest_of_few_eigenvalues(values, dtype):
     """Where Krylov's space is exhausted before the steps are, what is left of a product is rounding.
     Normalised, it made eigenvalues of thousands. The control is a spectrum that takes all steps."""
-    Q = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(1), dtype=F64))[0]
+    seeded = torch.Generator().manual_seed(1)
+    Q = torch.linalg.qr(torch.randn(40, 40, generator=seeded, dtype=F64))[0]
 
     def largest(values, steps):
         H = (Q * torch.tensor(values, dtype=F64)) @ Q.T
@@ -966,7 +967,11 @@ def test_the_largest_of_few_eigenvalues(values, dtype):
         (lambda z: z.abs().sqrt().sum(), [0.0, 1.0, 2.0], "the gradient at x must be finite"),
         (lambda z: (z.abs() ** 1.5).sum(), [0.0, 1.0, 2.0], "the Hessian at x must be finite"),
         (lambda z: (z.abs() ** 1.5).sum(), [0.0] + [1.0] * 9, "the Hessian at x must be finite"),
-        (lambda z: z.exp().sum(), [0.0, 1.0, 600.0], "terms at x must be finite, got gradient: inf"),
+        (
+            lambda z: z.exp().sum(),
+            [0.0, 1.0, 600.0],
+            "terms at x must be finite, got gradient: inf",
+        ),
     ],
 )
 def test_what_is_not_finite(loss, at, words):
@@ -986,3 +991,11 @@ def test_kinds_of_points_and_seeds():
     for dtype in (torch.float16, torch.bfloat16):
         with pytest.raises(TypeError, match=f"x must be of float32 or float64, got {dtype}"):
             diagnose(SAM(0.1), o, x.to(dtype), 0.1)
+
+
+def test_a_run_without_curvature():
+    "A linear loss, whose largest eigenvalue 0 is known to 0 %; with a seed of numpy"
+    net = nn.Linear(5, 3).double()
+    found = look(net, of(net), lambda out, y: out.gather(1, y[:, None]).mean(), seed=np.int64(2))
+    assert "largest eigenvalue within 0.0% of theirs" in " ".join(found.coarse)
+    assert found.terms["largest eigenvalue"] == 0 and found.terms["neglected in ρ"] == 0
