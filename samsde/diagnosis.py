@@ -439,7 +439,7 @@ def diagnose(algorithm:Algorithm, # with one radius
                                             sde.dampening, sde.nesterov,
                                             sde.weight_decay - decoupled, decoupled)}
     terms |= momentum_terms(sde.momentum, float(sde.rate), A + sde.decay, in_eta, tolerance)
-    if not sde.momentum: terms |= epoch_terms(objective.law, eta, A)
+    if not sde.momentum: terms |= epoch_terms(objective.law, eta, A + sde.decay)
     curvature = curvatures(objective, x, lam, V)
     return Diagnosis(terms, along_directions(V, curvature, names, eta, here, step), tolerance)
 
@@ -648,11 +648,9 @@ def reshuffled(data, found:Diagnosis) -> dict:
     sampler = getattr(data, "sampler", None)
     shuffles = isinstance(sampler, RandomSampler) and not sampler.replacement
     if not shuffles or found.settings["momentum"]: return {}
-    terms = found.terms
-    largest, c = terms["largest eigenvalue"], terms["c"]
     law = Minibatches(len(sampler), data.batch_size, "epochs")
-    lifted = largest * (1 + found.settings["ρ"] * c * largest)
-    return epoch_terms(law, found.settings["η"], lifted)
+    eta = found.settings["η"]
+    return epoch_terms(law, eta, found.terms["momentum number"] / eta) # of a step, with its decay
 
 def run_objective(model, loss, data, batch_size, collate_fn, batch_loss) -> MinibatchLoss:
     "The minibatches of a run: those of a DataLoader, or of data and a batch size"

@@ -1,6 +1,7 @@
 """A diagnosis of a training run: what it reads, what it leaves alone, and its numbers against formulas."""
 
 import copy
+import itertools
 import time
 
 import numpy as np
@@ -371,6 +372,33 @@ def test_says_what_reshuffling_leaves_of_the_noise():
         for how in (dict(), dict(shuffle=True, momentum=0.9))
         for name in look_at(**how)
     )
+
+
+def test_weight_decay_and_reshuffling():
+    """Of samples of one curvature h, x⁺ = (1 − η(h + w))x + ηhc_i: the variance at epoch ends over
+    all orders of four, over that with independent samples. Without the decay it is another."""
+    h, w, eta = 0.4, 0.6, 0.3
+    c = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=F64)
+    o = FiniteSum(lambda x: h * (x - c).square() / 2, 4, 1, 1, "epochs")
+    a = 1 - eta * (h + w)
+    orders = itertools.permutations((eta * h * c).tolist())
+    ends = np.var([sum(p * a ** (3 - k) for k, p in enumerate(order)) for order in orders])
+    known = ends / (1 - a**8) / (np.var(eta * h * c.numpy()) / (1 - a**2))
+    at = torch.tensor([0.7], dtype=F64)
+    found = diagnose(SGD(), o, at, eta, weight_decay=w, draws=8, directions=0).terms
+    assert found["variance at epoch ends"] == pytest.approx(known, rel=1e-9)
+    without = diagnose(SGD(), o, at, eta, draws=8, directions=0).terms
+    assert abs(without["variance at epoch ends"] / known - 1) > 0.3
+    net = nn.Linear(1, 1, bias=False).double()
+    data = torch.utils.data.TensorDataset(torch.full((4, 1), h**0.5, dtype=F64), c[:, None])
+    run = look(
+        net,
+        torch.optim.SGD(net.parameters(), lr=eta, weight_decay=w),
+        lambda out, target: (out - h**0.5 * target).square().mean() / 2,
+        torch.utils.data.DataLoader(data, 1, shuffle=True),
+        batch_size=None,
+    )
+    assert run.terms["variance at epoch ends"] == pytest.approx(known, rel=1e-6)
 
 
 def test_refuses_in_the_middle_of_a_step():
