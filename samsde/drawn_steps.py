@@ -73,7 +73,8 @@ def with_product(objective:Objective, x:Tensor, gammas:Tensor, # (k, d) and (k, 
 # %% ../nbs/08a_drawn_steps.ipynb #062be80b
 def perturbations(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor) -> Tensor:
     "u of each γ, (k, d); the mean over its micro-batches"
-    def of_cut(cut): return algorithm.ascent(objective, x, cut)
+    def of_cut(cut): # of the full gradient there is one u for all
+        return algorithm.ascent(objective, x, cut).expand(*cut.shape[:-1], -1)
     return algorithm.mean_over_cuts(of_cut, objective.law, gammas)
 
 # %% ../nbs/08a_drawn_steps.ipynb #3742a98d
@@ -132,7 +133,7 @@ def step_parts(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor
         return g, u, Hu.mul_(rho).add_(g), G
     g = objective.sample_grad(x, algorithm.of_gradient(gammas))
     c = g + rho * hessian_perturbation(algorithm, objective, x, gammas)
-    u = perturbations(algorithm, objective, x, gammas).expand_as(g)
+    u = perturbations(algorithm, objective, x, gammas)
     return g, u, c, algorithm.direction(objective, x, gammas)
 
 # %% ../nbs/08a_drawn_steps.ipynb #1acc455c

@@ -1027,3 +1027,19 @@ def test_a_run_without_curvature():
     found = look(net, of(net), lambda out, y: out.gather(1, y[:, None]).mean(), seed=np.int64(2))
     assert "largest eigenvalue within 0.0% of theirs" in " ".join(found.coarse)
     assert found.terms["largest eigenvalue"] == 0 and found.terms["neglected in ρ"] == 0
+
+
+@pytest.mark.parametrize("source", ["own", "full", "independent", "previous"])
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_c_of_every_source(source, micro_batch):
+    "c = E u·ḡ/‖ḡ‖² by enumeration, where u is normalised: of the full gradient it is 1/‖ḡ‖"
+    o, x = three(2, False), torch.tensor([0.3, 0.2], dtype=F64)
+    found = diagnose(SAM(0.2, source=source, micro_batch=micro_batch), o, x, 0.1, draws=800)
+    grad = o.grad(x)
+    size = micro_batch or 2
+    gammas = (
+        torch.combinations(torch.arange(3), size) if source != "full" else torch.arange(3)[None]
+    )
+    g = o.sample_grad(x.expand(len(gammas), -1), gammas)
+    known = ((g / g.norm(dim=1, keepdim=True)).mean(0) @ grad / grad.norm() ** 2).item()
+    assert abs(found.terms["c"] - known) < (1e-9 if source == "full" else 0.1 * known)
