@@ -7,7 +7,7 @@ __all__ = ['top_eigenvectors', 'largest_eigenvalue', 'Diagnosis', 'diagnose', 'd
 
 # %% ../nbs/08b_diagnosis.ipynb #632055e8
 import copy, inspect, time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -224,11 +224,7 @@ def along_directions(V:Tensor, curvature:Tensor, names:list, eta:float, here:Ten
     return pd.DataFrame(columns, index=names)
 
 # %% ../nbs/08b_diagnosis.ipynb #3a5b1e67
-SHOWN = 3 # seconds, from which on a bar is shown that nobody asked for
 PRODUCTS = 30 # with the Hessian, that SciPy's Lanczos iteration takes for three eigenvectors
-
-def is_shown(progress:bool|None, seconds:float) -> bool:
-    return seconds > SHOWN if progress is None else progress
 
 def timed(job:Callable) -> float: # seconds, of a second time where the first took few
     for _ in range(2):
@@ -253,20 +249,20 @@ def seconds_of(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, 
     return dict(curvature=curvature, draws=draws * single, change=draws * single / 2)
 
 # %% ../nbs/08b_diagnosis.ipynb #a08f7788
+SHOWN = 3 # seconds, from which on a bar is shown that nobody asked for
+
 class Bar:
     "Shows how much of a diagnosis is done, in the seconds that its parts are taken to last"
-    def __init__(self, progress:bool|None,
-                 seconds_of:Callable # () -> dict, name of a part -> seconds
-                ):
-        self.seconds = {} if progress is False else seconds_of()
-        total = sum(self.seconds.values())
+    def __init__(self, progress:bool|None, seconds:dict): # of each part, by name
+        self.seconds = seconds
+        total = sum(seconds.values())
+        shown = total > SHOWN if progress is None else progress
         self.bar = tqdm(total=total, desc=f"diagnosis, about {total:.0f} s", leave=False,
                         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-                        disable=not is_shown(progress, total))
+                        disable=not shown)
     def counting(self, name:str) -> Callable:
         "What counts the things of a loop, the part of that name"
         def each(things):
-            things = [*things]
             for thing in things:
                 yield thing
                 self.bar.update(self.seconds.get(name, 0.) / len(things))
@@ -414,7 +410,8 @@ def diagnose(algorithm:Algorithm, # with one radius
     sde = sde_of_run(algorithm, objective, eta, training)
     objective = sde.objective # in micro-batches, if they are batches of their own
     grad = check_finite("the gradient at x", objective.grad(x))
-    bar = Bar(progress, lambda: seconds_of(algorithm, objective, x, grad, draws))
+    skipped = progress is False
+    bar = Bar(progress, {} if skipped else seconds_of(algorithm, objective, x, grad, draws))
     lam, V, names = directions_at(objective, x, top, directions, seed)
     bar.done("curvature")
     passes = sde.objective = in_passes(objective)
@@ -574,19 +571,11 @@ class Timed:
     def least(self) -> int: return 2 if self.limit == self.budget else LEAST
 
 # %% ../nbs/08b_diagnosis.ipynb #af973c2b
-def time_of_gradient(objective:MinibatchLoss) -> float: # seconds
-    "That of one minibatch; of the second one where that costs little"
-    for gamma in objective.law.draw((2,), torch.Generator().manual_seed(0)):
-        start = time.monotonic()
-        objective.sample_grad(objective.x0, gamma)
-        found = time.monotonic() - start
-        if found > .05: break
-    return found
-
 def plan(objective:MinibatchLoss, algorithm:Algorithm, clock:Timed, effort:float) -> dict:
     "How many batches, products and draws fit into the time, by the cost of a gradient"
     law = objective.law
-    single = time_of_gradient(objective)
+    gamma, = law.draw((1,), torch.Generator().manual_seed(0))
+    single = timed(lambda: objective.sample_grad(objective.x0, gamma))
     product, further = PRODUCT * single, (PRODUCT - 1) * single # from a new graph, from the same
     # g and Hu, G, another two for the change in η; and for half of the γ a product for the noise
     draw = 2 * single if algorithm.unperturbed else 1.5 * product + 3 * single
@@ -600,8 +589,10 @@ def plan(objective:MinibatchLoss, algorithm:Algorithm, clock:Timed, effort:float
     curved = max(1, min(batches, int(.3 * rest / (product * steps))))
     curvature = steps * further if curved == 1 else steps * curved * product
     draws = max(LEAST, min(256, int((rest - curvature) / draw)))
+    seconds = dict(gradient=batches * single, curvature=curvature, draws=.6 * draws * draw,
+                   noise=.2 * draws * draw, change=.2 * draws * draw)
     return dict(every=every, batches=batches, steps=steps, curved=curved, draws=draws,
-                single=single, seconds=batches * single + curvature + draws * draw)
+                seconds=seconds)
 
 # %% ../nbs/08b_diagnosis.ipynb #4803be80
 def set_batches(objective:MinibatchLoss, n:int): # changes the objective
@@ -697,10 +688,7 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
                          "got preserve_rng_state=False")
     x = objective.x0
     how = plan(objective, algorithm, clock, effort)
-    steps = how["batches"] + how["curved"] * how["steps"] + int(2.5 * how["draws"])
-    told = f"diagnosis, about {how['seconds']:.0f} s"
-    shown = is_shown(progress, how["seconds"])
-    with tqdm(total=steps, desc=told, leave=False, disable=not shown) as bar:
+    with closing(Bar(progress, how["seconds"])) as bar:
         found = diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance,
                              clock, bar, clip)
     found.coarse += unlike_drawn(data)
@@ -709,13 +697,6 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
 
 # %% ../nbs/08b_diagnosis.ipynb #81ad2a75
 SHARE = .01 # of the largest eigenvalue, by which the top ones may be off before time ends Lanczos
-
-def counted(bar):
-    def each(things):
-        for thing in things:
-            yield thing
-            bar.update()
-    return each
 
 def first_vector(grad:Tensor) -> Tensor: # (d,)
     "The direction of ∇f, with a random one"
@@ -728,12 +709,12 @@ def top_of_run(objective:MinibatchLoss, x:Tensor, grad:Tensor, how:dict, top:int
     "Eigenvalues and vectors of the Hessian of some batches, and their errors"
     top = min(top, max(1, how["steps"] // 2), len(x))
     ends = clock.spent + .45 * max(0., clock.left)
-    def done(n):
-        bar.update(how["curved"])
-        return n >= clock.least and clock.spent > ends
+    def done(n): return n >= clock.least and clock.spent > ends
     basis = max(BASIS, top + 2) if is_long(x) else None
     with products_at(objective, x, how["curved"]) as product:
-        return lanczos(product, first_vector(grad), how["steps"], top, SHARE, done, basis)
+        found = lanczos(product, first_vector(grad), how["steps"], top, SHARE, done, basis)
+    bar.done("curvature")
+    return found
 
 # %% ../nbs/08b_diagnosis.ipynb #0f4817f0
 def sampled(algorithm, objective, x, grad, V, how:dict, seed:int, clock:Timed, bar,
@@ -741,7 +722,7 @@ def sampled(algorithm, objective, x, grad, V, how:dict, seed:int, clock:Timed, b
     "As many draws as there is time for; of it the noise in u and the change in η have a part"
     begin = clock.spent
     def done(n): return n >= clock.least and clock.left < (1 + 2 / n) * (clock.spent - begin)
-    return drawn(algorithm, objective, x, grad, V, how["draws"], seed, counted(bar), done, sketch)
+    return drawn(algorithm, objective, x, grad, V, how["draws"], seed, bar.counting("draws"), done, sketch)
 
 # %% ../nbs/08b_diagnosis.ipynb #d0c78170
 def full_gradient(objective:MinibatchLoss, x:Tensor, how:dict, bar) -> tuple[Tensor, float]:
@@ -753,7 +734,7 @@ def full_gradient(objective:MinibatchLoss, x:Tensor, how:dict, bar) -> tuple[Ten
     objective.known = [(x, *known[1:]) for known in objective.known[:1]] # nor is x
     if norm(grad) == 0:
         raise ValueError("the gradient is exactly zero here, and nothing is small against it")
-    bar.update(how["batches"])
+    bar.done("gradient")
     return grad, error
 
 def parts_of_drift(grad:Tensor, step:Drawn, decay:Tensor, x:Tensor) -> tuple[Tensor, dict]:
@@ -826,12 +807,12 @@ def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, toler
     step.regulariser = None
     def late(n): return n >= 2 and clock.left < .5 * drawing
     some = step.gammas[:max(2, len(step.gammas) // 2)]
-    noise, noise_error = noise_in_run(algorithm, objective, x, grad, some, size, counted(bar),
-                                      late, sketch)
+    noise, noise_error = noise_in_run(algorithm, objective, x, grad, some, size,
+                                      bar.counting("noise"), late, sketch)
     begin = clock.spent
     def done(n): return n >= clock.least and clock.left < 1.5 * (clock.spent - begin) / n
-    changes = change_in_a_step(algorithm, objective, x, eta, here, step, decay, counted(bar), done,
-                               sketch)
+    changes = change_in_a_step(algorithm, objective, x, eta, here, step, decay,
+                               bar.counting("change"), done, sketch)
     c = c_of(algorithm, step, size_of_grad)
     lag = (1 - mu + 2 * mu**2 if settings["nesterov"] else 1 + mu) / (1 - mu)
     in_eta, eta_error = ratio_free_of_noise(changes, 2 * size)
