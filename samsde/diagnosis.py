@@ -200,16 +200,6 @@ def change_in_a_step(algorithm, objective, x:Tensor, eta:float, here:Tensor, ste
         if done(changes.n): break
     return changes
 
-def stability(eta:float, lam:float, c:float, rho:float, momentum:float=0., dampening:float=0.,
-              nesterov:bool=False, decay:float=0.,
-              decoupled:float=0. # weight decay that does not pass through the velocity
-             ) -> float:
-    """η(λ(1 + ρcλ) + weight decay) over the value at which the mean step turns by −1. Decoupled
-    decay d adds ηd/2, whatever the momentum; without momentum torch does not dampen."""
-    edge = 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
-    if momentum: edge = edge / (1 - dampening)
-    return eta * (lam * (1 + rho * c * lam) + decay) / edge + eta * decoupled / 2
-
 # %% ../nbs/08b_diagnosis.ipynb #8953badb
 def along_directions(V:Tensor, curvature:Tensor, names:list, eta:float, here:Tensor,
                      step:Drawn) -> pd.DataFrame:
@@ -274,14 +264,13 @@ class Bar:
 def drift_of(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, step:Drawn,
              seed:int) -> Tensor: # (d,)
     "b(x); from the drawn γ where it would be the mean over the same ones"
-    draws = len(step.gammas)
-    if is_fused(algorithm, objective): return -(grad + step.mean_regulariser.to(x))
-    if not is_plain(algorithm): return drift(algorithm, objective, x, draws=draws, seed=seed)
-    found = mean_moments(algorithm, objective, x, "first", draws=draws, seed=seed).drawn
-    same = found is not None and found.gammas.numel() == step.gammas.numel()
-    if same and found.gammas.reshape(step.gammas.shape).equal(step.gammas):
-        return -(grad + step.mean_regulariser.to(x))
-    return drift(algorithm, objective, x, draws=draws, seed=seed)
+    draws = dict(draws=len(step.gammas), seed=seed)
+    same = is_fused(algorithm, objective)
+    if is_plain(algorithm) and not same:
+        found = mean_moments(algorithm, objective, x, "first", **draws).drawn
+        same = found is not None and found.gammas.flatten().equal(step.gammas.flatten())
+    if same: return -(grad + step.mean_regulariser.to(x))
+    return drift(algorithm, objective, x, **draws)
 
 def noise_in_regulariser(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor,
                          regulariser:Tensor) -> Tensor: # (d,)
@@ -326,19 +315,6 @@ def neglected_in_eta(sde:SDE, x:Tensor, here:Tensor, step:Drawn, seed:int, bar) 
         found = norm(there - sde.decay * moved - here) / (2 * norm(here))
     return sde.memory_factor * found
 
-# %% ../nbs/08b_diagnosis.ipynb #44f2ce6b
-def named_parts(sde:SDE, x:Tensor, grad:Tensor, here:Tensor, step:Drawn) -> dict:
-    "The parts of a drift `here`, by name"
-    regulariser = -(here + grad + sde.decay * x)
-    noise = noise_in_regulariser(sde.algorithm, sde.objective, x, grad, regulariser)
-    parts = {"gradient": grad, "regulariser": regulariser, "weight decay": sde.decay * x,
-             "noise in it": noise}
-    if not sde.decay: del parts["weight decay"]
-    size = norm(here)
-    return {"gradient": norm(grad), "regulariser": norm(regulariser) / norm(grad),
-            **{f"of the drift, {name}": norm(term) / size for name, term in parts.items()},
-            "error of the regulariser": step.regulariser_sem / size}
-
 # %% ../nbs/08b_diagnosis.ipynb #ec32f61e
 def directions_at(objective:Objective, x:Tensor, top:int|None, random:int, seed:int
                  ) -> tuple[Tensor, Tensor, list]: # (top,), (top + random, d), and names
@@ -370,7 +346,33 @@ def momentum_terms(mu:float, rate:float, A:float, in_eta:float, tolerance:float)
     else: model = "none"
     return {"momentum number": number, "neglected, kinetic": in_swing, "model": model}
 
+def stability(sde:SDE, A:float) -> float: # λ(1 + ρcλ)
+    """η(A + weight decay) over the value at which the mean step turns by −1. Decoupled
+    decay d adds ηd/2, whatever the momentum; without momentum torch does not dampen."""
+    edge = 2 * (1 + sde.momentum) / (1 + 2 * sde.momentum if sde.nesterov else 1)
+    if sde.momentum: edge = edge / (1 - sde.dampening)
+    outside = sde.weight_decay * sde.decoupled # does not pass through the velocity
+    return sde.eta * (A + sde.weight_decay - outside) / edge + sde.eta * outside / 2
+
+def terms_of_edge(sde:SDE, largest:float, c:float, in_eta:float, tolerance:float) -> dict:
+    "Where the edge of stability is, and which SDE is fair"
+    A = largest * (1 + float(sde.algorithm.rho) * c * largest)
+    return {"largest eigenvalue": largest, "c": c, "stability number": stability(sde, A),
+            **momentum_terms(sde.momentum, sde.rate, A + sde.decay, in_eta, tolerance)}
+
 # %% ../nbs/08b_diagnosis.ipynb #ba7a7ce2
+def terms_of_step(step:Drawn, sizes:dict, # of the gradient, the regulariser, ..., in the drift
+                  size:float # of the drift
+                 ) -> dict:
+    "What a drift is made of, and what the drawn γ say of a step"
+    in_rho, error = ratio_free_of_noise(step.sums["gap"], size)
+    return {"gradient": sizes["gradient"], "regulariser": sizes["regulariser"] / sizes["gradient"],
+            **{f"of the drift, {name}": value / size for name, value in sizes.items()},
+            "error of the regulariser": step.regulariser_sem / size,
+            "neglected in ρ": in_rho, "error of that": error,
+            "noise": step.sums["c"].power**.5 / size,
+            "noise, SGD": step.sums["g"].power**.5 / size}
+
 def sde_of_run(algorithm:Algorithm, objective:Objective, eta:float, training:dict) -> SDE:
     "The SDE of such steps. Raises TypeError or ValueError for what are no settings of a Chain's."
     known = ("momentum", "dampening", "nesterov", "weight_decay", "decoupled")
@@ -410,33 +412,26 @@ def diagnose(algorithm:Algorithm, # with one radius
     sde = sde_of_run(algorithm, objective, eta, training)
     objective = sde.objective # in micro-batches, if they are batches of their own
     grad = check_finite("the gradient at x", objective.grad(x))
-    skipped = progress is False
-    bar = Bar(progress, {} if skipped else seconds_of(algorithm, objective, x, grad, draws))
-    lam, V, names = directions_at(objective, x, top, directions, seed)
-    bar.done("curvature")
-    passes = sde.objective = in_passes(objective)
-    step = drawn(algorithm, passes, x, grad, V, draws, seed, bar.counting("draws"))
-    here = drift_of(algorithm, passes, x, grad, step, seed) - sde.decay * x
-    size = norm(here)
-    if size == 0 or norm(grad) == 0:
-        raise ValueError("the drift is exactly zero at x, and nothing is small against it")
-    in_eta = neglected_in_eta(sde, x, here, step, seed, bar.counting("change"))
-    bar.close()
-    c, c_error = c_of(algorithm, step, norm(grad))
-    largest = lam[0].item()
-    sums = step.sums
-    in_rho, rho_error = ratio_free_of_noise(sums["gap"], size)
-    A = largest * (1 + float(rho) * c * largest)
-    decoupled = sde.weight_decay * sde.decoupled
-    terms = named_parts(sde, x, grad, here, step)
-    terms |= {"neglected in ρ": in_rho, "error of that": rho_error, "neglected in η": in_eta,
-              "noise": sums["c"].power**.5 / size, "noise, SGD": sums["g"].power**.5 / size,
-              "largest eigenvalue": largest, "c": c,
-              "stability number": stability(eta, largest, c, float(rho), sde.momentum,
-                                            sde.dampening, sde.nesterov,
-                                            sde.weight_decay - decoupled, decoupled)}
-    terms |= momentum_terms(sde.momentum, float(sde.rate), A + sde.decay, in_eta, tolerance)
-    if not sde.momentum: terms |= epoch_terms(objective.law, eta, A + sde.decay)
+    seconds = {} if progress is False else seconds_of(algorithm, objective, x, grad, draws)
+    with closing(Bar(progress, seconds)) as bar:
+        lam, V, names = directions_at(objective, x, top, directions, seed)
+        bar.done("curvature")
+        sde.objective = in_passes(objective)
+        step = drawn(algorithm, sde.objective, x, grad, V, draws, seed, bar.counting("draws"))
+        decay = sde.decay * x
+        here = drift_of(algorithm, sde.objective, x, grad, step, seed) - decay
+        size = norm(here)
+        if size == 0 or norm(grad) == 0:
+            raise ValueError("the drift is exactly zero at x, and nothing is small against it")
+        in_eta = neglected_in_eta(sde, x, here, step, seed, bar.counting("change"))
+    regulariser = -(here + grad + decay)
+    noise = noise_in_regulariser(algorithm, sde.objective, x, grad, regulariser)
+    parts = {"gradient": grad, "regulariser": regulariser, "weight decay": decay,
+             "noise in it": noise}
+    terms = terms_of_step(step, {name: norm(part) for name, part in parts.items()}, size)
+    c, _ = c_of(algorithm, step, norm(grad))
+    terms |= {"neglected in η": in_eta, **terms_of_edge(sde, lam[0].item(), c, in_eta, tolerance)}
+    if not sde.momentum: terms |= epoch_terms(objective.law, eta, terms["momentum number"] / eta)
     curvature = curvatures(objective, x, lam, V)
     return Diagnosis(terms, along_directions(V, curvature, names, eta, here, step), tolerance)
 
@@ -457,13 +452,11 @@ def same_in_all(groups:list, name:str, default):
     raise ValueError(f"all groups must have one {name}, got {sorted(values)}")
 
 # %% ../nbs/08b_diagnosis.ipynb #357ef419
-def is_overridden(optimizer, kind:type, names:tuple) -> bool:
-    "Has a subclass of `kind` methods of its own of these names?"
-    def plain(cls, name): return inspect.unwrap(getattr(cls, name)) # without torch's profiler
-    return any(plain(type(optimizer), name) is not plain(kind, name) for name in names)
-
 def is_kind(optimizer, kind:type, names:tuple) -> bool:
-    return isinstance(optimizer, kind) and not is_overridden(optimizer, kind, names)
+    "Is it one of a kind, with the methods of these names that the kind has?"
+    def plain(cls, name): return inspect.unwrap(getattr(cls, name)) # without torch's profiler
+    if not isinstance(optimizer, kind): return False
+    return all(plain(type(optimizer), name) is plain(kind, name) for name in names)
 
 def refuse_algorithm(optimizer):
     "A TypeError that says what to write, if one of samsde.algorithm stands for an optimizer"
@@ -682,15 +675,16 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
     clock = Timed(budget_s)
     algorithm, settings, decay = read_optimizer(model, optimizer, rho)
     objective = run_objective(model, loss, data, batch_size, collate_fn, batch_loss)
+    training = {name: settings[name] for name in ("momentum", "dampening", "nesterov")}
+    sde = SDE(algorithm, objective, settings["η"], weight_decay=settings["weight decay"], **training)
     same = getattr(unwrapped(optimizer), "preserve_rng_state", True) # in both passes
     if objective.minibatches.random and not same:
         raise ValueError("both passes of a step must draw the same random numbers, "
                          "got preserve_rng_state=False")
-    x = objective.x0
     how = plan(objective, algorithm, clock, effort)
     with closing(Bar(progress, how["seconds"])) as bar:
-        found = diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance,
-                             clock, bar, clip)
+        found = diagnosis_of(sde, decay, how, top, seed, tolerance, clock, bar, clip)
+    found.settings = settings | {"effective η": sde.rate}
     found.coarse += unlike_drawn(data)
     found.terms |= reshuffled(data, found)
     return found
@@ -738,23 +732,21 @@ def full_gradient(objective:MinibatchLoss, x:Tensor, how:dict, bar) -> tuple[Ten
     return grad, error
 
 def parts_of_drift(grad:Tensor, step:Drawn, decay:Tensor, x:Tensor) -> tuple[Tensor, dict]:
-    "b, and how large its parts are in it, by name"
+    "b, and how large its parts are, by name"
     regulariser = step.mean_regulariser.to(x)
     here = grad + regulariser
-    parts = {"gradient": norm(grad), "regulariser": norm(regulariser),
+    sizes = {"gradient": norm(grad), "regulariser": norm(regulariser),
              "weight decay": norm(decay * x)}
     here.addcmul_(decay, x).neg_()
-    size = norm(here)
-    if size == 0:
-        raise ValueError("the drift is exactly zero here, and nothing is small against it")
-    return here, {f"of the drift, {name}": term / size for name, term in parts.items()}
+    if norm(here) > 0: return here, sizes
+    raise ValueError("the drift is exactly zero here, and nothing is small against it")
 
 # %% ../nbs/08b_diagnosis.ipynb #caeb296b
 def noise_in_run(algorithm:Algorithm, objective:MinibatchLoss, x:Tensor, grad:Tensor,
-                 gammas:Tensor, size:float=1., bar=iter, done:Callable=lambda n: False,
+                 gammas:Tensor, bar=iter, done:Callable=lambda n: False,
                  sketch:Callable|None=None) -> tuple[float, float]:
-    """The norm of ρE[H_γ(u_γ − u)] over `size`, with u that of the full gradient, and the error
-    that is left by the draws: what noise adds to ρE[Hu]"""
+    """The norm of ρE[H_γ(u_γ − u)], with u that of the full gradient, and the error that is left by
+    the draws: what noise adds to ρE[Hu]"""
     if algorithm.unperturbed: return 0., 0.
     point, sums = x[None], Sums()
     def u(g, gamma):
@@ -767,67 +759,43 @@ def noise_in_run(algorithm:Algorithm, objective:MinibatchLoss, x:Tensor, grad:Te
         sums.add(sketch(Hv) if sketch else Hv)
         del Hv # it may be long
         if done(sums.n): break
-    return ratio_free_of_noise(sums, size)
-
-# %% ../nbs/08b_diagnosis.ipynb #8ba25a5e
-def terms_of_draws(step:Drawn, size:float) -> dict:
-    "What drawn minibatches say of a step, over the drift"
-    in_rho, error = ratio_free_of_noise(step.sums["gap"], size)
-    return {"error of the regulariser": step.regulariser_sem / size,
-            "neglected in ρ": in_rho, "error of that": error,
-            "noise": step.sums["c"].power**.5 / size,
-            "noise, SGD": step.sums["g"].power**.5 / size}
-
-def terms_of_edge(settings:dict, lam:Tensor, errors:Tensor, c:float, c_error:float,
-                  rho:float, decay:float) -> dict:
-    "The largest eigenvalue, c, and the stability number, with errors"
-    number = stability(settings["η"], lam[0].item(), c, rho, settings["momentum"],
-                       settings["dampening"], settings["nesterov"], decay)
-    return {"largest eigenvalue": lam[0].item(), "error of the eigenvalue": errors[0].item(),
-            "c": c, "error of c": c_error, "stability number": number}
+    return ratio_free_of_noise(sums, 1.)
 
 # %% ../nbs/08b_diagnosis.ipynb #fb3effaf
-def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance, clock,
-                 bar, clip=None) -> Diagnosis:
-    mu, damped = settings["momentum"], settings["dampening"]
-    eta = settings["η"] * (1 - damped) / (1 - mu)
-    settings = settings | {"effective η": eta}
+def diagnosis_of(sde:SDE, decay:Tensor, how:dict, top:int, seed:int, tolerance:float, clock:Timed,
+                 bar:Bar, clip:float|None) -> Diagnosis:
+    algorithm, objective, eta, x = sde.algorithm, sde.objective, sde.eta, sde.objective.x0
     grad, full_error = full_gradient(objective, x, how, bar)
     used, size_of_grad, sketch = objective.full, norm(grad), sketch_of(x)
     lam, V, errors = top_of_run(objective, x, grad, how, top, clock, bar)
     begin = clock.spent
     step = sampled(algorithm, objective, x, grad, V, how, seed, clock, bar, sketch)
     drawing = clock.spent - begin
-    here, parts = parts_of_drift(grad, step, decay, x)
+    here, sizes = parts_of_drift(grad, step, decay, x)
     size = norm(here)
     names = [f"eigenvector {i + 1}" for i in range(len(V))]
-    table = along_directions(V, lam, names, settings["η"], here, step)
+    table = along_directions(V, lam, names, eta, here, step)
     table.insert(1, "error of curvature", errors.cpu().numpy())
     del V, step.mean_regulariser # they are long, and needed no more
     step.regulariser = None
     def late(n): return n >= 2 and clock.left < .5 * drawing
     some = step.gammas[:max(2, len(step.gammas) // 2)]
-    noise, noise_error = noise_in_run(algorithm, objective, x, grad, some, size,
-                                      bar.counting("noise"), late, sketch)
+    sizes["noise in it"], noise_error = noise_in_run(algorithm, objective, x, grad, some,
+                                                     bar.counting("noise"), late, sketch)
     begin = clock.spent
     def done(n): return n >= clock.least and clock.left < 1.5 * (clock.spent - begin) / n
-    changes = change_in_a_step(algorithm, objective, x, eta, here, step, decay,
+    changes = change_in_a_step(algorithm, objective, x, sde.rate, here, step, decay,
                                bar.counting("change"), done, sketch)
-    c = c_of(algorithm, step, size_of_grad)
-    lag = (1 - mu + 2 * mu**2 if settings["nesterov"] else 1 + mu) / (1 - mu)
-    in_eta, eta_error = ratio_free_of_noise(changes, 2 * size)
-    largest, rho = lam[0].item(), float(algorithm.rho)
-    A = largest * (1 + rho * c[0] * largest) + decay.max().item()
-    terms = {"gradient": size_of_grad, "error of the gradient": full_error,
-             "regulariser": parts["of the drift, regulariser"] * size / size_of_grad, **parts,
-             "of the drift, noise in it": noise, "error of the noise in it": noise_error,
-             **terms_of_draws(step, size),
-             "neglected in η": lag * in_eta, "error of that, η": lag * eta_error,
-             **terms_of_edge(settings, lam, errors, *c, rho, decay.max().item())}
-    terms |= momentum_terms(mu, eta, A, lag * in_eta, tolerance)
+    in_eta, eta_error = (sde.memory_factor * v for v in ratio_free_of_noise(changes, 2 * size))
+    c, c_error = c_of(algorithm, step, size_of_grad)
+    terms = {**terms_of_step(step, sizes, size), "neglected in η": in_eta,
+             **terms_of_edge(sde, lam[0].item(), c, in_eta, tolerance),
+             "error of the gradient": full_error, "error of the noise in it": noise_error / size,
+             "error of that, η": eta_error, "error of the eigenvalue": errors[0].item(),
+             "error of c": c_error}
     if clip is not None: terms["clipped"] = (step.norms > clip).double().mean().item()
     said = coarseness(how, used, full_error / size_of_grad, errors, lam, step, changes.n, clock)
-    return Diagnosis(terms, table, tolerance, settings, said)
+    return Diagnosis(terms, table, tolerance, coarse=said)
 
 # %% ../nbs/08b_diagnosis.ipynb #1888a515
 def coarseness(how:dict, used:str, error:float, errors:Tensor, lam:Tensor, step:Drawn,
