@@ -31,7 +31,7 @@ from .machinery.long_vectors import (
 from .machinery.network import trainable
 from .machinery.style import colours
 from .moments import chunks
-from .objective import FiniteSum, Minibatches, MinibatchLoss, Objective
+from .objective import FiniteSum, Minibatches, MinibatchLoss, Noiseless, Objective
 from .drawn_steps import (
     Drawn, KnownGradient, drawn, drawn_gammas, is_fused, is_plain, moments_of_step, step_parts)
 from .sde import SDE
@@ -272,13 +272,15 @@ def drift_of(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, st
     if same: return -(grad + step.mean_regulariser.to(x))
     return drift(algorithm, objective, x, **draws)
 
+class FullGradient(Noiseless):
+    "The mean loss without noise, with what else the objective has, such as its samples' losses"
+    def __getattr__(self, name): return getattr(self.objective, name)
+
 def noise_in_regulariser(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor,
                          regulariser:Tensor) -> Tensor: # (d,)
     "What the noise adds to ρE[Hu]: that less ρ times the Hessian times the full gradient's u"
     if algorithm.unperturbed: return torch.zeros_like(regulariser)
-    quiet = copy.copy(algorithm)
-    quiet.source, quiet.micro_batch = "full", None
-    u = quiet.ascent(objective, x, torch.zeros_like(x))
+    u = algorithm.perturbation(FullGradient(objective), x, torch.zeros_like(x))
     return regulariser - algorithm.rho * objective.hvp(x, u)
 
 # %% ../nbs/08b_diagnosis.ipynb #52274f3b

@@ -37,6 +37,8 @@ class KnownGradient(Objective):
     def hvp(self, x, v): return self.objective.hvp(x, v)
     def sample_loss(self, x, gamma): return self.objective.sample_loss(x, gamma)
     def sample_hvp(self, x, gamma, v): return self.objective.sample_hvp(x, gamma, v)
+    def __getattr__(self, name): # what else the objective has, such as its losses
+        return getattr(self.objective, name)
 
 # %% ../nbs/08a_drawn_steps.ipynb #b463a7ed
 def is_plain(algorithm:Algorithm) -> bool:

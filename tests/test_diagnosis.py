@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from samsde import diagnosis, optim
-from samsde.algorithm import DNSAM, SAM, SGD, USAM, Chain
+from samsde.algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
 from samsde.diagnosis import (
     change_in_a_step,
     curvatures,
@@ -33,6 +33,7 @@ from samsde.implicit_regularizer import drift
 from samsde.epochs import epoch_noise
 from samsde.experiments.examples import plane, three
 from samsde.machinery.long_vectors import Sketch, lanczos
+from samsde.monitor import Monitor
 from samsde.moments import hessian_perturbation
 from samsde.objective import FiniteSum, MinibatchLoss, NoisyLoss, Quadratic
 from samsde.sde import SDE
@@ -1043,3 +1044,32 @@ def test_c_of_every_source(source, micro_batch):
     g = o.sample_grad(x.expand(len(gammas), -1), gammas)
     known = ((g / g.norm(dim=1, keepdim=True)).mean(0) @ grad / grad.norm() ** 2).item()
     assert abs(found.terms["c"] - known) < (1e-9 if source == "full" else 0.1 * known)
+
+
+class ByLosses(Algorithm):
+    "A perturbation that asks the objective for more than gradients"
+
+    def perturbation(self, objective, x, gamma):
+        scale = objective.losses(x).mean(-1, keepdim=True) / objective.n
+        return scale * objective.sample_grad(x, gamma)
+
+
+def test_a_perturbation_that_asks_for_losses():
+    "Its objective has all that a finite sum has; by enumeration. The control is USAM's"
+    o, x = three(2, False), torch.tensor([0.3, 0.2], dtype=F64)
+    gammas = torch.combinations(torch.arange(3), 2)
+    points = x.expand(3, -1)
+    u = o.loss(x) / 3 * o.sample_grad(points, gammas)
+    known = 0.1 * o.sample_hvp(points, gammas, u).mean(0).norm() / o.grad(x).norm()
+    found, usam = (diagnose(kind(0.1), o, x, 0.1, draws=8).terms for kind in (ByLosses, USAM))
+    assert found["regulariser"] == pytest.approx(known.item(), rel=1e-9)
+    assert abs(usam["regulariser"] / known.item() - 1) > 0.3
+
+
+def test_time_of_what_is_refused():
+    "A monitor whose diagnoses fail has watched as long as they took"
+    net = make()
+    monitor = Monitor(net, F.cross_entropy, (X, y), torch.optim.Adam(net.parameters()), every=1)
+    with pytest.raises(TypeError, match="no SDE here describes another"):
+        monitor()
+    assert monitor.watched == monitor.cost > 0
