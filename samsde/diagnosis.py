@@ -110,10 +110,14 @@ def largest_eigenvalue(hvp:Callable, # x, v, (..., d) each -> (..., d), such as 
     T = torch.diag_embed(torch.stack(diagonal, -1)) + torch.diag_embed(below, -1)
     return torch.linalg.eigvalsh(T)[..., -1]
 
+# %% ../nbs/08b_diagnosis.ipynb #c84fd67f
+# of what is neglected, by name; that in η has none where a drift is exact
+ERRORS = {"neglected in ρ": "error of that", "neglected in η": "error of that, η"}
+
 # %% ../nbs/08b_diagnosis.ipynb #c0cc8019
 @dataclass
 class Diagnosis:
-    """What the SDE neglects at a point; true where that is a small part of the drift.
+    """What the SDE neglects at a point; true where that is known to be a small part of the drift.
     Raises ValueError if a term is not finite."""
     terms: dict # name -> number, see `diagnose`
     # top eigenvectors and random directions: curvature, noise, and the moments of one step
@@ -135,20 +139,23 @@ class Diagnosis:
         "The share of the steps whose gradient is clipped"
         return self.terms.get("clipped", 0.)
     @property
+    def large(self) -> list: # of names
+        "The neglected parts that are more than the tolerance, or are not known to so much"
+        return [name for name, error in ERRORS.items()
+                if max(self.terms[name], self.terms.get(error, 0.)) > self.tolerance]
+    @property
     def reason(self) -> str:
-        neglected = {name: self.terms[name] for name in ("neglected in ρ", "neglected in η")}
-        large = {name: value for name, value in neglected.items() if not value <= self.tolerance}
-        said = ", ".join(f"{name}: {value:.2g} of the drift"
-                         for name, value in (large or neglected).items())
-        said = f"{said}, {'more than' if large else 'at most'} {self.tolerance:g}"
+        def size(name):
+            error = self.terms.get(ERRORS[name], 0.)
+            return f"{self.terms[name]:.2g}" + f" ± {error:.2g}" * (error > self.tolerance)
+        said = ", ".join(f"{name}: {size(name)} of the drift" for name in self.large or ERRORS)
+        said = f"{said}, {'more than' if self.large else 'at most'} {self.tolerance:g}"
         if self.clipped > self.tolerance: said = f"{self.clipped:.0%} of the steps clipped; {said}"
         number = f"stability number {self.terms['stability number']:.2g}"
         if self.stable: return f"{said}; {number}, below the edge 1"
         return f"{number}, at or beyond the edge 1; {said}"
     def __bool__(self) -> bool:
-        small = all(self.terms[name] <= self.tolerance
-                    for name in ("neglected in ρ", "neglected in η"))
-        return small and self.stable and self.clipped <= self.tolerance
+        return not self.large and self.stable and self.clipped <= self.tolerance
     @property
     def table(self) -> pd.DataFrame:
         "The settings and all terms, a row each"
@@ -399,7 +406,8 @@ def diagnose(algorithm:Algorithm, # with one radius
              **training # as of a Chain: momentum, nesterov, weight_decay, ...; no schedule
             ) -> Diagnosis:
     """Is the SDE of an algorithm a fair model at a point? The terms are those of the table above.
-    False where a neglected part is more than `tolerance`, or the stability number is 1 or more.
+    False where a neglected part, or its error, is more than `tolerance`, or the stability number is
+    1 or more.
     A draw costs two gradients and a product with the Hessian, and up to two gradients more for the
     change in η; the eigenvectors cost some 30 products with ∇²f. A bar says how long that takes.
     Raises ValueError or TypeError on bad input."""

@@ -1073,3 +1073,19 @@ def test_time_of_what_is_refused():
     with pytest.raises(TypeError, match="no SDE here describes another"):
         monitor()
     assert monitor.watched == monitor.cost > 0
+
+
+def test_what_too_few_draws_say():
+    """Where noise is many times the gradient, a few draws often find nothing neglected, as noise is
+    taken off the square. With an error beyond the tolerance that is not called fair."""
+    net = make(0.0, norm=False)
+    o = FiniteSum.from_module(net, nn.CrossEntropyLoss(), X, y, 1)
+    x = o.x0
+    for _ in range(300):
+        x = x - 0.5 * o.grad(x)
+    how = dict(directions=0, top=1)
+    few = [diagnose(SAM(1.0), o, x, 0.001, draws=4, seed=s, **how) for s in range(12)]
+    assert min(report.terms["neglected in ρ"] for report in few) == 0
+    assert all(report.terms["error of that"] > 0.1 and not report for report in few)
+    assert any("neglected in ρ: 0 ± " in report.reason for report in few)
+    assert diagnose(SAM(1e-4), o, x, 0.001, draws=200, **how)
