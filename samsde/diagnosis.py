@@ -115,7 +115,7 @@ def largest_eigenvalue(hvp:Callable, # x, v, (..., d) each -> (..., d), such as 
 ERRORS = {"neglected in ρ": "error of that", "neglected in η": "error of that, η"}
 
 # %% ../nbs/08b_diagnosis.ipynb #c0cc8019
-@dataclass
+@dataclass(eq=False)
 class Diagnosis:
     """What the SDE neglects at a point; true where that is known to be a small part of the drift.
     Raises ValueError if a term is not finite."""
@@ -221,7 +221,9 @@ def along_directions(V:Tensor, curvature:Tensor, names:list, eta:float, here:Ten
     return pd.DataFrame(columns, index=names)
 
 # %% ../nbs/08b_diagnosis.ipynb #3a5b1e67
-PRODUCTS = 30 # with the Hessian, that SciPy's Lanczos iteration takes for three eigenvectors
+# with the Hessian, that SciPy's Lanczos iteration takes for three eigenvectors, and ours for the
+# smallest eigenvalue
+PRODUCTS = 42
 
 def timed(job:Callable) -> float: # seconds, of a second time where the first took few
     for _ in range(2):
@@ -363,10 +365,13 @@ def stability(sde:SDE, A:float) -> float: # λ(1 + ρcλ)
     outside = sde.weight_decay * sde.decoupled # does not pass through the velocity
     return sde.eta * (A + sde.weight_decay - outside) / edge + sde.eta * outside / 2
 
-def terms_of_edge(sde:SDE, largest:float, c:float, in_eta:float, tolerance:float) -> dict:
-    "Where the edge of stability is, and which SDE is fair"
-    A = largest * (1 + float(sde.algorithm.rho) * c * largest)
-    return {"largest eigenvalue": largest, "c": c, "stability number": stability(sde, A),
+def terms_of_edge(sde:SDE, largest:float, smallest:float, c:float, in_eta:float, tolerance:float
+                 ) -> dict:
+    "Where the edge of stability is, at the end of the spectrum that turns more; which SDE is fair"
+    rho = float(sde.algorithm.rho)
+    A = max(lam * (1 + rho * c * lam) for lam in (largest, smallest))
+    return {"largest eigenvalue": largest, "smallest eigenvalue": smallest, "c": c,
+            "stability number": stability(sde, A),
             **momentum_terms(sde.momentum, sde.rate, A + sde.decay, in_eta, tolerance)}
 
 # %% ../nbs/08b_diagnosis.ipynb #ba7a7ce2
@@ -409,7 +414,7 @@ def diagnose(algorithm:Algorithm, # with one radius
     False where a neglected part, or its error, is more than `tolerance`, or the stability number is
     1 or more.
     A draw costs two gradients and a product with the Hessian, and up to two gradients more for the
-    change in η; the eigenvectors cost some 30 products with ∇²f. A bar says how long that takes.
+    change in η; the eigenvectors cost some 40 products with ∇²f. A bar says how long that takes.
     Raises ValueError or TypeError on bad input."""
     eta = check_scalar("eta", eta)
     draws = check_int("draws", draws, least=4)
@@ -425,6 +430,7 @@ def diagnose(algorithm:Algorithm, # with one radius
     seconds = {} if progress is False else seconds_of(algorithm, objective, x, grad, draws)
     with closing(Bar(progress, seconds)) as bar:
         lam, V, names = directions_at(objective, x, top, directions, seed)
+        smallest = -largest_eigenvalue(lambda x, v: -objective.hvp(x, v), x).item()
         bar.done("curvature")
         sde.objective = in_passes(objective)
         step = drawn(algorithm, sde.objective, x, grad, V, draws, seed, bar.counting("draws"))
@@ -440,7 +446,8 @@ def diagnose(algorithm:Algorithm, # with one radius
              "noise in it": noise}
     terms = terms_of_step(step, {name: norm(part) for name, part in parts.items()}, size)
     c, _ = c_of(algorithm, step, norm(grad))
-    terms |= {"neglected in η": in_eta, **terms_of_edge(sde, lam[0].item(), c, in_eta, tolerance)}
+    terms["neglected in η"] = in_eta
+    terms |= terms_of_edge(sde, lam[0].item(), smallest, c, in_eta, tolerance)
     if not sde.momentum: terms |= epoch_terms(objective.law, eta, terms["momentum number"] / eta)
     curvature = curvatures(objective, x, lam, V)
     return Diagnosis(terms, along_directions(V, curvature, names, eta, here, step), tolerance)
@@ -710,7 +717,7 @@ def first_vector(grad:Tensor) -> Tensor: # (d,)
 
 def top_of_run(objective:MinibatchLoss, x:Tensor, grad:Tensor, how:dict, top:int, clock:Timed,
                bar) -> tuple:
-    "Eigenvalues and vectors of the Hessian of some batches, and their errors"
+    "Eigenvalues and vectors of the Hessian of some batches, their errors, and the smallest"
     top = min(top, max(1, how["steps"] // 2), len(x))
     ends = clock.spent + .45 * max(0., clock.left)
     def done(n): return n >= clock.least and clock.spent > ends
@@ -777,7 +784,7 @@ def diagnosis_of(sde:SDE, decay:Tensor, how:dict, top:int, seed:int, tolerance:f
     algorithm, objective, eta, x = sde.algorithm, sde.objective, sde.eta, sde.objective.x0
     grad, full_error = full_gradient(objective, x, how, bar)
     used, size_of_grad, sketch = objective.full, norm(grad), sketch_of(x)
-    lam, V, errors = top_of_run(objective, x, grad, how, top, clock, bar)
+    lam, V, errors, smallest = top_of_run(objective, x, grad, how, top, clock, bar)
     begin = clock.spent
     step = sampled(algorithm, objective, x, grad, V, how, seed, clock, bar, sketch)
     drawing = clock.spent - begin
@@ -799,7 +806,7 @@ def diagnosis_of(sde:SDE, decay:Tensor, how:dict, top:int, seed:int, tolerance:f
     in_eta, eta_error = (sde.memory_factor * v for v in ratio_free_of_noise(changes, 2 * size))
     c, c_error = c_of(algorithm, step, size_of_grad)
     terms = {**terms_of_step(step, sizes, size), "neglected in η": in_eta,
-             **terms_of_edge(sde, lam[0].item(), c, in_eta, tolerance),
+             **terms_of_edge(sde, lam[0].item(), smallest, c, in_eta, tolerance),
              "error of the gradient": full_error, "error of the noise in it": noise_error / size,
              "error of that, η": eta_error, "error of the eigenvalue": errors[0].item(),
              "error of c": c_error}

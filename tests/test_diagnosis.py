@@ -635,10 +635,10 @@ def test_lanczos():
     small = FiniteSum.from_module(make(0.0, norm=False), nn.CrossEntropyLoss(), X, y, 10)
     values, vectors = top_eigenvectors(small, small.x0, 2)
     start = torch.randn(small.dim, generator=generator, dtype=F64)
-    lam, V, error = lanczos(lambda v: small.hvp(small.x0, v), start, 25, 2)
+    lam, V, error, _ = lanczos(lambda v: small.hvp(small.x0, v), start, 25, 2)
     torch.testing.assert_close(lam, values, rtol=1e-4, atol=0)
     assert (V @ vectors.T).diag().abs().min() > 0.99
-    few, _, bound = lanczos(lambda v: small.hvp(small.x0, v), start, 4, 1)
+    few, _, bound, _ = lanczos(lambda v: small.hvp(small.x0, v), start, 4, 1)
     assert few[0] < values[0] and bound[0] > error[0]
 
 
@@ -872,11 +872,14 @@ def test_lanczos_with_few_vectors(basis):
     known = torch.linalg.eigvalsh(small.hessian(small.x0))
     start = torch.randn(small.dim, generator=torch.Generator().manual_seed(4), dtype=F64)
     for steps in (6, 12, 30, 60):
-        lam, V, bound = lanczos(lambda v: small.hvp(small.x0, v), start, steps, 3, basis=basis)
+        lam, V, bound, lowest = lanczos(
+            lambda v: small.hvp(small.x0, v), start, steps, 3, basis=basis
+        )
         torch.testing.assert_close(V @ V.T, torch.eye(3, dtype=F64), rtol=0, atol=1e-10)
         residual = (small.hvp(small.x0, V) - lam[:, None] * V).norm(dim=1)
         torch.testing.assert_close(residual, bound, rtol=1e-6, atol=1e-10)
         assert ((known[:, None] - lam).abs().min(0).values <= bound + 1e-10).all()
+        assert known[0] - 1e-10 <= lowest < known.median()
     torch.testing.assert_close(lam, known.flip(0)[:3], rtol=1e-3, atol=0)
     short = lanczos(lambda v: small.hvp(small.x0, v), start, basis, 3)[0]
     assert (short[1:] / known.flip(0)[1:3] - 1).abs().max() > 0.005
@@ -1089,3 +1092,38 @@ def test_what_too_few_draws_say():
     assert all(report.terms["error of that"] > 0.1 and not report for report in few)
     assert any("neglected in ρ: 0 ± " in report.reason for report in few)
     assert diagnose(SAM(1e-4), o, x, 0.001, draws=200, **how)
+
+
+@pytest.mark.parametrize("factor, grows", [(1.02, True), (0.98, False)])
+def test_the_edge_at_a_saddle(factor, grows):
+    """Along a steep negative curvature −m, ρcm² − m may be beyond the edge where the largest
+    eigenvalue is far from it: a step of USAM turns and grows, and one of its SDE shrinks."""
+    m, rho = 2.0, 2.0
+    A = rho * m**2 - m
+    eta = factor * 2 / A
+    saddle = Quadratic(torch.diag(torch.tensor([0.1, -m], dtype=F64)))
+    x = torch.tensor([1.0, 1e-3], dtype=F64)
+    run = x
+    for _ in range(200):
+        run = USAM(rho).step(saddle, run, eta, torch.zeros(2, dtype=F64))
+    assert (abs(run[1]) > abs(x[1])).item() == grows
+    assert SDE(USAM(rho), saddle, eta).drift(x)[1] < 0
+    found = diagnose(USAM(rho), saddle, x, eta, tolerance=10.0)
+    assert found.stable == (not grows) == bool(found)
+    assert found.terms["stability number"] == pytest.approx(factor, rel=1e-9)
+    assert found.terms["smallest eigenvalue"] == pytest.approx(-m, rel=1e-9)
+
+    class Plane(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x = nn.Parameter(x.clone())
+
+        def forward(self, z):
+            return self.x @ saddle.H @ self.x / 2 + 0 * z.sum()
+
+    net = Plane()
+    data = (torch.ones(8, 1, dtype=F64), torch.zeros(8))
+    optimizer = of(net, optim.USAM, rho, lr=eta)
+    seen = look(net, optimizer, lambda out, _: out, data, batch_size=4, tolerance=10.0)
+    assert seen.stable == (not grows)
+    assert seen.terms["stability number"] == pytest.approx(factor, rel=1e-6)
