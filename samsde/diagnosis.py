@@ -430,7 +430,8 @@ def diagnose(algorithm:Algorithm, # with one radius
     seconds = {} if progress is False else seconds_of(algorithm, objective, x, grad, draws)
     with closing(Bar(progress, seconds)) as bar:
         lam, V, names = directions_at(objective, x, top, directions, seed)
-        smallest = -largest_eigenvalue(lambda x, v: -objective.hvp(x, v), x).item()
+        times = products_of(objective, x)
+        smallest = -largest_eigenvalue(lambda x, v: -times(v), x).item()
         bar.done("curvature")
         sde.objective = in_passes(objective)
         step = drawn(algorithm, sde.objective, x, grad, V, draws, seed, bar.counting("draws"))
@@ -640,7 +641,8 @@ def unlike_drawn(data) -> list:
     if isinstance(data.sampler, SequentialSampler) and n > data.batch_size:
         said.append("the DataLoader does not shuffle: minibatches are drawn at random here")
     if not data.drop_last and (short := len(data.sampler) % data.batch_size):
-        said.append(f"the last batch of an epoch has {short} samples, here {data.batch_size} as all")
+        said.append(f"the last batch of an epoch has {short} samples, "
+                    f"here {data.batch_size} as all")
     return said
 
 # %% ../nbs/08b_diagnosis.ipynb #908aeaee
@@ -693,7 +695,8 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
     algorithm, settings, decay = read_optimizer(model, optimizer, rho)
     objective = run_objective(model, loss, data, batch_size, collate_fn, batch_loss)
     training = {name: settings[name] for name in ("momentum", "dampening", "nesterov")}
-    sde = SDE(algorithm, objective, settings["η"], weight_decay=settings["weight decay"], **training)
+    training["weight_decay"] = settings["weight decay"]
+    sde = SDE(algorithm, objective, settings["η"], **training)
     same = getattr(unwrapped(optimizer), "preserve_rng_state", True) # in both passes
     if objective.minibatches.random and not same:
         raise ValueError("both passes of a step must draw the same random numbers, "
@@ -733,7 +736,8 @@ def sampled(algorithm, objective, x, grad, V, how:dict, seed:int, clock:Timed, b
     "As many draws as there is time for; of it the noise in u and the change in η have a part"
     begin = clock.spent
     def done(n): return n >= clock.least and clock.left < (1 + 2 / n) * (clock.spent - begin)
-    return drawn(algorithm, objective, x, grad, V, how["draws"], seed, bar.counting("draws"), done, sketch)
+    return drawn(algorithm, objective, x, grad, V, how["draws"], seed, bar.counting("draws"), done,
+                 sketch)
 
 # %% ../nbs/08b_diagnosis.ipynb #d0c78170
 def full_gradient(objective:MinibatchLoss, x:Tensor, how:dict, bar) -> tuple[Tensor, float]:

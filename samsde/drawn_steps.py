@@ -110,7 +110,8 @@ def late_parts(algorithm:Algorithm, objective:Objective, x:Tensor,
         return same.mean_over_cuts(of_cut, objective.law, gamma)
     g = objective.sample_grad(points, gammas)
     u = perturbations(same, objective, points, gammas)
-    curved = objective.hvp(points, u - mean) + objective.sample_hvp(points, gammas, mean.expand_as(u))
+    curved = objective.hvp(points, u - mean)
+    curved = curved + objective.sample_hvp(points, gammas, mean.expand_as(u))
     G = other.direction(objective, points, pairs) + next_mean(gammas) - next_mean(before)
     return g, u, g + rho * curved, G
 
