@@ -25,7 +25,7 @@ from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, an_objective, pair
 from .epochs import epoch_terms
 from .implicit_regularizer import drift, mean_moments
 from .machinery.checks import (
-    check_finite, check_floating, check_int, check_positive, check_scalar, check_share)
+    check_finite, check_floating, check_int, check_positive, check_scalar)
 from .machinery.long_vectors import (
     BASIS, Sums, is_long, lanczos, norm, ratio_free_of_noise, sketch_of)
 from .machinery.network import trainable
@@ -530,7 +530,6 @@ def step_of(groups:list) -> dict:
     found = {"η": same_in_all(groups, "lr", 0.)}
     for name in ("momentum", "dampening"): found[name] = same_in_all(groups, name, 0.)
     check_scalar("the optimizer's lr", found["η"])
-    for name in ("momentum", "dampening"): check_share(f"the optimizer's {name}", found[name])
     if not found["momentum"]: found["dampening"] = 0. # torch does not dampen then
     return found | {"nesterov": bool(same_in_all(groups, "nesterov", False))}
 
