@@ -169,8 +169,10 @@ def check(job:Job):
     Raises ValueError or TypeError, with the setting, if that makes no sense."""
     with naming(job.setting), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*paths diverged")
-        for name in ("t_end", "interval"):
-            times_in(name, getattr(job, name), "eta", job.time_step)
+        last = times_in("t_end", job.t_end, "eta", job.time_step) - 1
+        times_in("interval", job.interval, "eta", job.time_step)
+        if getattr(job.process, "is_scheduled", False): # for so long?
+            for factor in (job.process.factor, job.process.radius_factor): factor(last)
         if getattr(job.process, "shape", ()):
             raise ValueError(
                 f"a job has one eta and one rho, got a sweep of shape {job.process.shape}")
