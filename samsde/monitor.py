@@ -57,7 +57,11 @@ class Monitor:
             self.cost = time.monotonic() - start
             self.watched += self.cost
         terms = found.settings | found.terms | {"fair": bool(found), "reason": found.reason}
-        self.records.append({"step": self.step} | extra | terms)
+        terms["step"] = self.step
+        if taken := extra.keys() & terms.keys():
+            raise ValueError("numbers beside the terms must have names of their own, got "
+                             + ", ".join(sorted(taken)))
+        self.records.append(extra | terms)
         return found
     @property
     def history(self) -> pd.DataFrame:

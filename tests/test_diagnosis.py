@@ -1127,3 +1127,15 @@ def test_the_edge_at_a_saddle(factor, grows):
     seen = look(net, optimizer, lambda out, _: out, data, batch_size=4, tolerance=10.0)
     assert seen.stable == (not grows)
     assert seen.terms["stability number"] == pytest.approx(factor, rel=1e-6)
+
+
+def test_numbers_beside_the_terms():
+    "They have names of their own; that of a term, or of the step, is no place for another number"
+    net = make(0.0, norm=False)
+    how = dict(every=1, batch_size=10, budget_s=0.1)
+    monitor = Monitor(net, F.cross_entropy, (X, y), of(net), **how)
+    monitor(loss=2.5)
+    assert monitor.history.loc[1, "loss"] == 2.5 and "noise" in monitor.history
+    for name in ("step", "noise"):
+        with pytest.raises(ValueError, match=f"names of their own, got {name}"):
+            monitor(**{name: 7})
