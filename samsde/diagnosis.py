@@ -7,7 +7,7 @@ __all__ = ['top_eigenvectors', 'largest_eigenvalue', 'Diagnosis', 'diagnose', 'd
 
 # %% ../nbs/08b_diagnosis.ipynb #632055e8
 import copy, inspect, time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -25,22 +25,24 @@ from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, an_objective, pair
 from .epochs import epoch_terms
 from .implicit_regularizer import drift, mean_moments
 from .machinery.checks import (
-    check_finite, check_floating, check_int, check_positive, check_scalar, check_share)
+    check_finite, check_floating, check_int, check_positive, check_scalar)
 from .machinery.long_vectors import (
     BASIS, Sums, is_long, lanczos, norm, ratio_free_of_noise, sketch_of)
 from .machinery.network import trainable
 from .machinery.style import colours
 from .moments import chunks
-from .objective import FiniteSum, Minibatches, MinibatchLoss, Objective
+from .objective import FiniteSum, Minibatches, MinibatchLoss, Noiseless, Objective
 from .drawn_steps import (
     Drawn, KnownGradient, drawn, drawn_gammas, is_fused, is_plain, moments_of_step, step_parts)
 from .sde import SDE
 
 # %% ../nbs/08b_diagnosis.ipynb #f41251e1
 def one_point(objective, x) -> Tensor: # (d,)
-    "`x` if it is one finite point of an objective; else a ValueError or TypeError"
-    if an_objective(objective).check(x).ndim == 1: return check_finite("x", x)
-    raise ValueError(f"x must be one point of shape ({objective.dim},), got {tuple(x.shape)}")
+    "`x` if it is one finite point of an objective, of float32 or float64; else an error"
+    if an_objective(objective).check(x).ndim != 1:
+        raise ValueError(f"x must be one point of shape ({objective.dim},), got {tuple(x.shape)}")
+    if x.dtype.itemsize >= 4: return check_finite("x", x).detach()
+    raise TypeError(f"x must be of float32 or float64, got {x.dtype}")
 
 # %% ../nbs/08b_diagnosis.ipynb #0f18e696
 def products_of(objective:Objective, x:Tensor) -> Callable: # (d,) -> (d,)
@@ -66,12 +68,12 @@ def top_eigenvectors(objective:Objective,
     k = check_int("k", k)
     if k > d: raise ValueError(f"k must be at most the dimension {d}, got {k}")
     if k > d / 2:
-        values, vectors = torch.linalg.eigh(objective.hessian(x))
+        values, vectors = torch.linalg.eigh(check_finite("the Hessian at x", objective.hessian(x)))
         return values[-k:].flip(0), vectors.T[-k:].flip(0)
     times = products_of(objective, x)
     def product(v):
         v = torch.from_numpy(np.ascontiguousarray(v.ravel())).to(x)
-        return times(v).double().cpu().numpy()
+        return check_finite("the Hessian at x", times(v)).double().cpu().numpy()
     start = np.random.default_rng(0).standard_normal(d)
     if not product(start).any():
         return x.new_zeros(k), torch.eye(k, d).to(x) # the zero matrix, at which Lanczos fails
@@ -90,7 +92,7 @@ def largest_eigenvalue(hvp:Callable, # x, v, (..., d) each -> (..., d), such as 
     orthogonalisation"""
     d = check_floating("x", x).shape[-1]
     seeded = torch.Generator().manual_seed(0)
-    v = torch.randn(d, generator=seeded, dtype=torch.float64).to(x).expand_as(x)
+    v = torch.randn(d, generator=seeded, dtype=torch.float64, device="cpu").to(x).expand_as(x)
     Q = (v / torch.linalg.vector_norm(v, dim=-1, keepdim=True))[None]
     diagonal = []
     beside = []
@@ -99,18 +101,24 @@ def largest_eigenvalue(hvp:Callable, # x, v, (..., d) each -> (..., d), such as 
         value = (w * Q[-1]).sum(-1)
         # a vector is 0 where the space is exhausted
         diagonal.append(torch.where(Q[-1].any(-1), value, diagonal[-1]) if diagonal else value)
+        rounding = 16 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(w, dim=-1, keepdim=True)
         for _ in range(2): w = w - ((w * Q).sum(-1, keepdim=True) * Q).sum(0)
-        beside.append(torch.linalg.vector_norm(w, dim=-1))
-        Q = torch.cat([Q, (w / beside[-1][..., None].clamp(min=torch.finfo(x.dtype).tiny))[None]])
-    off = torch.diag_embed(torch.stack(beside[:-1], -1), 1) if len(beside) > 1 else 0
-    T = (torch.diag_embed(torch.stack(diagonal, -1)) + off
-         + (off.mT if isinstance(off, Tensor) else 0))
+        left = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+        beside.append(torch.where(left > rounding, left, 0)[..., 0])
+        Q = torch.cat([Q, torch.where(left > rounding, w / left, 0)[None]])
+    below = torch.stack(beside, -1)[..., :-1] # eigvalsh reads the lower half
+    T = torch.diag_embed(torch.stack(diagonal, -1)) + torch.diag_embed(below, -1)
     return torch.linalg.eigvalsh(T)[..., -1]
 
+# %% ../nbs/08b_diagnosis.ipynb #c84fd67f
+# of what is neglected, by name; that in η has none where a drift is exact
+ERRORS = {"neglected in ρ": "error of that", "neglected in η": "error of that, η"}
+
 # %% ../nbs/08b_diagnosis.ipynb #c0cc8019
-@dataclass
+@dataclass(eq=False)
 class Diagnosis:
-    "What the SDE neglects at a point; true where that is a small part of the drift"
+    """What the SDE neglects at a point; true where that is known to be a small part of the drift.
+    Raises ValueError if a term is not finite."""
     terms: dict # name -> number, see `diagnose`
     # top eigenvectors and random directions: curvature, noise, and the moments of one step
     directions: pd.DataFrame
@@ -118,6 +126,10 @@ class Diagnosis:
     settings: dict=field(default_factory=dict) # of a training run: algorithm, η, momentum, ...
     coarse: list=field(default_factory=list) # what was measured on less than all, in words
 
+    def __post_init__(self):
+        values = {name: v for name, v in self.terms.items() if isinstance(v, (int, float))}
+        wrong = [f"{name}: {v}" for name, v in values.items() if not np.isfinite(v)]
+        if wrong: raise ValueError(f"the terms at x must be finite, got {', '.join(wrong)}")
     @property
     def stable(self) -> bool:
         "Is the point below the edge of stability?"
@@ -127,20 +139,23 @@ class Diagnosis:
         "The share of the steps whose gradient is clipped"
         return self.terms.get("clipped", 0.)
     @property
+    def large(self) -> list: # of names
+        "The neglected parts that are more than the tolerance, or are not known to so much"
+        return [name for name, error in ERRORS.items()
+                if max(self.terms[name], self.terms.get(error, 0.)) > self.tolerance]
+    @property
     def reason(self) -> str:
-        neglected = {name: self.terms[name] for name in ("neglected in ρ", "neglected in η")}
-        large = {name: value for name, value in neglected.items() if not value <= self.tolerance}
-        said = ", ".join(f"{name}: {value:.2g} of the drift"
-                         for name, value in (large or neglected).items())
-        said = f"{said}, {'more than' if large else 'at most'} {self.tolerance:g}"
+        def size(name):
+            error = self.terms.get(ERRORS[name], 0.)
+            return f"{self.terms[name]:.2g}" + f" ± {error:.2g}" * (error > self.tolerance)
+        said = ", ".join(f"{name}: {size(name)} of the drift" for name in self.large or ERRORS)
+        said = f"{said}, {'more than' if self.large else 'at most'} {self.tolerance:g}"
         if self.clipped > self.tolerance: said = f"{self.clipped:.0%} of the steps clipped; {said}"
         number = f"stability number {self.terms['stability number']:.2g}"
         if self.stable: return f"{said}; {number}, below the edge 1"
         return f"{number}, at or beyond the edge 1; {said}"
     def __bool__(self) -> bool:
-        small = all(self.terms[name] <= self.tolerance
-                    for name in ("neglected in ρ", "neglected in η"))
-        return small and self.stable and self.clipped <= self.tolerance
+        return not self.large and self.stable and self.clipped <= self.tolerance
     @property
     def table(self) -> pd.DataFrame:
         "The settings and all terms, a row each"
@@ -169,8 +184,9 @@ class Diagnosis:
 # %% ../nbs/08b_diagnosis.ipynb #49326aa3
 def c_of(algorithm:Algorithm, step:Drawn, size:float) -> tuple[float, float]:
     "c in E u = c ḡ and its standard error: where it is known, as it is; else from the drawn γ"
-    if not algorithm.has_metric and algorithm.definer in (SGD, USAM): return 1., 0.
-    if not algorithm.has_metric and algorithm.definer is DNSAM: return 1 / size, 0.
+    if algorithm.has_metric: return step.c, step.c_error
+    if algorithm.definer is USAM: return 1., 0.
+    if algorithm.definer is DNSAM: return 1 / size, 0.
     return step.c, step.c_error
 
 # %% ../nbs/08b_diagnosis.ipynb #5dfc7e26
@@ -191,16 +207,6 @@ def change_in_a_step(algorithm, objective, x:Tensor, eta:float, here:Tensor, ste
         if done(changes.n): break
     return changes
 
-def stability(eta:float, lam:float, c:float, rho:float, momentum:float=0., dampening:float=0.,
-              nesterov:bool=False, decay:float=0.,
-              decoupled:float=0. # weight decay that does not pass through the velocity
-             ) -> float:
-    """η(λ(1 + ρcλ) + weight decay) over the value at which the mean step turns by −1. Decoupled
-    decay d adds ηd/2, whatever the momentum; without momentum torch does not dampen."""
-    edge = 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
-    if momentum: edge = edge / (1 - dampening)
-    return eta * (lam * (1 + rho * c * lam) + decay) / edge + eta * decoupled / 2
-
 # %% ../nbs/08b_diagnosis.ipynb #8953badb
 def along_directions(V:Tensor, curvature:Tensor, names:list, eta:float, here:Tensor,
                      step:Drawn) -> pd.DataFrame:
@@ -215,11 +221,9 @@ def along_directions(V:Tensor, curvature:Tensor, names:list, eta:float, here:Ten
     return pd.DataFrame(columns, index=names)
 
 # %% ../nbs/08b_diagnosis.ipynb #3a5b1e67
-SHOWN = 3 # seconds, from which on a bar is shown that nobody asked for
-PRODUCTS = 30 # with the Hessian, that SciPy's Lanczos iteration takes for three eigenvectors
-
-def is_shown(progress:bool|None, seconds:float) -> bool:
-    return seconds > SHOWN if progress is None else progress
+# with the Hessian, that SciPy's Lanczos iteration takes for three eigenvectors, and ours for the
+# smallest eigenvalue
+PRODUCTS = 42
 
 def timed(job:Callable) -> float: # seconds, of a second time where the first took few
     for _ in range(2):
@@ -244,20 +248,20 @@ def seconds_of(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, 
     return dict(curvature=curvature, draws=draws * single, change=draws * single / 2)
 
 # %% ../nbs/08b_diagnosis.ipynb #a08f7788
+SHOWN = 3 # seconds, from which on a bar is shown that nobody asked for
+
 class Bar:
     "Shows how much of a diagnosis is done, in the seconds that its parts are taken to last"
-    def __init__(self, progress:bool|None,
-                 seconds_of:Callable # () -> dict, name of a part -> seconds
-                ):
-        self.seconds = {} if progress is False else seconds_of()
-        total = sum(self.seconds.values())
+    def __init__(self, progress:bool|None, seconds:dict): # of each part, by name
+        self.seconds = seconds
+        total = sum(seconds.values())
+        shown = total > SHOWN if progress is None else progress
         self.bar = tqdm(total=total, desc=f"diagnosis, about {total:.0f} s", leave=False,
                         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-                        disable=not is_shown(progress, total))
+                        disable=not shown)
     def counting(self, name:str) -> Callable:
         "What counts the things of a loop, the part of that name"
         def each(things):
-            things = [*things]
             for thing in things:
                 yield thing
                 self.bar.update(self.seconds.get(name, 0.) / len(things))
@@ -269,22 +273,23 @@ class Bar:
 def drift_of(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, step:Drawn,
              seed:int) -> Tensor: # (d,)
     "b(x); from the drawn γ where it would be the mean over the same ones"
-    draws = len(step.gammas)
-    if is_fused(algorithm, objective): return -(grad + step.mean_regulariser.to(x))
-    if not is_plain(algorithm): return drift(algorithm, objective, x, draws=draws, seed=seed)
-    found = mean_moments(algorithm, objective, x, "first", draws=draws, seed=seed).drawn
-    same = found is not None and found.gammas.numel() == step.gammas.numel()
-    if same and found.gammas.reshape(step.gammas.shape).equal(step.gammas):
-        return -(grad + step.mean_regulariser.to(x))
-    return drift(algorithm, objective, x, draws=draws, seed=seed)
+    draws = dict(draws=len(step.gammas), seed=seed)
+    same = is_fused(algorithm, objective)
+    if is_plain(algorithm) and not same:
+        found = mean_moments(algorithm, objective, x, "first", **draws).drawn
+        same = found is not None and found.gammas.flatten().equal(step.gammas.flatten())
+    if same: return -(grad + step.mean_regulariser.to(x))
+    return drift(algorithm, objective, x, **draws)
+
+class FullGradient(Noiseless):
+    "The mean loss without noise, with what else the objective has, such as its samples' losses"
+    def __getattr__(self, name): return getattr(self.objective, name)
 
 def noise_in_regulariser(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor,
                          regulariser:Tensor) -> Tensor: # (d,)
     "What the noise adds to ρE[Hu]: that less ρ times the Hessian times the full gradient's u"
     if algorithm.unperturbed: return torch.zeros_like(regulariser)
-    quiet = copy.copy(algorithm)
-    quiet.source, quiet.micro_batch = "full", None
-    u = quiet.ascent(objective, x, torch.zeros_like(x))
+    u = algorithm.perturbation(FullGradient(objective), x, torch.zeros_like(x))
     return regulariser - algorithm.rho * objective.hvp(x, u)
 
 # %% ../nbs/08b_diagnosis.ipynb #52274f3b
@@ -321,26 +326,13 @@ def neglected_in_eta(sde:SDE, x:Tensor, here:Tensor, step:Drawn, seed:int, bar) 
         found = norm(there - sde.decay * moved - here) / (2 * norm(here))
     return sde.memory_factor * found
 
-# %% ../nbs/08b_diagnosis.ipynb #44f2ce6b
-def named_parts(sde:SDE, x:Tensor, grad:Tensor, here:Tensor, step:Drawn) -> dict:
-    "The parts of a drift `here`, by name"
-    regulariser = -(here + grad + sde.decay * x)
-    noise = noise_in_regulariser(sde.algorithm, sde.objective, x, grad, regulariser)
-    parts = {"gradient": grad, "regulariser": regulariser, "weight decay": sde.decay * x,
-             "noise in it": noise}
-    if not sde.decay: del parts["weight decay"]
-    size = norm(here)
-    return {"gradient": norm(grad), "regulariser": norm(regulariser) / norm(grad),
-            **{f"of the drift, {name}": norm(term) / size for name, term in parts.items()},
-            "error of the regulariser": step.regulariser_sem / size}
-
 # %% ../nbs/08b_diagnosis.ipynb #ec32f61e
 def directions_at(objective:Objective, x:Tensor, top:int|None, random:int, seed:int
                  ) -> tuple[Tensor, Tensor, list]: # (top,), (top + random, d), and names
     "The largest eigenvalues, their vectors and random directions behind them"
     if top is None: top = min(3, objective.dim)
     lam, vectors = top_eigenvectors(objective, x, top)
-    generator = torch.Generator().manual_seed(check_int("seed", seed, least=0))
+    generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(check_int("directions", random, least=0), objective.dim,
                         generator=generator, dtype=torch.float64).to(x)
     drawn = drawn / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
@@ -365,7 +357,36 @@ def momentum_terms(mu:float, rate:float, A:float, in_eta:float, tolerance:float)
     else: model = "none"
     return {"momentum number": number, "neglected, kinetic": in_swing, "model": model}
 
+def stability(sde:SDE, A:float) -> float: # λ(1 + ρcλ)
+    """η(A + weight decay) over the value at which the mean step turns by −1. Decoupled
+    decay d adds ηd/2, whatever the momentum; without momentum torch does not dampen."""
+    edge = 2 * (1 + sde.momentum) / (1 + 2 * sde.momentum if sde.nesterov else 1)
+    if sde.momentum: edge = edge / (1 - sde.dampening)
+    outside = sde.weight_decay * sde.decoupled # does not pass through the velocity
+    return sde.eta * (A + sde.weight_decay - outside) / edge + sde.eta * outside / 2
+
+def terms_of_edge(sde:SDE, largest:float, smallest:float, c:float, in_eta:float, tolerance:float
+                 ) -> dict:
+    "Where the edge of stability is, at the end of the spectrum that turns more; which SDE is fair"
+    rho = float(sde.algorithm.rho)
+    A = max(lam * (1 + rho * c * lam) for lam in (largest, smallest))
+    return {"largest eigenvalue": largest, "smallest eigenvalue": smallest, "c": c,
+            "stability number": stability(sde, A),
+            **momentum_terms(sde.momentum, sde.rate, A + sde.decay, in_eta, tolerance)}
+
 # %% ../nbs/08b_diagnosis.ipynb #ba7a7ce2
+def terms_of_step(step:Drawn, sizes:dict, # of the gradient, the regulariser, ..., in the drift
+                  size:float # of the drift
+                 ) -> dict:
+    "What a drift is made of, and what the drawn γ say of a step"
+    in_rho, error = ratio_free_of_noise(step.sums["gap"], size)
+    return {"gradient": sizes["gradient"], "regulariser": sizes["regulariser"] / sizes["gradient"],
+            **{f"of the drift, {name}": value / size for name, value in sizes.items()},
+            "error of the regulariser": step.regulariser_sem / size,
+            "neglected in ρ": in_rho, "error of that": error,
+            "noise": step.sums["c"].power**.5 / size,
+            "noise, SGD": step.sums["g"].power**.5 / size}
+
 def sde_of_run(algorithm:Algorithm, objective:Objective, eta:float, training:dict) -> SDE:
     "The SDE of such steps. Raises TypeError or ValueError for what are no settings of a Chain's."
     known = ("momentum", "dampening", "nesterov", "weight_decay", "decoupled")
@@ -390,12 +411,14 @@ def diagnose(algorithm:Algorithm, # with one radius
              **training # as of a Chain: momentum, nesterov, weight_decay, ...; no schedule
             ) -> Diagnosis:
     """Is the SDE of an algorithm a fair model at a point? The terms are those of the table above.
-    False where a neglected part is more than `tolerance`, or the stability number is 1 or more.
+    False where a neglected part, or its error, is more than `tolerance`, or the stability number is
+    1 or more.
     A draw costs two gradients and a product with the Hessian, and up to two gradients more for the
-    change in η; the eigenvectors cost some 30 products with ∇²f. A bar says how long that takes.
+    change in η; the eigenvectors cost some 40 products with ∇²f. A bar says how long that takes.
     Raises ValueError or TypeError on bad input."""
     eta = check_scalar("eta", eta)
     draws = check_int("draws", draws, least=4)
+    seed = check_int("seed", seed, least=0)
     rho = pair(algorithm, objective)[0].rho
     x = one_point(objective, x)
     if isinstance(rho, Tensor) and rho.ndim:
@@ -403,33 +426,30 @@ def diagnose(algorithm:Algorithm, # with one radius
     check_positive("tolerance", tolerance)
     sde = sde_of_run(algorithm, objective, eta, training)
     objective = sde.objective # in micro-batches, if they are batches of their own
-    grad = objective.grad(x)
-    bar = Bar(progress, lambda: seconds_of(algorithm, objective, x, grad, draws))
-    lam, V, names = directions_at(objective, x, top, directions, seed)
-    bar.done("curvature")
-    passes = sde.objective = in_passes(objective)
-    step = drawn(algorithm, passes, x, grad, V, draws, seed, bar.counting("draws"))
-    here = drift_of(algorithm, passes, x, grad, step, seed) - sde.decay * x
-    size = norm(here)
-    if size == 0 or norm(grad) == 0:
-        raise ValueError("the drift is exactly zero at x, and nothing is small against it")
-    in_eta = neglected_in_eta(sde, x, here, step, seed, bar.counting("change"))
-    bar.close()
-    c, c_error = c_of(algorithm, step, norm(grad))
-    largest = lam[0].item()
-    sums = step.sums
-    in_rho, rho_error = ratio_free_of_noise(sums["gap"], size)
-    A = largest * (1 + float(rho) * c * largest)
-    decoupled = sde.weight_decay * sde.decoupled
-    terms = named_parts(sde, x, grad, here, step)
-    terms |= {"neglected in ρ": in_rho, "error of that": rho_error, "neglected in η": in_eta,
-              "noise": sums["c"].power**.5 / size, "noise, SGD": sums["g"].power**.5 / size,
-              "largest eigenvalue": largest, "c": c,
-              "stability number": stability(eta, largest, c, float(rho), sde.momentum,
-                                            sde.dampening, sde.nesterov,
-                                            sde.weight_decay - decoupled, decoupled)}
-    terms |= momentum_terms(sde.momentum, float(sde.rate), A + sde.decay, in_eta, tolerance)
-    if not sde.momentum: terms |= epoch_terms(objective.law, eta, A)
+    grad = check_finite("the gradient at x", objective.grad(x))
+    seconds = {} if progress is False else seconds_of(algorithm, objective, x, grad, draws)
+    with closing(Bar(progress, seconds)) as bar:
+        lam, V, names = directions_at(objective, x, top, directions, seed)
+        times = products_of(objective, x)
+        smallest = -largest_eigenvalue(lambda x, v: -times(v), x).item()
+        bar.done("curvature")
+        sde.objective = in_passes(objective)
+        step = drawn(algorithm, sde.objective, x, grad, V, draws, seed, bar.counting("draws"))
+        decay = sde.decay * x
+        here = drift_of(algorithm, sde.objective, x, grad, step, seed) - decay
+        size = norm(here)
+        if size == 0 or norm(grad) == 0:
+            raise ValueError("the drift is exactly zero at x, and nothing is small against it")
+        in_eta = neglected_in_eta(sde, x, here, step, seed, bar.counting("change"))
+    regulariser = -(here + grad + decay)
+    noise = noise_in_regulariser(algorithm, sde.objective, x, grad, regulariser)
+    parts = {"gradient": grad, "regulariser": regulariser, "weight decay": decay,
+             "noise in it": noise}
+    terms = terms_of_step(step, {name: norm(part) for name, part in parts.items()}, size)
+    c, _ = c_of(algorithm, step, norm(grad))
+    terms["neglected in η"] = in_eta
+    terms |= terms_of_edge(sde, lam[0].item(), smallest, c, in_eta, tolerance)
+    if not sde.momentum: terms |= epoch_terms(objective.law, eta, terms["momentum number"] / eta)
     curvature = curvatures(objective, x, lam, V)
     return Diagnosis(terms, along_directions(V, curvature, names, eta, here, step), tolerance)
 
@@ -450,13 +470,11 @@ def same_in_all(groups:list, name:str, default):
     raise ValueError(f"all groups must have one {name}, got {sorted(values)}")
 
 # %% ../nbs/08b_diagnosis.ipynb #357ef419
-def is_overridden(optimizer, kind:type, names:tuple) -> bool:
-    "Has a subclass of `kind` methods of its own of these names?"
-    def plain(cls, name): return inspect.unwrap(getattr(cls, name)) # without torch's profiler
-    return any(plain(type(optimizer), name) is not plain(kind, name) for name in names)
-
 def is_kind(optimizer, kind:type, names:tuple) -> bool:
-    return isinstance(optimizer, kind) and not is_overridden(optimizer, kind, names)
+    "Is it one of a kind, with the methods of these names that the kind has?"
+    def plain(cls, name): return inspect.unwrap(getattr(cls, name)) # without torch's profiler
+    if not isinstance(optimizer, kind): return False
+    return all(plain(type(optimizer), name) is plain(kind, name) for name in names)
 
 def refuse_algorithm(optimizer):
     "A TypeError that says what to write, if one of samsde.algorithm stands for an optimizer"
@@ -512,7 +530,6 @@ def step_of(groups:list) -> dict:
     found = {"η": same_in_all(groups, "lr", 0.)}
     for name in ("momentum", "dampening"): found[name] = same_in_all(groups, name, 0.)
     check_scalar("the optimizer's lr", found["η"])
-    for name in ("momentum", "dampening"): check_share(f"the optimizer's {name}", found[name])
     if not found["momentum"]: found["dampening"] = 0. # torch does not dampen then
     return found | {"nesterov": bool(same_in_all(groups, "nesterov", False))}
 
@@ -564,19 +581,11 @@ class Timed:
     def least(self) -> int: return 2 if self.limit == self.budget else LEAST
 
 # %% ../nbs/08b_diagnosis.ipynb #af973c2b
-def time_of_gradient(objective:MinibatchLoss) -> float: # seconds
-    "That of one minibatch; of the second one where that costs little"
-    for gamma in objective.law.draw((2,), torch.Generator().manual_seed(0)):
-        start = time.monotonic()
-        objective.sample_grad(objective.x0, gamma)
-        found = time.monotonic() - start
-        if found > .05: break
-    return found
-
 def plan(objective:MinibatchLoss, algorithm:Algorithm, clock:Timed, effort:float) -> dict:
     "How many batches, products and draws fit into the time, by the cost of a gradient"
     law = objective.law
-    single = time_of_gradient(objective)
+    gamma, = law.draw((1,), torch.Generator().manual_seed(0))
+    single = timed(lambda: objective.sample_grad(objective.x0, gamma))
     product, further = PRODUCT * single, (PRODUCT - 1) * single # from a new graph, from the same
     # g and Hu, G, another two for the change in η; and for half of the γ a product for the noise
     draw = 2 * single if algorithm.unperturbed else 1.5 * product + 3 * single
@@ -590,8 +599,10 @@ def plan(objective:MinibatchLoss, algorithm:Algorithm, clock:Timed, effort:float
     curved = max(1, min(batches, int(.3 * rest / (product * steps))))
     curvature = steps * further if curved == 1 else steps * curved * product
     draws = max(LEAST, min(256, int((rest - curvature) / draw)))
+    seconds = dict(gradient=batches * single, curvature=curvature, draws=.6 * draws * draw,
+                   noise=.2 * draws * draw, change=.2 * draws * draw)
     return dict(every=every, batches=batches, steps=steps, curved=curved, draws=draws,
-                single=single, seconds=batches * single + curvature + draws * draw)
+                seconds=seconds)
 
 # %% ../nbs/08b_diagnosis.ipynb #4803be80
 def set_batches(objective:MinibatchLoss, n:int): # changes the objective
@@ -629,7 +640,8 @@ def unlike_drawn(data) -> list:
     if isinstance(data.sampler, SequentialSampler) and n > data.batch_size:
         said.append("the DataLoader does not shuffle: minibatches are drawn at random here")
     if not data.drop_last and (short := len(data.sampler) % data.batch_size):
-        said.append(f"the last batch of an epoch has {short} samples, here {data.batch_size} as all")
+        said.append(f"the last batch of an epoch has {short} samples, "
+                    f"here {data.batch_size} as all")
     return said
 
 # %% ../nbs/08b_diagnosis.ipynb #908aeaee
@@ -638,11 +650,9 @@ def reshuffled(data, found:Diagnosis) -> dict:
     sampler = getattr(data, "sampler", None)
     shuffles = isinstance(sampler, RandomSampler) and not sampler.replacement
     if not shuffles or found.settings["momentum"]: return {}
-    terms = found.terms
-    largest, c = terms["largest eigenvalue"], terms["c"]
     law = Minibatches(len(sampler), data.batch_size, "epochs")
-    lifted = largest * (1 + found.settings["ρ"] * c * largest)
-    return epoch_terms(law, found.settings["η"], lifted)
+    eta = found.settings["η"]
+    return epoch_terms(law, eta, found.terms["momentum number"] / eta) # of a step, with its decay
 
 def run_objective(model, loss, data, batch_size, collate_fn, batch_loss) -> MinibatchLoss:
     "The minibatches of a run: those of a DataLoader, or of data and a batch size"
@@ -675,37 +685,31 @@ def diagnose_training(model:nn.Module, # where it is, in the mode that it is in
     them have an error. A DataLoader that shuffles adds `epoch_terms`, where there is no momentum.
     Nothing in the model, the optimizer or the random state is changed.
     Raises ValueError or TypeError on bad input, and for an optimizer that is none of these."""
-    check_scalar("budget_s", budget_s), check_scalar("effort", effort)
-    check_scalar("tolerance", tolerance), check_int("top", top), check_int("seed", seed, least=0)
+    for name, value in dict(budget_s=budget_s, effort=effort, tolerance=tolerance).items():
+        check_scalar(name, value)
     if clip is not None: check_scalar("clip", clip)
+    top = check_int("top", top)
+    seed = check_int("seed", seed, least=0)
     clock = Timed(budget_s)
     algorithm, settings, decay = read_optimizer(model, optimizer, rho)
     objective = run_objective(model, loss, data, batch_size, collate_fn, batch_loss)
+    training = {name: settings[name] for name in ("momentum", "dampening", "nesterov")}
+    training["weight_decay"] = settings["weight decay"]
+    sde = SDE(algorithm, objective, settings["η"], **training)
     same = getattr(unwrapped(optimizer), "preserve_rng_state", True) # in both passes
     if objective.minibatches.random and not same:
         raise ValueError("both passes of a step must draw the same random numbers, "
                          "got preserve_rng_state=False")
-    x = objective.x0
     how = plan(objective, algorithm, clock, effort)
-    steps = how["batches"] + how["curved"] * how["steps"] + int(2.5 * how["draws"])
-    told = f"diagnosis, about {how['seconds']:.0f} s"
-    shown = is_shown(progress, how["seconds"])
-    with tqdm(total=steps, desc=told, leave=False, disable=not shown) as bar:
-        found = diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance,
-                             clock, bar, clip)
+    with closing(Bar(progress, how["seconds"])) as bar:
+        found = diagnosis_of(sde, decay, how, top, seed, tolerance, clock, bar, clip)
+    found.settings = settings | {"effective η": sde.rate}
     found.coarse += unlike_drawn(data)
     found.terms |= reshuffled(data, found)
     return found
 
 # %% ../nbs/08b_diagnosis.ipynb #81ad2a75
 SHARE = .01 # of the largest eigenvalue, by which the top ones may be off before time ends Lanczos
-
-def counted(bar):
-    def each(things):
-        for thing in things:
-            yield thing
-            bar.update()
-    return each
 
 def first_vector(grad:Tensor) -> Tensor: # (d,)
     "The direction of ∇f, with a random one"
@@ -715,15 +719,15 @@ def first_vector(grad:Tensor) -> Tensor: # (d,)
 
 def top_of_run(objective:MinibatchLoss, x:Tensor, grad:Tensor, how:dict, top:int, clock:Timed,
                bar) -> tuple:
-    "Eigenvalues and vectors of the Hessian of some batches, and their errors"
+    "Eigenvalues and vectors of the Hessian of some batches, their errors, and the smallest"
     top = min(top, max(1, how["steps"] // 2), len(x))
     ends = clock.spent + .45 * max(0., clock.left)
-    def done(n):
-        bar.update(how["curved"])
-        return n >= clock.least and clock.spent > ends
+    def done(n): return n >= clock.least and clock.spent > ends
     basis = max(BASIS, top + 2) if is_long(x) else None
     with products_at(objective, x, how["curved"]) as product:
-        return lanczos(product, first_vector(grad), how["steps"], top, SHARE, done, basis)
+        found = lanczos(product, first_vector(grad), how["steps"], top, SHARE, done, basis)
+    bar.done("curvature")
+    return found
 
 # %% ../nbs/08b_diagnosis.ipynb #0f4817f0
 def sampled(algorithm, objective, x, grad, V, how:dict, seed:int, clock:Timed, bar,
@@ -731,7 +735,8 @@ def sampled(algorithm, objective, x, grad, V, how:dict, seed:int, clock:Timed, b
     "As many draws as there is time for; of it the noise in u and the change in η have a part"
     begin = clock.spent
     def done(n): return n >= clock.least and clock.left < (1 + 2 / n) * (clock.spent - begin)
-    return drawn(algorithm, objective, x, grad, V, how["draws"], seed, counted(bar), done, sketch)
+    return drawn(algorithm, objective, x, grad, V, how["draws"], seed, bar.counting("draws"), done,
+                 sketch)
 
 # %% ../nbs/08b_diagnosis.ipynb #d0c78170
 def full_gradient(objective:MinibatchLoss, x:Tensor, how:dict, bar) -> tuple[Tensor, float]:
@@ -743,27 +748,25 @@ def full_gradient(objective:MinibatchLoss, x:Tensor, how:dict, bar) -> tuple[Ten
     objective.known = [(x, *known[1:]) for known in objective.known[:1]] # nor is x
     if norm(grad) == 0:
         raise ValueError("the gradient is exactly zero here, and nothing is small against it")
-    bar.update(how["batches"])
+    bar.done("gradient")
     return grad, error
 
 def parts_of_drift(grad:Tensor, step:Drawn, decay:Tensor, x:Tensor) -> tuple[Tensor, dict]:
-    "b, and how large its parts are in it, by name"
+    "b, and how large its parts are, by name"
     regulariser = step.mean_regulariser.to(x)
     here = grad + regulariser
-    parts = {"gradient": norm(grad), "regulariser": norm(regulariser),
+    sizes = {"gradient": norm(grad), "regulariser": norm(regulariser),
              "weight decay": norm(decay * x)}
     here.addcmul_(decay, x).neg_()
-    size = norm(here)
-    if size == 0:
-        raise ValueError("the drift is exactly zero here, and nothing is small against it")
-    return here, {f"of the drift, {name}": term / size for name, term in parts.items()}
+    if norm(here) > 0: return here, sizes
+    raise ValueError("the drift is exactly zero here, and nothing is small against it")
 
 # %% ../nbs/08b_diagnosis.ipynb #caeb296b
 def noise_in_run(algorithm:Algorithm, objective:MinibatchLoss, x:Tensor, grad:Tensor,
-                 gammas:Tensor, size:float=1., bar=iter, done:Callable=lambda n: False,
+                 gammas:Tensor, bar=iter, done:Callable=lambda n: False,
                  sketch:Callable|None=None) -> tuple[float, float]:
-    """The norm of ρE[H_γ(u_γ − u)] over `size`, with u that of the full gradient, and the error
-    that is left by the draws: what noise adds to ρE[Hu]"""
+    """The norm of ρE[H_γ(u_γ − u)], with u that of the full gradient, and the error that is left by
+    the draws: what noise adds to ρE[Hu]"""
     if algorithm.unperturbed: return 0., 0.
     point, sums = x[None], Sums()
     def u(g, gamma):
@@ -776,67 +779,43 @@ def noise_in_run(algorithm:Algorithm, objective:MinibatchLoss, x:Tensor, grad:Te
         sums.add(sketch(Hv) if sketch else Hv)
         del Hv # it may be long
         if done(sums.n): break
-    return ratio_free_of_noise(sums, size)
-
-# %% ../nbs/08b_diagnosis.ipynb #8ba25a5e
-def terms_of_draws(step:Drawn, size:float) -> dict:
-    "What drawn minibatches say of a step, over the drift"
-    in_rho, error = ratio_free_of_noise(step.sums["gap"], size)
-    return {"error of the regulariser": step.regulariser_sem / size,
-            "neglected in ρ": in_rho, "error of that": error,
-            "noise": step.sums["c"].power**.5 / size,
-            "noise, SGD": step.sums["g"].power**.5 / size}
-
-def terms_of_edge(settings:dict, lam:Tensor, errors:Tensor, c:float, c_error:float,
-                  rho:float, decay:float) -> dict:
-    "The largest eigenvalue, c, and the stability number, with errors"
-    number = stability(settings["η"], lam[0].item(), c, rho, settings["momentum"],
-                       settings["dampening"], settings["nesterov"], decay)
-    return {"largest eigenvalue": lam[0].item(), "error of the eigenvalue": errors[0].item(),
-            "c": c, "error of c": c_error, "stability number": number}
+    return ratio_free_of_noise(sums, 1.)
 
 # %% ../nbs/08b_diagnosis.ipynb #fb3effaf
-def diagnosis_of(algorithm, objective, x, settings, decay, how, top, seed, tolerance, clock,
-                 bar, clip=None) -> Diagnosis:
-    mu, damped = settings["momentum"], settings["dampening"]
-    eta = settings["η"] * (1 - damped) / (1 - mu)
-    settings = settings | {"effective η": eta}
+def diagnosis_of(sde:SDE, decay:Tensor, how:dict, top:int, seed:int, tolerance:float, clock:Timed,
+                 bar:Bar, clip:float|None) -> Diagnosis:
+    algorithm, objective, eta, x = sde.algorithm, sde.objective, sde.eta, sde.objective.x0
     grad, full_error = full_gradient(objective, x, how, bar)
     used, size_of_grad, sketch = objective.full, norm(grad), sketch_of(x)
-    lam, V, errors = top_of_run(objective, x, grad, how, top, clock, bar)
+    lam, V, errors, smallest = top_of_run(objective, x, grad, how, top, clock, bar)
     begin = clock.spent
     step = sampled(algorithm, objective, x, grad, V, how, seed, clock, bar, sketch)
     drawing = clock.spent - begin
-    here, parts = parts_of_drift(grad, step, decay, x)
+    here, sizes = parts_of_drift(grad, step, decay, x)
     size = norm(here)
     names = [f"eigenvector {i + 1}" for i in range(len(V))]
-    table = along_directions(V, lam, names, settings["η"], here, step)
+    table = along_directions(V, lam, names, eta, here, step)
     table.insert(1, "error of curvature", errors.cpu().numpy())
     del V, step.mean_regulariser # they are long, and needed no more
     step.regulariser = None
     def late(n): return n >= 2 and clock.left < .5 * drawing
     some = step.gammas[:max(2, len(step.gammas) // 2)]
-    noise, noise_error = noise_in_run(algorithm, objective, x, grad, some, size, counted(bar),
-                                      late, sketch)
+    sizes["noise in it"], noise_error = noise_in_run(algorithm, objective, x, grad, some,
+                                                     bar.counting("noise"), late, sketch)
     begin = clock.spent
     def done(n): return n >= clock.least and clock.left < 1.5 * (clock.spent - begin) / n
-    changes = change_in_a_step(algorithm, objective, x, eta, here, step, decay, counted(bar), done,
-                               sketch)
-    c = c_of(algorithm, step, size_of_grad)
-    lag = (1 - mu + 2 * mu**2 if settings["nesterov"] else 1 + mu) / (1 - mu)
-    in_eta, eta_error = ratio_free_of_noise(changes, 2 * size)
-    largest, rho = lam[0].item(), float(algorithm.rho)
-    A = largest * (1 + rho * c[0] * largest) + decay.max().item()
-    terms = {"gradient": size_of_grad, "error of the gradient": full_error,
-             "regulariser": parts["of the drift, regulariser"] * size / size_of_grad, **parts,
-             "of the drift, noise in it": noise, "error of the noise in it": noise_error,
-             **terms_of_draws(step, size),
-             "neglected in η": lag * in_eta, "error of that, η": lag * eta_error,
-             **terms_of_edge(settings, lam, errors, *c, rho, decay.max().item())}
-    terms |= momentum_terms(mu, eta, A, lag * in_eta, tolerance)
+    changes = change_in_a_step(algorithm, objective, x, sde.rate, here, step, decay,
+                               bar.counting("change"), done, sketch)
+    in_eta, eta_error = (sde.memory_factor * v for v in ratio_free_of_noise(changes, 2 * size))
+    c, c_error = c_of(algorithm, step, size_of_grad)
+    terms = {**terms_of_step(step, sizes, size), "neglected in η": in_eta,
+             **terms_of_edge(sde, lam[0].item(), smallest, c, in_eta, tolerance),
+             "error of the gradient": full_error, "error of the noise in it": noise_error / size,
+             "error of that, η": eta_error, "error of the eigenvalue": errors[0].item(),
+             "error of c": c_error}
     if clip is not None: terms["clipped"] = (step.norms > clip).double().mean().item()
     said = coarseness(how, used, full_error / size_of_grad, errors, lam, step, changes.n, clock)
-    return Diagnosis(terms, table, tolerance, settings, said)
+    return Diagnosis(terms, table, tolerance, coarse=said)
 
 # %% ../nbs/08b_diagnosis.ipynb #1888a515
 def coarseness(how:dict, used:str, error:float, errors:Tensor, lam:Tensor, step:Drawn,
@@ -847,7 +826,7 @@ def coarseness(how:dict, used:str, error:float, errors:Tensor, lam:Tensor, step:
         said.append(f"gradient from {how['batches']} of {every} batches, error {error:.1%}")
     elif used == "drawn":
         said.append(f"gradient from a pass over the data, error at most {error:.1%}")
-    off = (errors[0].double() / lam[0].double().abs()).item()
+    off = errors[0].item() / abs(lam[0].item() or 1.) # of an eigenvalue 0 the error is 0, too
     said.append(f"curvature from {min(how['curved'], every)} of {every} batches, "
                 f"largest eigenvalue within {off:.1%} of theirs")
     said.append(f"{n} drawn minibatches")

@@ -37,6 +37,8 @@ class KnownGradient(Objective):
     def hvp(self, x, v): return self.objective.hvp(x, v)
     def sample_loss(self, x, gamma): return self.objective.sample_loss(x, gamma)
     def sample_hvp(self, x, gamma, v): return self.objective.sample_hvp(x, gamma, v)
+    def __getattr__(self, name): # what else the objective has, such as its losses
+        return getattr(self.objective, name)
 
 # %% ../nbs/08a_drawn_steps.ipynb #b463a7ed
 def is_plain(algorithm:Algorithm) -> bool:
@@ -73,7 +75,8 @@ def with_product(objective:Objective, x:Tensor, gammas:Tensor, # (k, d) and (k, 
 # %% ../nbs/08a_drawn_steps.ipynb #062be80b
 def perturbations(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor) -> Tensor:
     "u of each γ, (k, d); the mean over its micro-batches"
-    def of_cut(cut): return algorithm.ascent(objective, x, cut)
+    def of_cut(cut): # of the full gradient there is one u for all
+        return algorithm.ascent(objective, x, cut).expand(*cut.shape[:-1], -1)
     return algorithm.mean_over_cuts(of_cut, objective.law, gammas)
 
 # %% ../nbs/08a_drawn_steps.ipynb #3742a98d
@@ -107,7 +110,8 @@ def late_parts(algorithm:Algorithm, objective:Objective, x:Tensor,
         return same.mean_over_cuts(of_cut, objective.law, gamma)
     g = objective.sample_grad(points, gammas)
     u = perturbations(same, objective, points, gammas)
-    curved = objective.hvp(points, u - mean) + objective.sample_hvp(points, gammas, mean.expand_as(u))
+    curved = objective.hvp(points, u - mean)
+    curved = curved + objective.sample_hvp(points, gammas, mean.expand_as(u))
     G = other.direction(objective, points, pairs) + next_mean(gammas) - next_mean(before)
     return g, u, g + rho * curved, G
 
@@ -132,7 +136,7 @@ def step_parts(algorithm:Algorithm, objective:Objective, x:Tensor, gammas:Tensor
         return g, u, Hu.mul_(rho).add_(g), G
     g = objective.sample_grad(x, algorithm.of_gradient(gammas))
     c = g + rho * hessian_perturbation(algorithm, objective, x, gammas)
-    u = perturbations(algorithm, objective, x, gammas).expand_as(g)
+    u = perturbations(algorithm, objective, x, gammas)
     return g, u, c, algorithm.direction(objective, x, gammas)
 
 # %% ../nbs/08a_drawn_steps.ipynb #1acc455c

@@ -38,9 +38,8 @@ class Monitor:
         now = time.monotonic()
         self.trained += now - self.last
         self.step += 1
-        found = self.diagnose(extra) if self.is_due else None
-        self.last = time.monotonic()
-        return found
+        try: return self.diagnose(extra) if self.is_due else None
+        finally: self.last = time.monotonic()
     @property
     def allowance(self) -> float:
         "Seconds that may still go into diagnoses"
@@ -53,11 +52,16 @@ class Monitor:
     def diagnose(self, extra:dict) -> Diagnosis:
         start = time.monotonic()
         budget = {} if self.every is not None else dict(budget_s=max(self.allowance, 1e-3))
-        found = diagnose_training(*self.run, **budget | self.how)
-        self.cost = time.monotonic() - start
-        self.watched += self.cost
+        try: found = diagnose_training(*self.run, **budget | self.how)
+        finally: # one that is refused takes time as well
+            self.cost = time.monotonic() - start
+            self.watched += self.cost
         terms = found.settings | found.terms | {"fair": bool(found), "reason": found.reason}
-        self.records.append({"step": self.step} | extra | terms)
+        terms["step"] = self.step
+        if taken := extra.keys() & terms.keys():
+            raise ValueError("numbers beside the terms must have names of their own, got "
+                             + ", ".join(sorted(taken)))
+        self.records.append(extra | terms)
         return found
     @property
     def history(self) -> pd.DataFrame:

@@ -72,7 +72,7 @@ def variants(what:str, # the argument, for messages
              kind:type, parameter:str, values:list
             ) -> list: # of name, value (None for an object), object
     "Objects as they are, and what functions make of every value. Raises ValueError or TypeError."
-    found, functions = [], 0
+    found = []
     for name, thing in named(what, things).items():
         if isinstance(thing, kind):
             found.append((name, None, thing))
@@ -89,8 +89,7 @@ def variants(what:str, # the argument, for messages
                 if not isinstance(made := thing(value), kind):
                     raise TypeError(f"must make an {kind.__name__}, got {type(made).__name__}")
             found.append((name, value, made))
-        functions += 1
-    if values and not functions:
+    if values and all(value is None for _, value, _ in found):
         raise ValueError(f"{parameter}s are given, but none of {what} is a function of {parameter}")
     return found
 
@@ -170,8 +169,10 @@ def check(job:Job):
     Raises ValueError or TypeError, with the setting, if that makes no sense."""
     with naming(job.setting), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*paths diverged")
-        for name in ("t_end", "interval"):
-            times_in(name, getattr(job, name), "eta", job.time_step)
+        last = times_in("t_end", job.t_end, "eta", job.time_step) - 1
+        times_in("interval", job.interval, "eta", job.time_step)
+        if getattr(job.process, "is_scheduled", False): # for so long?
+            for factor in (job.process.factor, job.process.radius_factor): factor(last)
         if getattr(job.process, "shape", ()):
             raise ValueError(
                 f"a job has one eta and one rho, got a sweep of shape {job.process.shape}")
@@ -251,24 +252,19 @@ def meaning(job:Job) -> dict: # hashes of its start and of what observes, and sk
         grid = time_grid(job.time_step, job.t_end, job.dt, every=sys.maxsize)
         sketches = fingerprint(Run(job.process, x, grid, job.observe, 2, (), 0, False))
     code = [code_of(fn) for fn in job.observe.values()]
-    return {"x0": sha256(job.x0), "what is observed": code, "sketches": sketches}
+    return dict(settings={"x0": sha256(job.x0), "what is observed": code}, sketches=sketches)
 
 def about(job:Job, means:dict) -> dict:
     "What its file says of a job"
-    more = {name: means[name] for name in ("x0", "what is observed")}
-    settings = json.loads(json.dumps(request(job) | more))
-    return dict(settings=settings, sketches=means["sketches"])
+    settings = json.dumps(request(job) | means["settings"])
+    return means | dict(settings=json.loads(settings))
 
 # %% ../nbs/08c_sweep.ipynb #sweep02a
-def keep(path:Path, job:Job, means:dict, result:dict):
-    "Write the result of a job, completely or not at all. Raises OSError if that fails."
-    write(path, about(job, means) | dict(result=result), {})
-
-def kept(path:Path, job:Job, means:dict) -> dict:
+def kept(path:Path, told:dict) -> dict: # of `about`
     """The result of a job from its file.
     Raises ValueError if the file is damaged, of another format, or another job's."""
     known, _ = read(path)
-    check_same(path, known, about(job, means))
+    check_same(path, known, told)
     return known["result"]
 
 # %% ../nbs/08c_sweep.ipynb #sweep032
@@ -353,9 +349,11 @@ def there(jobs:list, folder:Path
     known = {key: meaning(job) for key, job in dict(zip(combinations, jobs)).items()}
     folder.mkdir(parents=True, exist_ok=True)
     remove_parts(folder, "*.npz")
-    files = [(file_of(folder, job), job, known[key]) for job, key in zip(jobs, combinations)]
-    found = {i: kept(*file) for i, file in enumerate(files) if file[0].exists()}
-    return found, lambda i, result: keep(*files[i], result)
+    files = [(file_of(folder, job), about(job, known[key])) for job, key in zip(jobs, combinations)]
+    def save(i, result): # completely or not at all
+        path, told = files[i]
+        write(path, told | dict(result=result), {})
+    return {i: kept(*file) for i, file in enumerate(files) if file[0].exists()}, save
 
 # %% ../nbs/08c_sweep.ipynb #sweep035
 def sweep(algorithms, # name -> Algorithm, or function of ρ; or a list, named by their classes

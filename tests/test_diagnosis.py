@@ -1,6 +1,7 @@
 """A diagnosis of a training run: what it reads, what it leaves alone, and its numbers against formulas."""
 
 import copy
+import itertools
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from samsde import diagnosis, optim
-from samsde.algorithm import DNSAM, SAM, SGD, USAM, Chain
+from samsde.algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain
 from samsde.diagnosis import (
     change_in_a_step,
     curvatures,
@@ -18,6 +19,7 @@ from samsde.diagnosis import (
     directions_at,
     diagnose_training,
     drift_of,
+    largest_eigenvalue,
     momentum_terms,
     noise_in_regulariser,
     noise_in_run,
@@ -31,6 +33,7 @@ from samsde.implicit_regularizer import drift
 from samsde.epochs import epoch_noise
 from samsde.experiments.examples import plane, three
 from samsde.machinery.long_vectors import Sketch, lanczos
+from samsde.monitor import Monitor
 from samsde.moments import hessian_perturbation
 from samsde.objective import FiniteSum, MinibatchLoss, NoisyLoss, Quadratic
 from samsde.sde import SDE
@@ -372,6 +375,33 @@ def test_says_what_reshuffling_leaves_of_the_noise():
     )
 
 
+def test_weight_decay_and_reshuffling():
+    """Of samples of one curvature h, x⁺ = (1 − η(h + w))x + ηhc_i: the variance at epoch ends over
+    all orders of four, over that with independent samples. Without the decay it is another."""
+    h, w, eta = 0.4, 0.6, 0.3
+    c = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=F64)
+    o = FiniteSum(lambda x: h * (x - c).square() / 2, 4, 1, 1, "epochs")
+    a = 1 - eta * (h + w)
+    orders = itertools.permutations((eta * h * c).tolist())
+    ends = np.var([sum(p * a ** (3 - k) for k, p in enumerate(order)) for order in orders])
+    known = ends / (1 - a**8) / (np.var(eta * h * c.numpy()) / (1 - a**2))
+    at = torch.tensor([0.7], dtype=F64)
+    found = diagnose(SGD(), o, at, eta, weight_decay=w, draws=8, directions=0).terms
+    assert found["variance at epoch ends"] == pytest.approx(known, rel=1e-9)
+    without = diagnose(SGD(), o, at, eta, draws=8, directions=0).terms
+    assert abs(without["variance at epoch ends"] / known - 1) > 0.3
+    net = nn.Linear(1, 1, bias=False).double()
+    data = torch.utils.data.TensorDataset(torch.full((4, 1), h**0.5, dtype=F64), c[:, None])
+    run = look(
+        net,
+        torch.optim.SGD(net.parameters(), lr=eta, weight_decay=w),
+        lambda out, target: (out - h**0.5 * target).square().mean() / 2,
+        torch.utils.data.DataLoader(data, 1, shuffle=True),
+        batch_size=None,
+    )
+    assert run.terms["variance at epoch ends"] == pytest.approx(known, rel=1e-6)
+
+
 def test_refuses_in_the_middle_of_a_step():
     net = make()
     optimizer = of(net)
@@ -605,10 +635,10 @@ def test_lanczos():
     small = FiniteSum.from_module(make(0.0, norm=False), nn.CrossEntropyLoss(), X, y, 10)
     values, vectors = top_eigenvectors(small, small.x0, 2)
     start = torch.randn(small.dim, generator=generator, dtype=F64)
-    lam, V, error = lanczos(lambda v: small.hvp(small.x0, v), start, 25, 2)
+    lam, V, error, _ = lanczos(lambda v: small.hvp(small.x0, v), start, 25, 2)
     torch.testing.assert_close(lam, values, rtol=1e-4, atol=0)
     assert (V @ vectors.T).diag().abs().min() > 0.99
-    few, _, bound = lanczos(lambda v: small.hvp(small.x0, v), start, 4, 1)
+    few, _, bound, _ = lanczos(lambda v: small.hvp(small.x0, v), start, 4, 1)
     assert few[0] < values[0] and bound[0] > error[0]
 
 
@@ -842,11 +872,14 @@ def test_lanczos_with_few_vectors(basis):
     known = torch.linalg.eigvalsh(small.hessian(small.x0))
     start = torch.randn(small.dim, generator=torch.Generator().manual_seed(4), dtype=F64)
     for steps in (6, 12, 30, 60):
-        lam, V, bound = lanczos(lambda v: small.hvp(small.x0, v), start, steps, 3, basis=basis)
+        lam, V, bound, lowest = lanczos(
+            lambda v: small.hvp(small.x0, v), start, steps, 3, basis=basis
+        )
         torch.testing.assert_close(V @ V.T, torch.eye(3, dtype=F64), rtol=0, atol=1e-10)
         residual = (small.hvp(small.x0, V) - lam[:, None] * V).norm(dim=1)
         torch.testing.assert_close(residual, bound, rtol=1e-6, atol=1e-10)
         assert ((known[:, None] - lam).abs().min(0).values <= bound + 1e-10).all()
+        assert known[0] - 1e-10 <= lowest < known.median()
     torch.testing.assert_close(lam, known.flip(0)[:3], rtol=1e-3, atol=0)
     short = lanczos(lambda v: small.hvp(small.x0, v), start, basis, 3)[0]
     assert (short[1:] / known.flip(0)[1:3] - 1).abs().max() > 0.005
@@ -939,3 +972,170 @@ def test_curvature_along_directions():
     known = (V * small.hvp(small.x0, V)).sum(1)
     torch.testing.assert_close(curvatures(small, small.x0, lam, V), known, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(curvatures(small, small.x0, lam, V.roll(1, 0)), known, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("values", [[1.0] * 40, [2.0] * 20 + [1.0] * 20, [3.0] + [0.0] * 39])
+def test_the_largest_of_few_eigenvalues(values, dtype):
+    """Where Krylov's space is exhausted before the steps are, what is left of a product is rounding.
+    Normalised, it made eigenvalues of thousands. The control is a spectrum that takes all steps."""
+    seeded = torch.Generator().manual_seed(1)
+    Q = torch.linalg.qr(torch.randn(40, 40, generator=seeded, dtype=F64))[0]
+
+    def largest(values, steps):
+        H = (Q * torch.tensor(values, dtype=F64)) @ Q.T
+        bowl = Quadratic(((H + H.T) / 2).to(dtype))
+        return largest_eigenvalue(bowl.hvp, torch.ones(2, 40, dtype=dtype), steps).double()
+
+    for steps in (12, 40):
+        assert (largest(values, steps) - max(values)).abs().max() < 100 * torch.finfo(dtype).eps
+    full = [k / 40 for k in range(1, 41)]
+    assert (largest(full, 6) < 0.99).all() and (largest(full, 40) > 1 - 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    "loss, at, words",
+    [
+        (lambda z: z.abs().sqrt().sum(), [0.0, 1.0, 2.0], "the gradient at x must be finite"),
+        (lambda z: (z.abs() ** 1.5).sum(), [0.0, 1.0, 2.0], "the Hessian at x must be finite"),
+        (lambda z: (z.abs() ** 1.5).sum(), [0.0] + [1.0] * 9, "the Hessian at x must be finite"),
+        (
+            lambda z: z.exp().sum(),
+            [0.0, 1.0, 600.0],
+            "terms at x must be finite, got gradient: inf",
+        ),
+    ],
+)
+def test_what_is_not_finite(loss, at, words):
+    "No term is infinite or NaN"
+    at = torch.tensor(at, dtype=F64)
+    with pytest.raises(ValueError, match=words):
+        diagnose(USAM(0.1), NoisyLoss(loss, len(at), 0.1), at, 0.1)
+
+
+def test_kinds_of_points_and_seeds():
+    "A parameter, a seed of numpy; half a precision is refused"
+    o = NoisyLoss(lambda z: (z**4).sum(), 3, 0.1)
+    x = torch.tensor([1.0, -0.5, 0.2], dtype=F64)
+    known = diagnose(SAM(0.1), o, x, 0.1, seed=3, draws=8).terms
+    assert diagnose(SAM(0.1), o, nn.Parameter(x), 0.1, seed=np.int64(3), draws=8).terms == known
+    assert diagnose(SGD(), o, x, 0.1, draws=8).terms["c"] == 0
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(TypeError, match=f"x must be of float32 or float64, got {dtype}"):
+            diagnose(SAM(0.1), o, x.to(dtype), 0.1)
+
+
+def test_a_run_without_curvature():
+    "A linear loss, whose largest eigenvalue 0 is known to 0 %; with a seed of numpy"
+    net = nn.Linear(5, 3).double()
+    found = look(net, of(net), lambda out, y: out.gather(1, y[:, None]).mean(), seed=np.int64(2))
+    assert "largest eigenvalue within 0.0% of theirs" in " ".join(found.coarse)
+    assert found.terms["largest eigenvalue"] == 0 and found.terms["neglected in ρ"] == 0
+
+
+@pytest.mark.parametrize("source", ["own", "full", "independent", "previous"])
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_c_of_every_source(source, micro_batch):
+    "c = E u·ḡ/‖ḡ‖² by enumeration, where u is normalised: of the full gradient it is 1/‖ḡ‖"
+    o, x = three(2, False), torch.tensor([0.3, 0.2], dtype=F64)
+    found = diagnose(SAM(0.2, source=source, micro_batch=micro_batch), o, x, 0.1, draws=800)
+    grad = o.grad(x)
+    size = micro_batch or 2
+    gammas = (
+        torch.combinations(torch.arange(3), size) if source != "full" else torch.arange(3)[None]
+    )
+    g = o.sample_grad(x.expand(len(gammas), -1), gammas)
+    known = ((g / g.norm(dim=1, keepdim=True)).mean(0) @ grad / grad.norm() ** 2).item()
+    assert abs(found.terms["c"] - known) < (1e-9 if source == "full" else 0.1 * known)
+
+
+class ByLosses(Algorithm):
+    "A perturbation that asks the objective for more than gradients"
+
+    def perturbation(self, objective, x, gamma):
+        scale = objective.losses(x).mean(-1, keepdim=True) / objective.n
+        return scale * objective.sample_grad(x, gamma)
+
+
+def test_a_perturbation_that_asks_for_losses():
+    "Its objective has all that a finite sum has; by enumeration. The control is USAM's"
+    o, x = three(2, False), torch.tensor([0.3, 0.2], dtype=F64)
+    gammas = torch.combinations(torch.arange(3), 2)
+    points = x.expand(3, -1)
+    u = o.loss(x) / 3 * o.sample_grad(points, gammas)
+    known = 0.1 * o.sample_hvp(points, gammas, u).mean(0).norm() / o.grad(x).norm()
+    found, usam = (diagnose(kind(0.1), o, x, 0.1, draws=8).terms for kind in (ByLosses, USAM))
+    assert found["regulariser"] == pytest.approx(known.item(), rel=1e-9)
+    assert abs(usam["regulariser"] / known.item() - 1) > 0.3
+
+
+def test_time_of_what_is_refused():
+    "A monitor whose diagnoses fail has watched as long as they took"
+    net = make()
+    monitor = Monitor(net, F.cross_entropy, (X, y), torch.optim.Adam(net.parameters()), every=1)
+    with pytest.raises(TypeError, match="no SDE here describes another"):
+        monitor()
+    assert monitor.watched == monitor.cost > 0
+
+
+def test_what_too_few_draws_say():
+    """Where noise is many times the gradient, a few draws often find nothing neglected, as noise is
+    taken off the square. With an error beyond the tolerance that is not called fair."""
+    net = make(0.0, norm=False)
+    o = FiniteSum.from_module(net, nn.CrossEntropyLoss(), X, y, 1)
+    x = o.x0
+    for _ in range(300):
+        x = x - 0.5 * o.grad(x)
+    how = dict(directions=0, top=1)
+    few = [diagnose(SAM(1.0), o, x, 0.001, draws=4, seed=s, **how) for s in range(12)]
+    assert min(report.terms["neglected in ρ"] for report in few) == 0
+    assert all(report.terms["error of that"] > 0.1 and not report for report in few)
+    assert any("neglected in ρ: 0 ± " in report.reason for report in few)
+    assert diagnose(SAM(1e-4), o, x, 0.001, draws=200, **how)
+
+
+@pytest.mark.parametrize("factor, grows", [(1.02, True), (0.98, False)])
+def test_the_edge_at_a_saddle(factor, grows):
+    """Along a steep negative curvature −m, ρcm² − m may be beyond the edge where the largest
+    eigenvalue is far from it: a step of USAM turns and grows, and one of its SDE shrinks."""
+    m, rho = 2.0, 2.0
+    A = rho * m**2 - m
+    eta = factor * 2 / A
+    saddle = Quadratic(torch.diag(torch.tensor([0.1, -m], dtype=F64)))
+    x = torch.tensor([1.0, 1e-3], dtype=F64)
+    run = x
+    for _ in range(200):
+        run = USAM(rho).step(saddle, run, eta, torch.zeros(2, dtype=F64))
+    assert (abs(run[1]) > abs(x[1])).item() == grows
+    assert SDE(USAM(rho), saddle, eta).drift(x)[1] < 0
+    found = diagnose(USAM(rho), saddle, x, eta, tolerance=10.0)
+    assert found.stable == (not grows) == bool(found)
+    assert found.terms["stability number"] == pytest.approx(factor, rel=1e-9)
+    assert found.terms["smallest eigenvalue"] == pytest.approx(-m, rel=1e-9)
+
+    class Plane(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x = nn.Parameter(x.clone())
+
+        def forward(self, z):
+            return self.x @ saddle.H @ self.x / 2 + 0 * z.sum()
+
+    net = Plane()
+    data = (torch.ones(8, 1, dtype=F64), torch.zeros(8))
+    optimizer = of(net, optim.USAM, rho, lr=eta)
+    seen = look(net, optimizer, lambda out, _: out, data, batch_size=4, tolerance=10.0)
+    assert seen.stable == (not grows)
+    assert seen.terms["stability number"] == pytest.approx(factor, rel=1e-6)
+
+
+def test_numbers_beside_the_terms():
+    "They have names of their own; that of a term, or of the step, is no place for another number"
+    net = make(0.0, norm=False)
+    how = dict(every=1, batch_size=10, budget_s=0.1)
+    monitor = Monitor(net, F.cross_entropy, (X, y), of(net), **how)
+    monitor(loss=2.5)
+    assert monitor.history.loc[1, "loss"] == 2.5 and "noise" in monitor.history
+    for name in ("step", "noise"):
+        with pytest.raises(ValueError, match=f"names of their own, got {name}"):
+            monitor(**{name: 7})

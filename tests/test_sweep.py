@@ -652,3 +652,33 @@ def test_a_job_that_fails_says_which(tmp_path):
             t_end=2.0,
         )
     assert len(files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", ["schedule", "rho_schedule"])
+def test_a_schedule_that_is_too_short(name):
+    """It is refused before a job starts, as an observable of three paths that none is shown tells;
+    one that reaches to the end is taken."""
+    seen = []
+
+    def watched(objective, x):
+        seen.append(len(x))
+        return objective.loss(x)
+
+    def run(steps):
+        rates = torch.full((steps,), 0.1, dtype=torch.float64)
+        return sweep(
+            {"SAM": SAM(0.1)},
+            {"bowl": Quadratic(torch.eye(2, dtype=torch.float64), 0.1)},
+            [0.1],
+            t_end=0.4,
+            n_paths=3,
+            x0=torch.ones(2, dtype=torch.float64),
+            processes={"chain": functools.partial(Chain, **{name: rates})},
+            observe={"loss": watched},
+        )
+
+    with joblib.parallel_config(backend="sequential"):
+        with pytest.raises(ValueError, match=f"process=chain: {name} has 3 .*, but step 3 is to"):
+            run(3)
+        assert 3 not in seen
+        assert len(run(4)) == 1 and 3 in seen

@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 import torch
 from joblib import parallel_config
-from torch import Tensor
+
 from tqdm.auto import tqdm
 
 import samsde
 from ..algorithm import DNSAM, SAM, USAM, Chain
 from ..ensemble import simulate
+from .examples import cancer_data
 from .experiment import Experiment, Verdict, Verdicts, picture
 from .networks import conv_net, digits
 from ..hessian_noise import noise_covariance
@@ -52,20 +53,10 @@ def ensemble(kind, dtype:torch.dtype, size:dict, every:int|None=None, **how) -> 
 # %% ../../nbs/experiments/bench.ipynb #5abcd8b8
 def replicas(batch_size:int, size:dict) -> Callable:
     "Discrete SAM on the breast cancer network, without weight decay as in the peers"
-    net = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Sigmoid(), torch.nn.Linear(20, 1))
-    X, y = cancer()
-    def loss(out, t): return torch.nn.functional.softplus(-t * out[..., 0]).mean()
-    objective = FiniteSum.from_module(net, loss, X, y, batch_size=batch_size)
+    objective = tumours(20, batch_size)
     chain = Chain(SAM(.05), objective, .1)
     return lambda: simulate(chain, objective.x0, size["chain"] * .1, size["replicas"],
                             every=size["chain"], observe={"norm": lambda x: x.norm(dim=-1)})
-
-# %% ../../nbs/experiments/bench.ipynb #0ab00e99
-def cancer() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_breast_cancer
-    X, y = load_breast_cancer(return_X_y=True)
-    return (torch.from_numpy((X - X.mean(0)) / X.std(0)).float(),
-            torch.from_numpy(2. * y - 1).float())
 
 # %% ../../nbs/experiments/bench.ipynb #b7a60437
 def tumours(hidden:int, batch_size:int=1, n:int=569) -> FiniteSum:
@@ -73,8 +64,8 @@ def tumours(hidden:int, batch_size:int=1, n:int=569) -> FiniteSum:
     net = torch.nn.Sequential(torch.nn.Linear(30, hidden), torch.nn.Sigmoid(),
                               torch.nn.Linear(hidden, 1))
     def loss(out, t): return torch.nn.functional.softplus(-t * out[..., 0]).mean()
-    X, y = (t[torch.arange(n) % len(t)] for t in cancer())
-    return FiniteSum.from_module(net, loss, X, y, batch_size=batch_size)
+    X, y = (t[torch.arange(n) % len(t)] for t in cancer_data(torch.float32))
+    return FiniteSum.from_module(net, loss, X, 2. * y - 1, batch_size=batch_size)
 
 def pictures() -> FiniteSum:
     "As many digits, and a network with convolutions"

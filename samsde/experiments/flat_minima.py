@@ -7,6 +7,7 @@ __all__ = ['experiment', 'Network', 'measure', 'plot', 'verdicts']
 
 # %% ../../nbs/experiments/flat_minima.ipynb #d1503623
 import math, warnings
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pandas as pd
@@ -260,25 +261,26 @@ def measured_records(net:Network, held:Network, x:Tensor # (T, runs, members, d)
     return torch.cat([measures(net, held, z) for z in x.split(few)])
 
 # %% ../../nbs/experiments/flat_minima.ipynb #ca1abcdc
+@dataclass
 class Study:
     """Training a network under one kind of noise, by algorithms and by their SDEs, from the same
     starts"""
-    def __init__(self, net:Network, held:Network,
-                 sigma:float=0., # of additive noise; 0: minibatches of the network's size
-                 n:int=16, seeds:int=2, t_end:float=60., eta:float=.1, seed:int=0):
-        self.net = net
-        self.held = held
-        self.sigma = sigma
-        self.seeds = seeds
-        self.eta = eta
-        self.seed = seed
-        self.every = round(t_end / eta / RECORDS) # steps between two records
-        self.t_end = self.every * RECORDS * eta
-        self.objective = net.objective
-        if sigma: self.objective = NoisyLoss(net.objective.loss, net.objective.dim, sigma)
-        self.x0 = starts(net, n, seed).repeat_interleave(seeds, 0)
-        self.batch_size = net.objective.law.batch_size
-        self.noise = f"σ = {sigma:g}" if sigma else f"B = {self.batch_size}"
+    net: Network
+    held: Network
+    sigma: float=0. # of additive noise; 0: minibatches of the network's size
+    n: int=16
+    seeds: int=2
+    t_end: float=60.
+    eta: float=.1
+    seed: int=0
+    def __post_init__(self):
+        self.every = round(self.t_end / self.eta / RECORDS) # steps between two records
+        self.t_end = self.every * RECORDS * self.eta
+        self.objective = f = self.net.objective
+        if self.sigma: self.objective = NoisyLoss(f.loss, f.dim, self.sigma)
+        self.x0 = starts(self.net, self.n, self.seed).repeat_interleave(self.seeds, 0)
+        self.batch_size = f.law.batch_size
+        self.noise = f"σ = {self.sigma:g}" if self.sigma else f"B = {self.batch_size}"
     def run(self, process, members:int=1, times:int=1
            ) -> Tensor: # the last WINDOW of records, or moving means of all if times > 1
         dt = self.eta / 2 if self.sigma or not isinstance(process, Chain) else None

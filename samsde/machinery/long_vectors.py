@@ -70,11 +70,13 @@ def sketch_of(x:Tensor) -> Callable|None:
     return Sketch(x) if is_long(x) else None
 
 # %% ../../nbs/machinery/long_vectors.ipynb #ce44f8df
-def ritz(T:Tensor, left:float, top:int) -> tuple: # (k,), (n, k) and (k,)
-    "The largest eigenvalues of Lanczos' matrix, its eigenvectors, and what they may be off by"
+def ritz(T:Tensor, left:float, top:int) -> tuple: # (k,), (n, k), (k,) and a number
+    """The largest eigenvalues of Lanczos' matrix, its eigenvectors, what they may be off by, and
+    the smallest eigenvalue"""
     values, S = torch.linalg.eigh(T)
+    lowest = values[0].item()
     values, S = values.flip(0)[:top], S.flip(1)[:, :top]
-    return values, S, left * S[-1].abs()
+    return values, S, left * S[-1].abs(), lowest
 
 def rotate(Q:list, S:Tensor): # n vectors (d,), which change, and (n, k)
     "Let the first k vectors be SᵀQ, in place, a piece at a time, and drop the others"
@@ -106,27 +108,29 @@ def lanczos(product, start:Tensor, # (d,) -> (d,), and (d,)
             share:float=0., # of the largest value that the errors may be; then it ends
             done:Callable=lambda n: False, # is it time to end, after n steps?
             basis:int|None=None # vectors at a time, more than `top`; as many as steps if None
-           ) -> tuple[Tensor, Tensor, Tensor]: # (k,), (k, d), and errors (k,)
+           ) -> tuple[Tensor, Tensor, Tensor, float]: # (k,), (k, d), errors (k,), and the smallest
     """The largest eigenvalues and vectors, each with a bound on its distance to an eigenvalue, by
-    Lanczos' method with full orthogonalisation. Where the basis is full it goes on from the best
-    half of it (thick restart; Wu and Simon, 2000)."""
+    Lanczos' method with full orthogonalisation; and the smallest eigenvalue, from above. Where the
+    basis is full it goes on from the best half of it (thick restart; Wu and Simon, 2000)."""
     last = min(steps, len(start))
     size = min(last, basis or last)
     T = torch.zeros(size, size, dtype=torch.float64)
     Q = [start / norm(start)]
     del start # it is long
+    lowest = float("inf")
     for k in range(1, last + 1):
         w, n = product(Q[-1]), len(Q)
         scale = norm(w)
         along, left = orthogonalise(w, Q)
         T[n - 1, :n] = T[:n, n - 1] = torch.tensor(along, dtype=torch.float64)
-        values, S, errors = ritz(T[:n, :n], left, top)
+        values, S, errors, least = ritz(T[:n, :n], left, top)
+        lowest = min(lowest, least)
         found = k >= top and errors.max() <= share * values.abs().max()
         if found or done(k) or left <= 1e-6 * scale or k == last: break
         if n == size:
-            kept, vectors, _ = ritz(T, left, max(top, size // 2))
+            kept, vectors, *_ = ritz(T, left, max(top, size // 2))
             rotate(Q, vectors)
             T[:len(Q), :len(Q)] = torch.diag(kept)
         Q.append(w.div_(left))
     rotate(Q, S)
-    return values.to(Q[0]), torch.stack(Q), errors
+    return values.to(Q[0]), torch.stack(Q), errors, lowest

@@ -195,7 +195,7 @@ def code_of(observable) -> list: # of text
     return [hashlib.sha256(text.encode()).hexdigest(), *plain(given)]
 
 # %% ../../nbs/machinery/store.ipynb #834781ac
-def sha256(t:Tensor) -> str: return hashlib.sha256(as_array(t.contiguous()).tobytes()).hexdigest()
+def sha256(t:Tensor) -> str: return hashlib.sha256(as_array(t).tobytes()).hexdigest()
 
 def settings(run:Run) -> dict:
     "What two runs must agree in exactly, in text and numbers"
