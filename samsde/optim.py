@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 from .machinery.closures import (
     call_beside, checked_micro_batches, refuse_shortened_closure)
 from .machinery.displacement import (
-    Displacement, FirstGradients, SameRandomness, add_scaled, dense, norm, put_back, refuse_first_gradient,
-    refuse_fsdp1, scaled_by, states, used, writes_since)
+    Displacement, FirstGradients, SameRandomness, add_scaled, dense, norm, put_back,
+    refuse_first_gradient, refuse_fsdp1, scaled_by, states, used, writes_since)
 
 # %% ../nbs/08_optim.ipynb #bdc41777
 def uncompiled(method):
