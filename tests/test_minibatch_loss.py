@@ -666,3 +666,15 @@ def test_a_sum_only_where_losses_are_large(loss):
     known = sum(loss((X[rows] @ low[:3] + low[3])[:, None], t[rows]) for rows in batches)
     sem = objective.full_error(low)[0]
     assert 0 < sem and (objective.loss(low) - known / len(batches)).abs() < 4 * sem
+
+
+def test_one_autocast_around_many_calls():
+    """Each gradient is that of its own point: torch keeps parameters in low precision for as long as the context lasts. The control is what it kept before."""
+    net = plain_net().float()
+    objective = MinibatchLoss.from_module(net, F.cross_entropy, (X.float(), y), 4)
+    far = objective.x0 + 0.5
+    known, before = objective.grad(far), objective.grad(objective.x0)
+    with torch.autocast("cpu", torch.bfloat16):
+        objective.grad(objective.x0)
+        found = objective.grad(far)
+    assert (found - known).norm() < 0.05 * known.norm() < 0.2 * (found - before).norm()

@@ -320,6 +320,7 @@ class BatchNetwork:
         with torch.no_grad():
             for p, value in zip(params, x.split([p.numel() for p in params])):
                 p.copy_(value.view_as(p))
+        torch.clear_autocast_cache() # which knows a parameter by its object
     def restore(self):
         "Let buffers and plain attributes be what they were"
         put_attributes(self.module, self.attributes)

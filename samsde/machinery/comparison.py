@@ -33,6 +33,7 @@ def put(network:Network, x:Tensor) -> nn.Module:
     values = network.named(x).values()
     with torch.no_grad():
         for p, value in zip(trainable(network.plain), values): p.copy_(value)
+    torch.clear_autocast_cache() # which knows a parameter by its object
     return network.plain
 
 # %% ../../nbs/machinery/comparison.ipynb #c0e8cd0d
@@ -64,15 +65,15 @@ def plain_loss(network:Network, x:Tensor, v:Tensor, i) -> tuple[Tensor, Tensor, 
 
 # %% ../../nbs/machinery/comparison.ipynb #d145b377
 def in_double(network:Network) -> Network:
-    "The same network in double precision; a copy of itself where its module cannot be had in it"
+    "The same network in double precision; a copy of itself where its loss cannot be had in it"
     twin = copy.copy(network)
     twin.module = copy.deepcopy(network.module).double()
     twin.x0 = network.x0.double()
     twin.dtype = torch.float64
     if isinstance(network.loss, nn.Module): twin.loss = copy.deepcopy(network.loss).double()
-    try: plain_loss(twin, twin.x0, twin.x0, slice(0, 1))
+    try: f, *_ = plain_loss(twin, twin.x0, twin.x0, slice(0, 1))
     except (RuntimeError, TypeError, NotImplementedError): return copy.copy(network)
-    return twin
+    return twin if f.dtype == twin.dtype else copy.copy(network)
 
 def scaled_noise(params:list, *shape, seed:int) -> Tensor: # (*shape, d)
     "Standard normal numbers times the size of each parameter"
@@ -478,6 +479,7 @@ def check_network(network:Network, module:nn.Module, loss:Callable):
                                  f"but torch says: {first_line(why)}") from why
         raise ValueError(
             f"parameter {wrong!r} has other derivatives in a function of the parameters than "
-                         "in the module: is it read from elsewhere, or changed in place?")
+                         "in the module: is it read from elsewhere, changed in place, or rounded, "
+                         "as by an autocast inside of the module?")
     network.loop = twin.loop
     network.inside = not (twin.loop or wrong_inside(twin, samples))
