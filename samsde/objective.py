@@ -13,9 +13,9 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
-from samsde.machinery.checks import (
-    broadcast_axes, broadcast_paths, check_int, check_points, check_scalar, check_symmetric,
-    psd_root)
+from .machinery.checks import (
+    broadcast_axes, broadcast_paths, check_grad_possible, check_int, check_numbers, check_points,
+    check_scalar, check_symmetric, psd_root)
 from .machinery.comparison import check_network
 from .machinery.network import Network, check_data, check_layers
 from .machinery.paths import add_, can_be_tried, gradient, lift, needs_loop
@@ -355,9 +355,8 @@ class WeightedSums(SampleLosses):
 class MeansOfSamples(WeightedSums):
     "Means over chosen samples, with their derivatives"
     def numbers(self, gamma:Tensor) -> Tensor:
-        "`gamma` if it can hold sample numbers; else a TypeError"
-        if not gamma.is_floating_point(): return gamma
-        raise TypeError(f"gamma must be sample numbers, got {gamma.dtype}")
+        "`gamma` if it can hold sample numbers; else a TypeError or ValueError"
+        return check_numbers("gamma", gamma, "sample numbers")
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
         "Mean loss of the samples `gamma`, (..., d) and (..., b) -> (...), for any b"
         x = broadcast_paths(x, gamma=self.numbers(gamma))
@@ -470,6 +469,7 @@ def from_module(cls, module:torch.nn.Module, # no batch normalisation or dropout
     `.x0` is the module's own point. Module, loss and data are copied as they are now; what a
     Python function reads from outside, it reads when it is called. Raises ValueError or TypeError
     on what has no sample losses, and on what differs from a plain loop over samples."""
+    check_grad_possible()
     check_data(module, loss, X, y)
     with pointing_to_minibatches(): check_layers(module, X)
     network = Network(module, loss, X, y)
@@ -625,10 +625,8 @@ class BatchDerivatives(Objective):
     chunk = 1 # one γ after another
     def numbers(self, gamma:Tensor) -> Tensor:
         "`gamma` if it can be sample numbers and a seed; else a TypeError or ValueError"
-        if not isinstance(gamma, Tensor) or gamma.is_floating_point():
-            kind = getattr(gamma, "dtype", type(gamma).__name__)
-            raise TypeError(f"gamma must be sample numbers and a seed, got {kind}")
-        if gamma.ndim and gamma.shape[-1] > 1: return gamma
+        check_numbers("gamma", gamma, "sample numbers and a seed")
+        if gamma.shape[-1] > 1: return gamma
         shape = f"(..., {self.minibatches.batch_size + 1})"
         raise ValueError(f"gamma must have shape {shape}, got {tuple(gamma.shape)}")
     def at(self, what:str, # "value", "slope" or "product"
@@ -791,12 +789,13 @@ class MeanOverBatches(ByBatches):
             total.add_(self.at(what, x, gamma, v), alpha=w)
         return total
     def all_of(self, x:Tensor) -> Errors:
-        "A pass over the batches of f at one point"
+        "A pass over the batches of f at one point, once as long as two samples have the same loss"
         data = marks(self.network.data)
-        for point, before, found in self.known:
-            if point.equal(x) and same_marks(before, data): return found
+        glance = self.network.value(x, [0, min(1, self.network.n - 1)], 0)[0]
+        for point, before, seen, found in self.known:
+            if point.equal(x) and seen.equal(glance) and same_marks(before, data): return found
         found = self.one_pass_at(x)
-        self.known = [(x.detach().clone(), data, found), *self.known[:1]]
+        self.known = [(x.detach().clone(), data, glance, found), *self.known[:1]]
         return found
     def one_pass_at(self, x:Tensor) -> Errors:
         f = f2 = g2 = 0.
@@ -835,15 +834,15 @@ class MinibatchLoss(MeanOverBatches):
         # of the loss, and of what a step draws, which may be more
         self.minibatches = SeededMinibatches(network.n, batch_size, replace, random)
         self.law = self.minibatches
-        passes = max(16, -(-network.n // batch_size))
-        if full_batches is None: self.full_batches = passes
-        else: self.full_batches = check_int("full_batches", full_batches, least=2)
+        self.asked = full_batches
+        if full_batches is None: full_batches = max(16, -(-network.n // batch_size))
+        self.full_batches = check_int("full_batches", full_batches, least=2)
         self.progress, self.found, self.known = progress, None, []
         self.cut_into = {} # m -> the same in micro-batches of m
     def with_batch(self, batch_size:int):
         "The same losses in minibatches of another size"
         how = self.network, batch_size, self.minibatches.sampling
-        return MinibatchLoss(*how, progress=self.progress)
+        return MinibatchLoss(*how, full_batches=self.asked, progress=self.progress)
     def full_error(self, x:Tensor # one point, (d,)
                   ) -> tuple[float, float]:
         """The standard error of f(x), and the root of the mean square error of ∇f(x).

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['here', 'raises', 'check_positive', 'check_scalar', 'check_share', 'check_int', 'check_counted', 'per_path',
-           'check_floating', 'check_finite', 'check_points', 'without_values', 'check_nonzero', 'check_symmetric',
-           'psd_root', 'broadcast_axes', 'broadcast_paths', 'check_grad_possible']
+           'check_floating', 'check_finite', 'check_points', 'check_numbers', 'without_values', 'check_nonzero',
+           'check_symmetric', 'psd_root', 'broadcast_axes', 'broadcast_paths', 'check_grad_possible']
 
 # %% ../../nbs/machinery/checks.ipynb #ac5eaa43
 import numbers, re, threading
@@ -107,6 +107,16 @@ def check_points(name:str, # what to call the tensor in the error message
         raise ValueError(f"{name} must have shape (..., {dim}), got {tuple(x.shape)}")
     if dtype in (None, x.dtype): return x
     raise TypeError(f"{name} is {x.dtype}, but the data it meets are {dtype}: convert one of them")
+
+def check_numbers(name:str, # what to call the tensor in the error message
+                  x, # whole numbers, (..., b)
+                  what:str # they are, in words
+                 ) -> Tensor:
+    "`x` if it is a tensor of whole numbers along a last axis; else a ValueError or TypeError"
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be {what}, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.ndim and x.shape[-1]: return x
+    raise ValueError(f"{name} must have {what} along its last axis, got shape {tuple(x.shape)}")
 
 # %% ../../nbs/machinery/checks.ipynb #2e8e53cd
 here = threading.local()
