@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'Algorithm', 'Linear', 'SGD', 'USAM', 'DNSAM', 'SAM', 'Process', 'Model', 'Chain', 'colours']
 
 # %% ../nbs/01_algorithm.ipynb #72838c0a
-import copy, math
+import copy, inspect, math
 
 import torch
 from torch import Tensor
@@ -141,7 +141,9 @@ class Linear(Algorithm):
         "Is u = c g? That is where `scale` has the last word, and there is no metric."
         return "scale" in vars(self.definer) and not self.has_metric
     def perturbation(self, objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
-        if "scale" not in vars(self.definer): return super().perturbation(objective, x, gamma)
+        words = vars(self.definer)
+        if "potential" in words and "scale" not in words:
+            return super().perturbation(objective, x, gamma)
         g, grad = objective.grads(x, gamma)
         u = self.scale(self.scaled(x, grad)) * self.scaled(x, g)
         return self.scaled(x, u)
@@ -181,6 +183,26 @@ class SAM(Algorithm):
 # %% ../nbs/01_algorithm.ipynb #e207e4ca
 _all_ = ["colours"] # also here, beside the algorithms
 
+# %% ../nbs/01_algorithm.ipynb #5ed44033
+INHERITED = {
+    "grad": "is not the gradient of loss", "hvp": "is not the derivative of grad",
+    "sample_grad": "is not the gradient of sample_loss",
+    "grads": "are not sample_grad and grad", "sample_hvp": "is not the derivative of sample_grad",
+    "add_grad_": "does not add grad", "add_hvp_": "does not add hvp",
+    "hessian": "is not that of hvp", "third": "is not the derivative of hvp",
+    "sample_third": "is not the derivative of sample_hvp"}
+
+def from_inherited(objective:Objective, arguments:dict): # of words, two values
+    "What an objective says, and what it would say by what it inherits"
+    for name, words in INHERITED.items():
+        ours, known = getattr(type(objective), name), getattr(Objective, name)
+        if ours is known: continue
+        def value(method):
+            names = inspect.signature(known).parameters
+            found = method(objective, *[arguments[k].clone() for k in names if k != "self"])
+            return torch.stack(found) if name == "grads" else found
+        yield f"{name} {words}", value(ours), value(known)
+
 # %% ../nbs/01_algorithm.ipynb #3ce7016c
 def close(a:Tensor, b:Tensor) -> bool:
     "Are two tensors equal up to rounding, or is one of them not finite?"
@@ -198,11 +220,7 @@ def contradictions(objective:Objective): # of words, two values that should be e
     gamma = objective.draw((2,), generator, dtype=dtype)
     slopes = [(objective.hvp(x, a) * b).sum(-1) for a, b in ((v, w), (w, v))]
     yield "grad is the gradient of no loss, as its Hessian is not symmetric", *slopes
-    yield "grad is not the gradient of loss", objective.grad(x), Objective.grad(objective, x)
-    yield "hvp is not the derivative of grad", objective.hvp(x, v), Objective.hvp(objective, x, v)
-    ours = objective.sample_grad(x, gamma)
-    known = Objective.sample_grad(objective, x, gamma)
-    yield "sample_grad is not the gradient of sample_loss", ours, known
+    yield from from_inherited(objective, dict(x=x, gamma=gamma, v=v, y=w, a=x[:, :1]))
     if isinstance(objective, FiniteSum):
         losses = objective.losses(x)
         yield "loss is not the mean of losses", objective.loss(x), losses.mean(-1)
@@ -238,6 +256,9 @@ def check_objective(objective:Objective):
     """Raises ValueError if a class of a user's own contradicts itself, such as one whose loss the
     inherited gradient does not belong to, or if torch's derivatives are not those of a function."""
     if "consistent" in vars(objective): return
+    if overrides(objective, "draw", Objective):
+        raise ValueError(f"{type(objective).__name__} overrides `draw`, of which formulas know "
+                         "nothing: give it a `law` that draws so")
     if not is_ours(objective) and (words := first_contradiction(contradictions(objective))):
         raise ValueError(f"{type(objective).__name__} contradicts itself: its {words}")
     of_functions = isinstance(objective, FiniteSum) and objective.network is None
@@ -274,6 +295,10 @@ def check_algorithm(algorithm:Algorithm, objective:Objective):
     """Raises ValueError if a class of a user's own contradicts itself.
     That is one whose perturbation does not belong to its potential or scale."""
     if is_ours(algorithm) or "consistent" in vars(algorithm): return
+    for name in ("ascent", "cuts", "draw", "is_cut", "mean_over_cuts", "of_gradient", "scaled"):
+        if overrides(algorithm, name):
+            raise ValueError(f"{type(algorithm).__name__} overrides `{name}`, of which formulas know "
+                             "nothing: override `perturbation`, `metric` or `direction`")
     check_scale(algorithm, objective)
     free = copy.copy(algorithm)
     free.rho = 0.0 # one radius may be given for each path
@@ -480,6 +505,9 @@ class Model(Process):
     def scheduled(self, name:str, value, k:float) -> float:
         schedule = getattr(self, name)
         if schedule is None: return 1.0
+        if callable(schedule) and isinstance(self.eta, Tensor) and self.eta.numel() > 1:
+            raise ValueError(f"{name} is a function of time, which paths with different eta do not "
+                             "share: take one eta at a time")
         if callable(schedule): s = float(schedule(k * float(self.time_step)))
         elif k < len(schedule): s = float(schedule[int(k)]) / float(value)
         else:

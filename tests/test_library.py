@@ -285,6 +285,59 @@ MISTAKES = {
 }
 
 
+DERIVED = {  # method -> words
+    "hvp": "its hvp is not the derivative of grad",
+    "hessian": "its hessian is not that of hvp",
+    "third": "its third is not the derivative of hvp",
+    "add_grad_": "its add_grad_ does not add grad",
+    "add_hvp_": "its add_hvp_ does not add hvp",
+    "sample_loss": "its sample_(grad is not the gradient of sample_|loss is not a mean of )loss",
+    "sample_hvp": "its sample_hvp is not the derivative of sample_grad",
+    "sample_third": "its (sample_)?third is not the derivative of (sample_)?hvp",
+    "draw": "overrides `draw`, of which formulas know nothing: give it a `law`",
+}
+
+
+@pytest.mark.parametrize("base", [NoisyLoss, FiniteSum])
+@pytest.mark.parametrize("method", DERIVED)
+def test_one_method_of_ones_own(base, method):
+    """Twice what the others say. The control is the class with the method as it is."""
+    A = torch.eye(2, dtype=torch.float64) + 0.1
+
+    def make(factor):
+        def changed(self, *args, **kwargs):
+            return factor * getattr(base, method)(self, *args, **kwargs)
+
+        kind = type("Mine", (base,), {} if method == "draw" and factor == 1 else {method: changed})
+        if base is NoisyLoss:
+            return kind(lambda x: (A @ x).sin().sum(), 2, sigma=0.1)
+        return kind(lambda x: (A @ x).sin(), 2, 2)
+
+    Chain(USAM(0.1), make(1), 0.1)
+    with pytest.raises(ValueError, match=DERIVED[method]):
+        Chain(USAM(0.1), make(2), 0.1)
+
+
+@pytest.mark.parametrize("method", ["ascent", "mean_over_cuts", "cuts", "of_gradient", "draw"])
+def test_machinery_of_an_algorithm(method):
+    """A method that formulas pass by: the drift to first order of a doubled `ascent` was that of a single one."""
+    kind = type("Mine", (USAM,), {method: lambda self, *args, **kwargs: None})
+    with pytest.raises(ValueError, match=f"Mine overrides `{method}`, of which formulas know"):
+        Chain(kind(0.1), bowls[0], 0.1)
+
+
+def test_a_perturbation_from_that_of_its_base():
+    """Half of DNSAM's, by super(): the scale of the base is asked, as its class has no potential."""
+
+    class Half(DNSAM):
+        def perturbation(self, objective, x, gamma):
+            return super().perturbation(objective, x, gamma) / 2
+
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    halved, plain = drift(Half(0.2), bowls[0], x), drift(DNSAM(0.1), bowls[0], x)
+    torch.testing.assert_close(halved, plain)
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_in_classes_of_ones_own(name):
     algorithm, objective, words = MISTAKES[name]

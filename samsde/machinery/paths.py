@@ -208,8 +208,14 @@ def needs_loop(fn:Callable, x:Tensor, *rest:Tensor) -> bool:
     """Must points be taken one after another? Raises ValueError if the function changes between
     calls."""
     tensors = three_points(x.detach(), *rest)
-    try: known, again = (derivatives(fn, tensors, loop=True) for _ in range(2))
+    z = tensors[0].clone()
+    try:
+        with torch.no_grad(): lift(fn, z, *tensors[1:], loop=True)
+        if agree([z], tensors[:1], 0.):
+            known, again = (derivatives(fn, tensors, loop=True) for _ in range(2))
     except Exception: return False # what is wrong with it is told where it is used
+    if not agree([z], tensors[:1], 0.):
+        raise ValueError("a loss must not write to the point that it is given: write to a clone")
     if not agree(known, again, 1e-6):
         raise ValueError("a loss must not change from one call to the next: "
                          "does the function draw random numbers?")
