@@ -291,7 +291,7 @@ DERIVED = {  # method -> words
     "third": "its third is not the derivative of hvp",
     "add_grad_": "its add_grad_ does not add grad",
     "add_hvp_": "its add_hvp_ does not add hvp",
-    "sample_loss": "its sample_(grad is not the gradient of sample_|loss is not a mean of )loss",
+    "sample_loss": "its (sample_grad is not the gradient of sample_loss|third is not)",
     "sample_hvp": "its sample_hvp is not the derivative of sample_grad",
     "sample_third": "its (sample_)?third is not the derivative of (sample_)?hvp",
     "draw": "overrides `draw`, of which formulas know nothing: give it a `law`",
