@@ -247,9 +247,9 @@ def first_contradiction(found) -> str|None: # of contradictions(...)
 def false_in(objective:Objective) -> str|None: # as of false_derivative
     "Which of torch's derivatives is not that of the loss; None where that cannot be told"
     points = torch.randn(3, 2, objective.dim, generator=torch.Generator().manual_seed(1)) / 4
-    def derive(x, v): return None, objective.grad(x), objective.hvp(x, v)
+
     for dtype in [objective.dtype] if objective.dtype else (torch.float64, torch.float32):
-        try: return false_derivative(objective.loss, derive, [*points.to(dtype)])
+        try: return false_derivative(objective.loss, objective.grad, objective.hvp, [*points.to(dtype)])
         except Exception: pass # what is wrong with it is told where it is used
 
 def check_objective(objective:Objective):

@@ -255,35 +255,34 @@ def check_means(network:Network, x:Tensor):
 
 # %% ../../nbs/machinery/comparison.ipynb #1e4fda3d
 def downhill(slope:Callable, # x, (d,) -> f and ∇f there
-             x:Tensor, steps:int=16) -> list: # of points (d,)
+             x:Tensor, steps:int=16): # yields points (d,), after `slope` was called there
     "Points at which a loss is about half of what it was at the one before; few where it stays"
-    found = []
-    first = slope(x)[0].abs()
+    f, g = slope(x)
+    least = 100 * torch.finfo(x.dtype).eps**.5 * f.abs()
     for _ in range(steps):
-        f, g = slope(x)
         square = g.square().sum()
-        if not 100 * torch.finfo(x.dtype).eps**.5 * first < f.abs() or square == 0: break
+        if not least < f.abs() or square == 0: return
         x = x - f.abs() / (2 * square) * g
-        if not torch.isfinite(x).all(): break
-        found.append(x)
-    return found
+        if not torch.isfinite(x).all(): return
+        f, g = slope(x)
+        yield x
 
 # %% ../../nbs/machinery/comparison.ipynb #0c132959
 def check_small(network:Network):
     "Raises ValueError if a loss is no mean of its samples' where it is small, as in flooding"
     X, y = network.data(torch.tensor(some_rows(network)))
-    def loss_at(x):
-        module = put(network, x)
-        out = module(X)
-        return network.loss(out, y), out, trainable(module)
+    here = None
     def slope(x):
+        nonlocal here
+        module = put(network, x)
         with plainly():
-            f, _, params = loss_at(x)
-            return f.detach(), gradients(f, params)
-    for x in downhill(slope, network.x0):
-        with plainly(), torch.no_grad():
-            batch, out, _ = loss_at(x)
-            f = network.each(out, y)
+            out = module(X)
+            f = network.loss(out, y)
+            here = f.detach(), out
+            return f.detach(), gradients(f, trainable(module))
+    for _ in downhill(slope, network.x0):
+        batch, out = here
+        with plainly(), torch.no_grad(): f = network.each(out, y)
         if not torch.isfinite(f).all() or close(network, batch, f.mean()): continue
         raise ValueError(no_mean(network, batch, f))
 
@@ -325,8 +324,11 @@ def check_field(network:Network):
     def value(x):
         module = put(network, x)
         with plainly(), torch.no_grad(): return network.loss(module(X), y)
-    def derive(x, v): return plain_loss(network, x, v, rows)
-    check_derivatives(value, derive, points)
+    def grad(x):
+        module = put(network, x)
+        with plainly(): return gradients(network.loss(module(X), y), trainable(module))
+    def hvp(x, v): return plain_loss(network, x, v, rows)[2]
+    check_derivatives(value, grad, hvp, points)
 
 # %% ../../nbs/machinery/comparison.ipynb #6f94ac28
 def along(f:Callable, # (P, d) -> (P,)
