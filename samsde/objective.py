@@ -17,7 +17,7 @@ from .machinery.checks import (
     broadcast_axes, broadcast_paths, check_grad_possible, check_int, check_numbers, check_points,
     check_scalar, check_symmetric, psd_root)
 from .machinery.comparison import check_network
-from .machinery.network import Network, check_data, check_layers
+from .machinery.network import Network, check_data, check_module, unfit
 from .machinery.paths import add_, can_be_tried, gradient, lift, needs_loop
 from .machinery.sampling import KEY, batch_of_epoch, distinct, draw_key
 
@@ -369,26 +369,24 @@ class MeansOfSamples(WeightedSums):
         return check_numbers("gamma", gamma, "sample numbers")
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
         "Mean loss of the samples `gamma`, (..., d) and (..., b) -> (...), for any b"
-        x = broadcast_paths(x, gamma=self.numbers(gamma))
-        def mean(z, i): return self.select(z, i).mean()
-        def of_part(i): return self.lift(mean, x, i, kind="chosen")
-        return self.in_parts(of_part, x, gamma.expand(*x.shape[:-1], -1))
+        return self.in_parts(MeansOfSamples.mean_loss, x, gamma)
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor:
-        x = broadcast_paths(self.check(x), gamma=self.numbers(gamma))
-        return self.in_parts(lambda i: Objective.sample_grad(self, x, i), x, gamma)
+        return self.in_parts(Objective.sample_grad, x, gamma)
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
-        x = broadcast_paths(self.check(x), gamma=self.numbers(gamma), v=self.check(v, "v"))
-        return self.in_parts(lambda i: Objective.sample_hvp(self, x, i, v), x, gamma)
+        return self.in_parts(Objective.sample_hvp, x, gamma, v=self.check(v, "v"))
     def sample_third(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
-        x = broadcast_paths(self.check(x), gamma=self.numbers(gamma), v=self.check(v, "v"))
-        return self.in_parts(lambda i: Objective.sample_third(self, x, i, v), x, gamma)
-    def in_parts(self, mean:Callable, x:Tensor, gamma:Tensor) -> Tensor:
+        return self.in_parts(Objective.sample_third, x, gamma, v=self.check(v, "v"))
+    def mean_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
+        def mean(z, i): return self.select(z, i).mean()
+        return self.lift(mean, x, gamma.expand(*x.shape[:-1], -1), kind="chosen")
+    def in_parts(self, mean:Callable, x:Tensor, gamma:Tensor, **v:Tensor) -> Tensor:
         "A mean over minibatches, of means over parts with samples times paths at most `chunk`"
+        x = broadcast_paths(self.check(x), gamma=self.numbers(gamma), **v)
         b = gamma.shape[-1]
         paths = x[..., 0].numel()
-        if self.chunk is None or b * paths <= self.chunk: return mean(gamma)
+        if self.chunk is None or b * paths <= self.chunk: return mean(self, x, gamma, **v)
         parts = gamma.split(max(1, self.chunk // max(1, paths)), -1)
-        return sum(cut.shape[-1] / b * mean(cut) for cut in parts)
+        return sum(cut.shape[-1] / b * mean(self, x, cut, **v) for cut in parts)
 
 # %% ../nbs/00_objective.ipynb #553a533d
 def check_function(fn, name:str, of:str):
@@ -429,8 +427,8 @@ class FiniteSum(MeansOfSamples):
         check_function(select or sample_losses, "select", "a point and sample numbers")
         if chunk and not select:
             raise ValueError("chunk needs select, the losses of chosen samples, got none")
-        self.n, self.dim = check_int("n", n), check_int("dim", dim)
         self.law = Minibatches(n, batch_size, replace)
+        self.n, self.dim = self.law.n, check_int("dim", dim)
         self.chunk = chunk if chunk is None else check_int("chunk", chunk)
         self.sample_losses = sample_losses
         self.select = select or (lambda x, i: sample_losses(x)[i])
@@ -480,8 +478,8 @@ def from_module(cls, module:torch.nn.Module, # no batch normalisation or dropout
     Python function reads from outside, it reads when it is called. Raises ValueError or TypeError
     on what has no sample losses, and on what differs from a plain loop over samples."""
     check_grad_possible()
-    check_data(module, loss, X, y)
-    with pointing_to_minibatches(): check_layers(module, X)
+    check_data(loss, X, y)
+    with pointing_to_minibatches(): check_module(module, unfit, [X])
     network = Network(module, loss, X, y)
     self = cls(network.losses, len(X), len(network.x0), batch_size, replace,
                select=network.losses, chunk=chunk)

@@ -113,7 +113,7 @@ TABLE = {
     "float32 point, float64 data": (lambda: bowl.grad(torch.ones(2)), TypeError, "x is torch.float32, but the data it meets are torch.float64"),
     "float32 noise, float64 point": (lambda: NoisyLoss(torch.sum, 2).sample_grad(x, torch.ones(2)), TypeError, "gamma is torch.float32"),
     "float32 H, float64 covariance": (lambda: Quadratic(torch.eye(2), cov=eye), TypeError, "cov is torch.float64, but H is torch.float32"),
-    "float32 network, float64 data": (lambda: network(torch.nn.Linear(2, 1)), TypeError, "must share one dtype"),
+    "float32 network, float64 data": (lambda: network(torch.nn.Linear(2, 1)), TypeError, "must be of one dtype, as are inputs, got"),
     "module without parameters": (lambda: network(torch.nn.Sigmoid()), ValueError, "trainable parameters, got none in Sigmoid"),
     "module in training mode": (lambda: network(torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Dropout()).double()), ValueError, "layer '1' .Dropout."),
     "loss of a module is a vector": (lambda: network(loss=torch.nn.MSELoss(reduction="none")), ValueError, "the loss of a batch must be a scalar"),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'seed_all', 'upcoming', 'seeded', 'rows_of', 'as_tree', 'by_tensors', 'batch_of', 'is_plain', 'parts_of',
-           'marks', 'same_marks', 'of_loader', 'check_reshuffles', 'run', 'own_loss', 'LossOfOutput',
-           'check_parameters', 'differentiable', 'slopes_of', 'drained', 'product_of', 'BatchNetwork']
+           'marks', 'same_marks', 'of_loader', 'check_reshuffles', 'run', 'own_loss', 'LossOfOutput', 'differentiable',
+           'slopes_of', 'drained', 'product_of', 'BatchNetwork']
 
 # %% ../../nbs/machinery/batches.ipynb #047f4038
 import copy, random, threading, zlib
@@ -25,7 +25,7 @@ from .checks import check_grad_possible
 from .comparison import first_line, flat, scaled_noise
 from .differences import check_derivatives
 from .network import (
-    LAZY, SCRIPT, attributes_of, check_hooks, put_attributes, snapshot, trainable)
+    attributes_of, check_module, put_attributes, snapshot, trainable)
 from .paths import WRONG_TWICE, Rewritten
 from .record import FIXED, PLAIN, version
 
@@ -182,27 +182,6 @@ class LossOfOutput:
         output = run(module, inputs)
         return own_loss(output) if self.loss is None else self.loss(output, target)
 
-# %% ../../nbs/machinery/batches.ipynb #186365e0
-def check_parameters(module):
-    "Raises ValueError or TypeError unless a module has trainable, real parameters of one dtype"
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    check_hooks(module)
-    for name, layer in module.named_modules():
-        words = None
-        if isinstance(layer, torch.jit.ScriptModule): words = SCRIPT
-        lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
-        if lazy and layer.has_uninitialized_params(): words = LAZY
-        if words: raise ValueError(f"layer {name!r} ({type(layer).__name__}) {words}")
-    kinds = {p.dtype for p in trainable(module)}
-    if not kinds:
-        raise ValueError("the module must have trainable parameters, "
-                         f"got none in {type(module).__name__}")
-    if len(kinds) > 1: raise TypeError(f"parameters must share one dtype, got {sorted(map(str, kinds))}")
-    if (dtype := kinds.pop()).is_complex: raise TypeError(f"parameters must be real, got {dtype}")
-    places = {p.device for p in trainable(module)}
-    if len(places) > 1: raise ValueError(f"parameters must be on one device, got {sorted(map(str, places))}")
-
 # %% ../../nbs/machinery/batches.ipynb #2caf4ee6
 @contextmanager
 def differentiable(module:nn.Module, rewritten:Rewritten|None=None):
@@ -252,7 +231,7 @@ class BatchNetwork:
                  data, # tensors with a row for each sample, or a map-style Dataset
                  collate_fn:Callable|None=None # of a Dataset's samples; torch's own if None
                 ):
-        check_parameters(module)
+        check_module(module)
         if not (callable(batch_loss) and callable(collate_fn or default_collate)):
             raise TypeError("loss and collate_fn must be functions")
         self.n = rows_of(data)
