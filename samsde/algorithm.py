@@ -249,7 +249,8 @@ def false_in(objective:Objective) -> str|None: # as of false_derivative
     points = torch.randn(3, 2, objective.dim, generator=torch.Generator().manual_seed(1)) / 4
 
     for dtype in [objective.dtype] if objective.dtype else (torch.float64, torch.float32):
-        try: return false_derivative(objective.loss, objective.grad, objective.hvp, [*points.to(dtype)])
+        how = objective.loss, objective.grad, objective.hvp
+        try: return false_derivative(*how, [*points.to(dtype)])
         except Exception: pass # what is wrong with it is told where it is used
 
 def check_objective(objective:Objective):
@@ -288,7 +289,8 @@ def contradictions_of(algorithm:Algorithm, objective:Objective):
     yield "that of one path after another", u, torch.cat(alone)
     g, grad = objective.grads(x, gamma)
     if algorithm.has_metric: return
-    if getattr(algorithm, "is_linear", False): yield "that of its scale", u, algorithm.scale(grad) * g
+    if getattr(algorithm, "is_linear", False):
+        yield "that of its scale", u, algorithm.scale(grad) * g
     if algorithm.has_potential: yield "that of its potential", u, gradient(algorithm.potential, g)
 
 def check_algorithm(algorithm:Algorithm, objective:Objective):
@@ -297,8 +299,9 @@ def check_algorithm(algorithm:Algorithm, objective:Objective):
     if is_ours(algorithm) or "consistent" in vars(algorithm): return
     for name in ("ascent", "cuts", "draw", "is_cut", "mean_over_cuts", "of_gradient", "scaled"):
         if overrides(algorithm, name):
-            raise ValueError(f"{type(algorithm).__name__} overrides `{name}`, of which formulas know "
-                             "nothing: override `perturbation`, `metric` or `direction`")
+            kind = type(algorithm).__name__
+            raise ValueError(f"{kind} overrides `{name}`, of which formulas know nothing: "
+                             "override `perturbation`, `metric` or `direction`")
     check_scale(algorithm, objective)
     free = copy.copy(algorithm)
     free.rho = 0.0 # one radius may be given for each path
@@ -370,7 +373,8 @@ def check_micro_batch(algorithm:Algorithm, objective:Objective):
 def in_cuts(algorithm:Algorithm, objective:Objective) -> Objective:
     "The objective; a MinibatchLoss in micro-batches that are batches of their own, if any"
     m = algorithm.micro_batch
-    if not (isinstance(objective, MinibatchLoss) and algorithm.is_cut(objective.law)): return objective
+    if not isinstance(objective, MinibatchLoss): return objective
+    if not algorithm.is_cut(objective.law): return objective
     check_micro_batch(algorithm, objective)
     known = objective.cut_into
     if m not in known: known[m] = InMicroBatches(objective, m)

@@ -228,11 +228,11 @@ def divergence(times:Tensor, # (T,)
     return at
 
 # %% ../nbs/02_ensemble.ipynb #ef8008a7
-def summary(total:PathStatistics, eta:float, run:Run) -> Ensemble:
+def summary(total:PathStatistics, run:Run) -> Ensemble:
     """The statistics of an ensemble. Raises DivergenceError if no path stayed finite;
     warns if some did not."""
     t = total.state()
-    times = torch.tensor(run.grid[1], dtype=torch.float64) * eta
+    times = torch.tensor(run.grid[1], dtype=torch.float64) * float(run.process.time_step)
     at = divergence(times, t["until"])
     alive = at.isinf()
     paths = {name: t[f"paths{i}"] for i, name in enumerate(run.observe) if run.keep}
@@ -247,12 +247,12 @@ def summary(total:PathStatistics, eta:float, run:Run) -> Ensemble:
     return result
 
 # %% ../nbs/02_ensemble.ipynb #904eec0c
-def interrupted(stop:KeyboardInterrupt, run:Run, run_state:RunState, eta:float):
+def interrupted(stop:KeyboardInterrupt, run:Run, run_state:RunState):
     """Say in an interrupt what was done until then, and give it the Ensemble of these paths, or
     None, as `partial`"""
     total = run_state.parts.get(0)
     stop.partial = None
-    try: stop.partial = total and summary(total, eta, run)
+    try: stop.partial = total and summary(total, run)
     except DivergenceError: pass
     stop.args = (f"{len(total or ())} of {len(run.x)} paths were done"
                  + (": the same call goes on from there" if run_state.path else ""),)
@@ -276,7 +276,7 @@ def computed(run:Run, run_state:RunState, many:int, threads:int, progress:bool):
               disable=not progress) as bar:
         try: compute_or_again(run, run_state, many, threads, bar)
         except KeyboardInterrupt as stop:
-            interrupted(stop, run, run_state, float(run.process.time_step))
+            interrupted(stop, run, run_state)
             raise
         finally: save(run_state, last=True)
 
@@ -317,4 +317,4 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
               Recorder() if record and steps >= Recorder.worth else None)
     run_state = opened(checkpoint, run)
     computed(run, run_state, many, threads, progress)
-    return summary(run_state.parts[0], float(process.time_step), run)
+    return summary(run_state.parts[0], run)

@@ -510,7 +510,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .machinery.batches import (
-    BatchNetwork, LossOfOutput, check_reshuffles, marks, of_loader, same_marks)
+    BatchNetwork, LossOfOutput, marks, of_loader, same_marks)
 from .machinery.comparison import downhill
 
 # %% ../nbs/00b_minibatch_loss.ipynb #d2dc5291
@@ -860,14 +860,6 @@ class MinibatchLoss(MeanOverBatches):
             raise ValueError(f"x must be one point of shape ({self.dim},), got {tuple(x.shape)}")
         return self.all_of(x)[2:]
 
-# %% ../nbs/00b_minibatch_loss.ipynb #43952e36
-def from_loader(loader:DataLoader, replace:bool|str) -> list:
-    "Data, collate_fn, batch_size and replace"
-    found = of_loader(loader)
-    if replace == "epochs": check_reshuffles(loader)
-    if replace == "epochs": found["replace"] = replace
-    return [*found.values()]
-
 # %% ../nbs/00b_minibatch_loss.ipynb #c2a39b3b
 def minibatches_of_module(cls, module:torch.nn.Module, # any that trains, in the mode to run it in
                           loss:Callable|None, # (output, target) -> scalar; the module's if None
@@ -892,7 +884,7 @@ def minibatches_of_module(cls, module:torch.nn.Module, # any that trains, in the
         if batch_size is not None or collate_fn is not None:
             raise ValueError("a DataLoader has its own batch_size and collate_fn: "
                              "give it alone, or its dataset with them")
-        data, collate_fn, batch_size, replace = from_loader(data, replace)
+        data, collate_fn, batch_size, replace = of_loader(data, replace)
     if batch_size is None:
         raise TypeError("batch_size must be given, unless the data are a DataLoader")
     if batch_loss is not None and loss is not None:

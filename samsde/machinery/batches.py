@@ -40,8 +40,8 @@ def seed_all(devices:list, seed:int):
 
 def upcoming(devices:list) -> list:
     "Tells where all generators stand, by what NumPy's and Python's draw next"
-    cuda = [torch.cuda.get_rng_state(device).tolist() for device in devices]
-    return [torch.get_rng_state().numpy().tobytes(), *cuda, np.random.random_sample(), random.random()]
+    own = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    return [*(bytes(t.numpy()) for t in own), np.random.random_sample(), random.random()]
 
 # %% ../../nbs/machinery/batches.ipynb #5201d026
 @contextmanager
@@ -128,7 +128,8 @@ def same_marks(before:list, now:list) -> bool:
         a is b and mark == other for (a, mark), (b, other) in zip(before, now))
 
 # %% ../../nbs/machinery/batches.ipynb #e2f5f27c
-def of_loader(loader:DataLoader) -> dict:
+def of_loader(loader:DataLoader, replace:bool|str # "epochs", or what the loader says
+             ) -> tuple:
     """The data, collate_fn, batch_size and replace of a DataLoader.
     Raises ValueError or TypeError if it draws in another way."""
     if isinstance(loader.dataset, IterableDataset): rows_of(loader.dataset)
@@ -140,8 +141,9 @@ def of_loader(loader:DataLoader) -> dict:
         raise ValueError(
             "the DataLoader must draw samples uniformly, by shuffle=True or a RandomSampler, "
             f"got {type(sampler).__name__}: give its dataset and batch_size instead")
-    return dict(data=loader.dataset, collate_fn=loader.collate_fn, batch_size=loader.batch_size,
-                replace=bool(getattr(sampler, "replacement", False)))
+    if replace == "epochs": check_reshuffles(loader)
+    else: replace = bool(getattr(sampler, "replacement", False))
+    return loader.dataset, loader.collate_fn, loader.batch_size, replace
 
 # %% ../../nbs/machinery/batches.ipynb #1c5642ad
 def check_reshuffles(loader:DataLoader):
@@ -249,7 +251,7 @@ class BatchNetwork:
         check_field(self)
 
     def check_copy(self, module:nn.Module):
-        "Raises ValueError if the first sample as a batch has another gradient in a copy of the module"
+        "Raises ValueError if the first samples have another gradient in a copy of the module"
         rows = [0, min(1, self.n - 1)]
         before = {name: b.detach().clone() for name, b in module.named_buffers()}
         attributes = attributes_of(module)
