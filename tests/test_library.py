@@ -442,3 +442,18 @@ def test_few_draws_in_pairs_are_unbiased():
     assert ((few.mean(0) - many).abs() < 4.5 * sem).all() and (
         (few.mean(0) * 8 / 7 - many).abs() > 4.5 * sem
     ).diag().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [SAM, DNSAM])
+def test_a_normalised_perturbation_of_any_size(kind, dtype):
+    """u has norm 1 where the squares of float32 overflow or vanish, and where the norm is no number of float16. The control: u of a gradient that is 0."""
+    half = dtype is torch.float16
+    for size in (1e-4, 6e4) if half else (1e-30, 1e-24, 1.0, 1e24, 1e30):
+        x = torch.full((3, 4), size, dtype=dtype)
+        u = kind(0.1).perturbation(Quadratic(torch.eye(4, dtype=dtype)), x, torch.zeros_like(x))
+        torch.testing.assert_close(u, torch.full_like(x, 0.5), rtol=1e-2, atol=0)
+        gradient = torch.func.grad(SAM(0.1).potential)(x[0])
+        torch.testing.assert_close(gradient, torch.full_like(gradient, 0.5), rtol=1e-2, atol=0)
+    bowl = Quadratic(torch.eye(4, dtype=dtype))
+    assert not SAM(0.1).perturbation(bowl, 0 * x, 0 * x).any()
