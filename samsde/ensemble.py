@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .machinery.store import RunState, opened, save
 from .machinery.streams import PathStatistics, Run, advance, block_size
 from .machinery.record import RecordError, Recorder
-from .machinery.checks import check_int, check_positive
+from .machinery.checks import check_function, check_int, check_positive
 
 # %% ../nbs/02_ensemble.ipynb #e86f96ed
 def time_grid(eta, # learning rate of the process, one number
@@ -150,9 +150,7 @@ def checked(process, observe) -> dict:
         if not isinstance(name, str):
             raise TypeError(
                 f"observables must be named by text, got the name {name!r} for an observable")
-        if not callable(fn):
-            raise TypeError(
-                f"observable {name!r} must be a function of points, got {type(fn).__name__}")
+        check_function(f"observable {name!r}", fn, "points")
     return observe
 
 # %% ../nbs/02_ensemble.ipynb #d06dc4a6

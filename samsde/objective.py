@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .machinery.checks import (
-    broadcast_axes, broadcast_paths, check_grad_possible, check_int, check_numbers, check_points,
-    check_scalar, check_symmetric, psd_root)
+    broadcast_axes, broadcast_paths, check_function, check_grad_possible, check_int, check_numbers,
+    check_points, check_scalar, check_symmetric, psd_root)
 from .machinery.comparison import check_network
 from .machinery.network import Network, check_data, check_module, unfit
 from .machinery.paths import add_, can_be_tried, gradient, lift, needs_loop
@@ -212,9 +212,7 @@ class NoisyLoss(Additive):
                  cov:Tensor|None=None # (d, d), its covariance instead
                 ):
         super().__init__(dim, sigma, cov)
-        if not callable(fn):
-            raise TypeError(f"fn must be a function of one point, got {type(fn).__name__}")
-        self.fn = fn
+        self.fn = check_function("fn", fn, "one point")
 
     def loss(self, x:Tensor) -> Tensor:
         out = self.lift(self.fn, self.check(x))
@@ -389,11 +387,6 @@ class MeansOfSamples(WeightedSums):
         return sum(cut.shape[-1] / b * mean(self, x, cut, **v) for cut in parts)
 
 # %% ../nbs/00_objective.ipynb #553a533d
-def check_function(fn, name:str, of:str):
-    "Raises TypeError unless `fn` can be called"
-    if callable(fn): return
-    raise TypeError(f"{name} must be a function of {of}, got {type(fn).__name__}")
-
 def check_select(objective, z:Tensor):
     "Raises ValueError if `select` has other losses than `sample_losses` at a point (d,)"
     n = objective.n
@@ -423,15 +416,15 @@ class FiniteSum(MeansOfSamples):
                  # Needs `select`.
                  chunk:int|None=None
                 ):
-        check_function(sample_losses, "sample_losses", "one point")
-        check_function(select or sample_losses, "select", "a point and sample numbers")
+        self.sample_losses = check_function("sample_losses", sample_losses, "one point")
+        self.select = check_function("select", select or (lambda x, i: sample_losses(x)[i]),
+                                     "a point and sample numbers")
         if chunk and not select:
             raise ValueError("chunk needs select, the losses of chosen samples, got none")
         self.law = Minibatches(n, batch_size, replace)
         self.n, self.dim = self.law.n, check_int("dim", dim)
         self.chunk = chunk if chunk is None else check_int("chunk", chunk)
-        self.sample_losses = sample_losses
-        self.select = select or (lambda x, i: sample_losses(x)[i])
+
     def with_batch(self, batch_size:int):
         "The same samples in minibatches of another size"
         other = copy.copy(self)
@@ -889,8 +882,7 @@ def minibatches_of_module(cls, module:torch.nn.Module, # any that trains, in the
         raise TypeError("batch_size must be given, unless the data are a DataLoader")
     if batch_loss is not None and loss is not None:
         raise ValueError("give loss or batch_loss, not both: the other one is None")
-    if not (loss is None or callable(loss)):
-        raise TypeError(f"loss must be a function of (output, target), got {type(loss).__name__}")
+    if loss is not None: check_function("loss", loss, "(output, target)")
     if batch_loss is None: batch_loss = LossOfOutput(loss)
     network = BatchNetwork(module, batch_loss, data, collate_fn)
     return cls(network, batch_size, replace, full_batches=full_batches, progress=progress)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
-from .checks import check_finite
+from .checks import check_finite, check_function
 from .paths import lift, written_out
 
 # %% ../../nbs/machinery/network.ipynb #2713fa9c
@@ -61,11 +61,10 @@ def unfit(layer:nn.Module) -> str|None:
 # %% ../../nbs/machinery/network.ipynb #99bf8dee
 def check_data(loss, X, y):
     "Raises ValueError or TypeError unless these are a loss and data"
-    def kind(thing): return type(thing).__name__
-    if not callable(loss):
-        raise TypeError(f"loss must be a function of (output, target), got {kind(loss)}")
+    check_function("loss", loss, "(output, target)")
     for name, t in (("X", X), ("y", y)):
-        if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {kind(t)}")
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
         if t.ndim == 0:
             raise ValueError(f"{name} must hold one row for each sample, got a single number")
         check_finite(name, t)
