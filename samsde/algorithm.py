@@ -18,7 +18,8 @@ from .machinery.differences import FALSE, false_derivative
 from .machinery.record import replay
 from .machinery.sampling import KEY
 from .objective import (
-    Additive, FiniteSum, InMicroBatches, MinibatchLoss, Noiseless, NoisyLoss, Objective, gradient)
+    Additive, FiniteSum, Gaussian, InMicroBatches, Minibatches, MinibatchLoss, Noiseless, NoisyLoss,
+    Objective, gradient)
 from .machinery.style import colours
 
 # %% ../nbs/01_algorithm.ipynb #ede46e34
@@ -240,6 +241,20 @@ def contradictions(objective:Objective): # of words, two values that should be e
         seen = (loss - mean).abs() > 8 * sem
         yield "loss is not the mean of sample_loss", torch.where(seen, loss, mean), mean
 
+# %% ../nbs/01_algorithm.ipynb #ab2c7380
+def check_draws(objective:Objective):
+    "Raises ValueError where γ has another law than that of which formulas know, TypeError if none"
+    law = objective.law
+    if not hasattr(law, "draw"):
+        raise TypeError(f"{type(objective).__name__} must have a `law`, an object that draws γ, "
+                        f"got {type(law).__name__}")
+    uniform = isinstance(objective, FiniteSum)
+    known = Minibatches if uniform else Gaussian if isinstance(objective, Additive) else type(law)
+    for thing, base in ((objective, Objective), (law, known)):
+        if not is_ours(thing) and overrides(thing, "draw", base):
+            raise ValueError(f"{type(thing).__name__} overrides `draw`, of which formulas know "
+                             "nothing: write an Objective with a `law` that draws so")
+
 # %% ../nbs/01_algorithm.ipynb #4e6b8312
 def is_ours(thing) -> bool:
     "Does the library define its class?"
@@ -263,9 +278,7 @@ def check_objective(objective:Objective):
     """Raises ValueError if a class of a user's own contradicts itself, such as one whose loss the
     inherited gradient does not belong to, or if torch's derivatives are not those of a function."""
     if "consistent" in vars(objective): return
-    if overrides(objective, "draw", Objective):
-        raise ValueError(f"{type(objective).__name__} overrides `draw`, of which formulas know "
-                         "nothing: give it a `law` that draws so")
+    check_draws(objective)
     if not is_ours(objective) and (words := first_contradiction(contradictions(objective))):
         raise ValueError(f"{type(objective).__name__} contradicts itself: its {words}")
     of_functions = isinstance(objective, FiniteSum) and objective.network is None

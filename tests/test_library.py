@@ -1,5 +1,6 @@
 """What runs through all modules: kinds of tensors, threads, progress, objectives of a user's own, the command line."""
 
+import copy
 import itertools
 import math
 import subprocess
@@ -16,6 +17,7 @@ from samsde.implicit_regularizer import drift, regularized_loss
 from samsde.objective import (
     Additive,
     FiniteSum,
+    Gaussian,
     Minibatches,
     NoisyLoss,
     Objective,
@@ -251,6 +253,10 @@ class NoMean(Stretched):
         return 2 * (x * x).sum(-1)
 
 
+class Lawless(Stretched):
+    law = None
+
+
 class Turning(Additive):
     """A field that is the gradient of no loss"""
 
@@ -278,6 +284,7 @@ class Constant(Algorithm):
 bowls = [Quadratic(torch.eye(d, dtype=torch.float64), 0.1) for d in (2, 3)]
 MISTAKES = {
     "a loss that is no mean": (USAM(0.1), NoMean(), "its loss is not the mean of sample_loss"),
+    "no law": (USAM(0.1), Lawless(), "Lawless must have a `law`, an object that draws γ, got None"),
     "a field": (USAM(0.1), Turning(2, 0.1), "its grad is the gradient of no loss"),
     "paths together": (PathMean(0.1), bowls[0], "one path after another"),
     "a scale": (NumberOfPath(0.1), bowls[1], r"shape \(\.\.\., 1\), got \(3,\)"),
@@ -294,7 +301,7 @@ DERIVED = {  # method -> words
     "sample_loss": "its (sample_grad is not the gradient of sample_loss|third is not)",
     "sample_hvp": "its sample_hvp is not the derivative of sample_grad",
     "sample_third": "its (sample_)?third is not the derivative of (sample_)?hvp",
-    "draw": "overrides `draw`, of which formulas know nothing: give it a `law`",
+    "draw": "overrides `draw`, of which formulas know nothing: write an Objective",
 }
 
 
@@ -316,6 +323,31 @@ def test_one_method_of_ones_own(base, method):
     Chain(USAM(0.1), make(1), 0.1)
     with pytest.raises(ValueError, match=DERIVED[method]):
         Chain(USAM(0.1), make(2), 0.1)
+
+
+class Often(Minibatches):
+    """The first samples alone, of which τ and κ know nothing"""
+
+    def draw(self, shape, generator=None, **kind):
+        return super().draw(shape, generator, **kind).clamp(max=1)
+
+
+class Heavy(Gaussian):
+    """Which the chain would take for a normal number"""
+
+    def draw(self, shape, generator=None, **kind):
+        return super().draw(shape, generator, **kind) ** 3
+
+
+@pytest.mark.parametrize("law", [Often(4, 2), Heavy(2, 0.1), Law()])
+def test_another_law_of_minibatches_or_noise(law):
+    A = torch.eye(4, dtype=torch.float64)[:, :2] + 0.1
+    sums, noisy = FiniteSum(lambda x: (A @ x).sin(), 4, 2, 2), NoisyLoss(lambda x: x.sum(), 2)
+    for objective in (sums, noisy):
+        Chain(USAM(0.1), copy.copy(objective), 0.1)
+        objective.law = law
+        with pytest.raises(ValueError, match="overrides `draw`, of which formulas know nothing"):
+            drift(USAM(0.1), objective, torch.ones(2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("method", ["ascent", "mean_over_cuts", "cuts", "of_gradient", "draw"])
