@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'Algorithm', 'Linear', 'SGD', 'USAM', 'DNSAM', 'SAM', 'Process', 'Model', 'Chain', 'colours']
 
 # %% ../nbs/01_algorithm.ipynb #72838c0a
-import copy, math
+import copy, inspect, math
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from .machinery.differences import FALSE, false_derivative
 from .machinery.record import replay
 from .machinery.sampling import KEY
 from .objective import (
-    Additive, FiniteSum, InMicroBatches, MinibatchLoss, Noiseless, NoisyLoss, Objective, gradient)
+    Additive, FiniteSum, Gaussian, InMicroBatches, Minibatches, MinibatchLoss, Noiseless, NoisyLoss,
+    Objective, gradient)
 from .machinery.style import colours
 
 # %% ../nbs/01_algorithm.ipynb #ede46e34
@@ -141,7 +142,9 @@ class Linear(Algorithm):
         "Is u = c g? That is where `scale` has the last word, and there is no metric."
         return "scale" in vars(self.definer) and not self.has_metric
     def perturbation(self, objective:Objective, x:Tensor, gamma:Tensor) -> Tensor:
-        if "scale" not in vars(self.definer): return super().perturbation(objective, x, gamma)
+        words = vars(self.definer)
+        if "potential" in words and "scale" not in words:
+            return super().perturbation(objective, x, gamma)
         g, grad = objective.grads(x, gamma)
         u = self.scale(self.scaled(x, grad)) * self.scaled(x, g)
         return self.scaled(x, u)
@@ -162,24 +165,50 @@ class USAM(Linear):
         g = objective.sample_grad(x, gamma)
         return self.scaled(x, self.scaled(x, g))
 
+# %% ../nbs/01_algorithm.ipynb #81f87650
+def norm_of(g:Tensor, keepdim:bool=False) -> Tensor:
+    "‖g‖ in double precision, in which the squares of float32 neither overflow nor vanish"
+    return torch.linalg.vector_norm(g, dim=-1, keepdim=keepdim, dtype=torch.float64)
+
 # %% ../nbs/01_algorithm.ipynb #a38bcebc
 class DNSAM(Linear):
     "SAM normalised by the full gradient: u = g/‖∇f‖. Raises ValueError where ∇f is exactly zero."
     def scale(self, grad):
-        norm = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
-        return 1 / check_nonzero("DNSAM divides by the norm of the full gradient", norm)
+        norm = norm_of(grad, keepdim=True)
+        return (1 / check_nonzero("DNSAM divides by the norm of the full gradient", norm)).to(grad)
 
 class SAM(Algorithm):
     "Sharpness-Aware Minimization: u = g/‖g‖ of the minibatch (and u = 0 where g = 0)"
-    def potential(self, g): return torch.linalg.vector_norm(g, dim=-1)
+    def potential(self, g): return norm_of(g).to(g)
     def perturbation(self, objective, x, gamma):
         if self.definer is not SAM: return super().perturbation(objective, x, gamma)
         g = self.scaled(x, objective.sample_grad(x, gamma))
-        norm = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
-        return self.scaled(x, g / torch.where(norm == 0, 1, norm))
+        norm = norm_of(g, keepdim=True)
+        norm = torch.where(norm == 0, 1, norm).to(torch.promote_types(g.dtype, torch.float32))
+        return self.scaled(x, (g / norm).to(g))
 
 # %% ../nbs/01_algorithm.ipynb #e207e4ca
 _all_ = ["colours"] # also here, beside the algorithms
+
+# %% ../nbs/01_algorithm.ipynb #5ed44033
+INHERITED = {
+    "grad": "is not the gradient of loss", "hvp": "is not the derivative of grad",
+    "sample_grad": "is not the gradient of sample_loss",
+    "grads": "are not sample_grad and grad", "sample_hvp": "is not the derivative of sample_grad",
+    "add_grad_": "does not add grad", "add_hvp_": "does not add hvp",
+    "hessian": "is not that of hvp", "third": "is not the derivative of hvp",
+    "sample_third": "is not the derivative of sample_hvp"}
+
+def from_inherited(objective:Objective, arguments:dict): # of words, two values
+    "What an objective says, and what it would say by what it inherits"
+    for name, words in INHERITED.items():
+        ours, known = getattr(type(objective), name), getattr(Objective, name)
+        if ours is known: continue
+        def value(method):
+            names = inspect.signature(known).parameters
+            found = method(objective, *[arguments[k].clone() for k in names if k != "self"])
+            return torch.stack(found) if name == "grads" else found
+        yield f"{name} {words}", value(ours), value(known)
 
 # %% ../nbs/01_algorithm.ipynb #3ce7016c
 def close(a:Tensor, b:Tensor) -> bool:
@@ -198,11 +227,7 @@ def contradictions(objective:Objective): # of words, two values that should be e
     gamma = objective.draw((2,), generator, dtype=dtype)
     slopes = [(objective.hvp(x, a) * b).sum(-1) for a, b in ((v, w), (w, v))]
     yield "grad is the gradient of no loss, as its Hessian is not symmetric", *slopes
-    yield "grad is not the gradient of loss", objective.grad(x), Objective.grad(objective, x)
-    yield "hvp is not the derivative of grad", objective.hvp(x, v), Objective.hvp(objective, x, v)
-    ours = objective.sample_grad(x, gamma)
-    known = Objective.sample_grad(objective, x, gamma)
-    yield "sample_grad is not the gradient of sample_loss", ours, known
+    yield from from_inherited(objective, dict(x=x, gamma=gamma, v=v, y=w, a=x[:, :1]))
     if isinstance(objective, FiniteSum):
         losses = objective.losses(x)
         yield "loss is not the mean of losses", objective.loss(x), losses.mean(-1)
@@ -215,6 +240,20 @@ def contradictions(objective:Objective): # of words, two values that should be e
         sem = 0 if support.exact else losses.std(0) / len(losses)**.5
         seen = (loss - mean).abs() > 8 * sem
         yield "loss is not the mean of sample_loss", torch.where(seen, loss, mean), mean
+
+# %% ../nbs/01_algorithm.ipynb #ab2c7380
+def check_draws(objective:Objective):
+    "Raises ValueError where γ has another law than that of which formulas know, TypeError if none"
+    law = objective.law
+    if not hasattr(law, "draw"):
+        raise TypeError(f"{type(objective).__name__} must have a `law`, an object that draws γ, "
+                        f"got {type(law).__name__}")
+    uniform = isinstance(objective, FiniteSum)
+    known = Minibatches if uniform else Gaussian if isinstance(objective, Additive) else type(law)
+    for thing, base in ((objective, Objective), (law, known)):
+        if not is_ours(thing) and overrides(thing, "draw", base):
+            raise ValueError(f"{type(thing).__name__} overrides `draw`, of which formulas know "
+                             "nothing: write an Objective with a `law` that draws so")
 
 # %% ../nbs/01_algorithm.ipynb #4e6b8312
 def is_ours(thing) -> bool:
@@ -229,15 +268,17 @@ def first_contradiction(found) -> str|None: # of contradictions(...)
 def false_in(objective:Objective) -> str|None: # as of false_derivative
     "Which of torch's derivatives is not that of the loss; None where that cannot be told"
     points = torch.randn(3, 2, objective.dim, generator=torch.Generator().manual_seed(1)) / 4
-    def derive(x, v): return None, objective.grad(x), objective.hvp(x, v)
+
     for dtype in [objective.dtype] if objective.dtype else (torch.float64, torch.float32):
-        try: return false_derivative(objective.loss, derive, [*points.to(dtype)])
+        how = objective.loss, objective.grad, objective.hvp
+        try: return false_derivative(*how, [*points.to(dtype)])
         except Exception: pass # what is wrong with it is told where it is used
 
 def check_objective(objective:Objective):
     """Raises ValueError if a class of a user's own contradicts itself, such as one whose loss the
     inherited gradient does not belong to, or if torch's derivatives are not those of a function."""
     if "consistent" in vars(objective): return
+    check_draws(objective)
     if not is_ours(objective) and (words := first_contradiction(contradictions(objective))):
         raise ValueError(f"{type(objective).__name__} contradicts itself: its {words}")
     of_functions = isinstance(objective, FiniteSum) and objective.network is None
@@ -267,13 +308,19 @@ def contradictions_of(algorithm:Algorithm, objective:Objective):
     yield "that of one path after another", u, torch.cat(alone)
     g, grad = objective.grads(x, gamma)
     if algorithm.has_metric: return
-    if getattr(algorithm, "is_linear", False): yield "that of its scale", u, algorithm.scale(grad) * g
+    if getattr(algorithm, "is_linear", False):
+        yield "that of its scale", u, algorithm.scale(grad) * g
     if algorithm.has_potential: yield "that of its potential", u, gradient(algorithm.potential, g)
 
 def check_algorithm(algorithm:Algorithm, objective:Objective):
     """Raises ValueError if a class of a user's own contradicts itself.
     That is one whose perturbation does not belong to its potential or scale."""
     if is_ours(algorithm) or "consistent" in vars(algorithm): return
+    for name in ("ascent", "cuts", "draw", "is_cut", "mean_over_cuts", "of_gradient", "scaled"):
+        if overrides(algorithm, name):
+            kind = type(algorithm).__name__
+            raise ValueError(f"{kind} overrides `{name}`, of which formulas know nothing: "
+                             "override `perturbation`, `metric` or `direction`")
     check_scale(algorithm, objective)
     free = copy.copy(algorithm)
     free.rho = 0.0 # one radius may be given for each path
@@ -345,7 +392,8 @@ def check_micro_batch(algorithm:Algorithm, objective:Objective):
 def in_cuts(algorithm:Algorithm, objective:Objective) -> Objective:
     "The objective; a MinibatchLoss in micro-batches that are batches of their own, if any"
     m = algorithm.micro_batch
-    if not (isinstance(objective, MinibatchLoss) and algorithm.is_cut(objective.law)): return objective
+    if not isinstance(objective, MinibatchLoss): return objective
+    if not algorithm.is_cut(objective.law): return objective
     check_micro_batch(algorithm, objective)
     known = objective.cut_into
     if m not in known: known[m] = InMicroBatches(objective, m)
@@ -480,6 +528,9 @@ class Model(Process):
     def scheduled(self, name:str, value, k:float) -> float:
         schedule = getattr(self, name)
         if schedule is None: return 1.0
+        if callable(schedule) and isinstance(self.eta, Tensor) and self.eta.numel() > 1:
+            raise ValueError(f"{name} is a function of time, which paths with different eta do not "
+                             "share: take one eta at a time")
         if callable(schedule): s = float(schedule(k * float(self.time_step)))
         elif k < len(schedule): s = float(schedule[int(k)]) / float(value)
         else:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .machinery.store import RunState, opened, save
 from .machinery.streams import PathStatistics, Run, advance, block_size
 from .machinery.record import RecordError, Recorder
-from .machinery.checks import check_int, check_positive
+from .machinery.checks import check_function, check_int, check_positive
 
 # %% ../nbs/02_ensemble.ipynb #e86f96ed
 def time_grid(eta, # learning rate of the process, one number
@@ -150,9 +150,7 @@ def checked(process, observe) -> dict:
         if not isinstance(name, str):
             raise TypeError(
                 f"observables must be named by text, got the name {name!r} for an observable")
-        if not callable(fn):
-            raise TypeError(
-                f"observable {name!r} must be a function of points, got {type(fn).__name__}")
+        check_function(f"observable {name!r}", fn, "points")
     return observe
 
 # %% ../nbs/02_ensemble.ipynb #d06dc4a6
@@ -228,11 +226,11 @@ def divergence(times:Tensor, # (T,)
     return at
 
 # %% ../nbs/02_ensemble.ipynb #ef8008a7
-def summary(total:PathStatistics, eta:float, run:Run) -> Ensemble:
+def summary(total:PathStatistics, run:Run) -> Ensemble:
     """The statistics of an ensemble. Raises DivergenceError if no path stayed finite;
     warns if some did not."""
     t = total.state()
-    times = torch.tensor(run.grid[1], dtype=torch.float64) * eta
+    times = torch.tensor(run.grid[1], dtype=torch.float64) * float(run.process.time_step)
     at = divergence(times, t["until"])
     alive = at.isinf()
     paths = {name: t[f"paths{i}"] for i, name in enumerate(run.observe) if run.keep}
@@ -247,12 +245,12 @@ def summary(total:PathStatistics, eta:float, run:Run) -> Ensemble:
     return result
 
 # %% ../nbs/02_ensemble.ipynb #904eec0c
-def interrupted(stop:KeyboardInterrupt, run:Run, run_state:RunState, eta:float):
+def interrupted(stop:KeyboardInterrupt, run:Run, run_state:RunState):
     """Say in an interrupt what was done until then, and give it the Ensemble of these paths, or
     None, as `partial`"""
     total = run_state.parts.get(0)
     stop.partial = None
-    try: stop.partial = total and summary(total, eta, run)
+    try: stop.partial = total and summary(total, run)
     except DivergenceError: pass
     stop.args = (f"{len(total or ())} of {len(run.x)} paths were done"
                  + (": the same call goes on from there" if run_state.path else ""),)
@@ -276,7 +274,7 @@ def computed(run:Run, run_state:RunState, many:int, threads:int, progress:bool):
               disable=not progress) as bar:
         try: compute_or_again(run, run_state, many, threads, bar)
         except KeyboardInterrupt as stop:
-            interrupted(stop, run, run_state, float(run.process.time_step))
+            interrupted(stop, run, run_state)
             raise
         finally: save(run_state, last=True)
 
@@ -317,4 +315,4 @@ def simulate(process, # a Chain or an SDE: has eta, shape, objective, draw and a
               Recorder() if record and steps >= Recorder.worth else None)
     run_state = opened(checkpoint, run)
     computed(run, run_state, many, threads, progress)
-    return summary(run_state.parts[0], float(process.time_step), run)
+    return summary(run_state.parts[0], run)

@@ -13,11 +13,11 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
-from samsde.machinery.checks import (
-    broadcast_axes, broadcast_paths, check_int, check_points, check_scalar, check_symmetric,
-    psd_root)
+from .machinery.checks import (
+    broadcast_axes, broadcast_paths, check_function, check_grad_possible, check_int, check_numbers,
+    check_points, check_scalar, check_symmetric, psd_root)
 from .machinery.comparison import check_network
-from .machinery.network import Network, check_data, check_layers
+from .machinery.network import Network, check_data, check_module, unfit
 from .machinery.paths import add_, can_be_tried, gradient, lift, needs_loop
 from .machinery.sampling import KEY, batch_of_epoch, distinct, draw_key
 
@@ -42,7 +42,16 @@ class MeanLoss:
     def third(self, x:Tensor, v:Tensor) -> Tensor:
         "∇³f(x)[v, v], the derivative of ∇²f v along a fixed v"
         x = broadcast_paths(self.check(x), v=self.check(v, "v"))
-        return gradient(lambda z: (self.hvp(z, v) * v).sum(-1), x)
+        found = gradient(lambda z: (self.hvp(z, v) * v).sum(-1), x)
+        return self.check_third(found, x, v)
+    def check_third(self, found:Tensor, x:Tensor, v:Tensor) -> Tensor:
+        "`found`; a ValueError, at its first use, where that is NaN and ∇²f v is not"
+        if "has_third" in vars(self) or not can_be_tried(x, v): return found
+        if found.isnan().any() and self.hvp(x, v).isfinite().all():
+            raise ValueError("torch has no third derivative of this loss, only NaN: "
+                             "use expansion='exact' and noise='exact'")
+        self.has_third = True
+        return found
     def add_grad_(self, y:Tensor, x:Tensor, a) -> Tensor:
         "y + a ∇f(x), into `y`, for a number `a` or a tensor (..., 1)"
         return add_(y, a, self.grad(x))
@@ -92,7 +101,8 @@ class Objective(MeanLoss):
     def sample_third(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
         "∇³f_γ(x)[v, v], likewise"
         x = broadcast_paths(self.check(x), gamma=gamma, v=self.check(v, "v"))
-        return gradient(lambda z: (self.sample_hvp(z, gamma, v) * v).sum(-1), x)
+        found = gradient(lambda z: (self.sample_hvp(z, gamma, v) * v).sum(-1), x)
+        return self.check_third(found, x, v)
     def looks(self, x:Tensor, # (points, d)
               generator:torch.Generator) -> list: # of tensors
         "Tensors that tell it from another objective: gradients at a few points, and those of 16 γ"
@@ -202,9 +212,7 @@ class NoisyLoss(Additive):
                  cov:Tensor|None=None # (d, d), its covariance instead
                 ):
         super().__init__(dim, sigma, cov)
-        if not callable(fn):
-            raise TypeError(f"fn must be a function of one point, got {type(fn).__name__}")
-        self.fn = fn
+        self.fn = check_function("fn", fn, "one point")
 
     def loss(self, x:Tensor) -> Tensor:
         out = self.lift(self.fn, self.check(x))
@@ -355,45 +363,37 @@ class WeightedSums(SampleLosses):
 class MeansOfSamples(WeightedSums):
     "Means over chosen samples, with their derivatives"
     def numbers(self, gamma:Tensor) -> Tensor:
-        "`gamma` if it can hold sample numbers; else a TypeError"
-        if not gamma.is_floating_point(): return gamma
-        raise TypeError(f"gamma must be sample numbers, got {gamma.dtype}")
+        "`gamma` if it can hold sample numbers; else a TypeError or ValueError"
+        return check_numbers("gamma", gamma, "sample numbers")
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
         "Mean loss of the samples `gamma`, (..., d) and (..., b) -> (...), for any b"
-        x = broadcast_paths(x, gamma=self.numbers(gamma))
-        def mean(z, i): return self.select(z, i).mean()
-        def of_part(i): return self.lift(mean, x, i, kind="chosen")
-        return self.in_parts(of_part, x, gamma.expand(*x.shape[:-1], -1))
+        return self.in_parts(MeansOfSamples.mean_loss, x, gamma)
     def sample_grad(self, x:Tensor, gamma:Tensor) -> Tensor:
-        x = broadcast_paths(self.check(x), gamma=self.numbers(gamma))
-        return self.in_parts(lambda i: Objective.sample_grad(self, x, i), x, gamma)
+        return self.in_parts(Objective.sample_grad, x, gamma)
     def sample_hvp(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
-        x = broadcast_paths(self.check(x), gamma=self.numbers(gamma), v=self.check(v, "v"))
-        return self.in_parts(lambda i: Objective.sample_hvp(self, x, i, v), x, gamma)
+        return self.in_parts(Objective.sample_hvp, x, gamma, v=self.check(v, "v"))
     def sample_third(self, x:Tensor, gamma:Tensor, v:Tensor) -> Tensor:
-        x = broadcast_paths(self.check(x), gamma=self.numbers(gamma), v=self.check(v, "v"))
-        return self.in_parts(lambda i: Objective.sample_third(self, x, i, v), x, gamma)
-    def in_parts(self, mean:Callable, x:Tensor, gamma:Tensor) -> Tensor:
+        return self.in_parts(Objective.sample_third, x, gamma, v=self.check(v, "v"))
+    def mean_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
+        def mean(z, i): return self.select(z, i).mean()
+        return self.lift(mean, x, gamma.expand(*x.shape[:-1], -1), kind="chosen")
+    def in_parts(self, mean:Callable, x:Tensor, gamma:Tensor, **v:Tensor) -> Tensor:
         "A mean over minibatches, of means over parts with samples times paths at most `chunk`"
+        x = broadcast_paths(self.check(x), gamma=self.numbers(gamma), **v)
         b = gamma.shape[-1]
         paths = x[..., 0].numel()
-        if self.chunk is None or b * paths <= self.chunk: return mean(gamma)
+        if self.chunk is None or b * paths <= self.chunk: return mean(self, x, gamma, **v)
         parts = gamma.split(max(1, self.chunk // max(1, paths)), -1)
-        return sum(cut.shape[-1] / b * mean(cut) for cut in parts)
+        return sum(cut.shape[-1] / b * mean(self, x, cut, **v) for cut in parts)
 
 # %% ../nbs/00_objective.ipynb #553a533d
-def check_function(fn, name:str, of:str):
-    "Raises TypeError unless `fn` can be called"
-    if callable(fn): return
-    raise TypeError(f"{name} must be a function of {of}, got {type(fn).__name__}")
-
 def check_select(objective, z:Tensor):
     "Raises ValueError if `select` has other losses than `sample_losses` at a point (d,)"
     n = objective.n
     i = torch.tensor([0, n // 2, n - 1], device=z.device)
     with torch.no_grad():
         chosen = objective.select(z, i)
-        known = objective.sample_losses(z)[i]
+        known = objective.some(z, slice(0, n))[i]
     if torch.allclose(chosen, known, rtol=1e-3, atol=1e-6, equal_nan=True): return
     raise ValueError(
         f"select must return the losses of the samples {i.tolist()}, {known.tolist()}, "
@@ -416,15 +416,15 @@ class FiniteSum(MeansOfSamples):
                  # Needs `select`.
                  chunk:int|None=None
                 ):
-        check_function(sample_losses, "sample_losses", "one point")
-        check_function(select or sample_losses, "select", "a point and sample numbers")
+        self.sample_losses = check_function("sample_losses", sample_losses, "one point")
+        self.select = check_function("select", select or (lambda x, i: sample_losses(x)[i]),
+                                     "a point and sample numbers")
         if chunk and not select:
             raise ValueError("chunk needs select, the losses of chosen samples, got none")
-        self.n, self.dim = check_int("n", n), check_int("dim", dim)
         self.law = Minibatches(n, batch_size, replace)
+        self.n, self.dim = self.law.n, check_int("dim", dim)
         self.chunk = chunk if chunk is None else check_int("chunk", chunk)
-        self.sample_losses = sample_losses
-        self.select = select or (lambda x, i: sample_losses(x)[i])
+
     def with_batch(self, batch_size:int):
         "The same samples in minibatches of another size"
         other = copy.copy(self)
@@ -434,7 +434,7 @@ class FiniteSum(MeansOfSamples):
     def lift(self, fn:Callable, x:Tensor, *rest:Tensor, kind:str="all") -> Tensor:
         if self.network is not None: return self.network.lift(fn, x, *rest)
         first = kind == "chosen" and kind not in vars(self).get("loops", {})
-        if first and self.chunk is None and can_be_tried(x):
+        if first and (self.chunk or self.n) >= self.n and can_be_tried(x):
             check_select(self, x.detach().reshape(-1, self.dim)[0])
         return super().lift(fn, x, *rest, kind=kind)
 
@@ -470,8 +470,9 @@ def from_module(cls, module:torch.nn.Module, # no batch normalisation or dropout
     `.x0` is the module's own point. Module, loss and data are copied as they are now; what a
     Python function reads from outside, it reads when it is called. Raises ValueError or TypeError
     on what has no sample losses, and on what differs from a plain loop over samples."""
-    check_data(module, loss, X, y)
-    with pointing_to_minibatches(): check_layers(module, X)
+    check_grad_possible()
+    check_data(loss, X, y)
+    with pointing_to_minibatches(): check_module(module, unfit, [X])
     network = Network(module, loss, X, y)
     self = cls(network.losses, len(X), len(network.x0), batch_size, replace,
                select=network.losses, chunk=chunk)
@@ -502,7 +503,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .machinery.batches import (
-    BatchNetwork, LossOfOutput, check_reshuffles, marks, of_loader, same_marks)
+    BatchNetwork, LossOfOutput, marks, of_loader, same_marks)
 from .machinery.comparison import downhill
 
 # %% ../nbs/00b_minibatch_loss.ipynb #d2dc5291
@@ -625,10 +626,8 @@ class BatchDerivatives(Objective):
     chunk = 1 # one γ after another
     def numbers(self, gamma:Tensor) -> Tensor:
         "`gamma` if it can be sample numbers and a seed; else a TypeError or ValueError"
-        if not isinstance(gamma, Tensor) or gamma.is_floating_point():
-            kind = getattr(gamma, "dtype", type(gamma).__name__)
-            raise TypeError(f"gamma must be sample numbers and a seed, got {kind}")
-        if gamma.ndim and gamma.shape[-1] > 1: return gamma
+        check_numbers("gamma", gamma, "sample numbers and a seed")
+        if gamma.shape[-1] > 1: return gamma
         shape = f"(..., {self.minibatches.batch_size + 1})"
         raise ValueError(f"gamma must have shape {shape}, got {tuple(gamma.shape)}")
     def at(self, what:str, # "value", "slope" or "product"
@@ -791,12 +790,13 @@ class MeanOverBatches(ByBatches):
             total.add_(self.at(what, x, gamma, v), alpha=w)
         return total
     def all_of(self, x:Tensor) -> Errors:
-        "A pass over the batches of f at one point"
+        "A pass over the batches of f at one point, once as long as two samples have the same loss"
         data = marks(self.network.data)
-        for point, before, found in self.known:
-            if point.equal(x) and same_marks(before, data): return found
+        glance = self.network.value(x, [0, min(1, self.network.n - 1)], 0)[0]
+        for point, before, seen, found in self.known:
+            if point.equal(x) and seen.equal(glance) and same_marks(before, data): return found
         found = self.one_pass_at(x)
-        self.known = [(x.detach().clone(), data, found), *self.known[:1]]
+        self.known = [(x.detach().clone(), data, glance, found), *self.known[:1]]
         return found
     def one_pass_at(self, x:Tensor) -> Errors:
         f = f2 = g2 = 0.
@@ -835,15 +835,15 @@ class MinibatchLoss(MeanOverBatches):
         # of the loss, and of what a step draws, which may be more
         self.minibatches = SeededMinibatches(network.n, batch_size, replace, random)
         self.law = self.minibatches
-        passes = max(16, -(-network.n // batch_size))
-        if full_batches is None: self.full_batches = passes
-        else: self.full_batches = check_int("full_batches", full_batches, least=2)
+        self.asked = full_batches
+        if full_batches is None: full_batches = max(16, -(-network.n // batch_size))
+        self.full_batches = check_int("full_batches", full_batches, least=2)
         self.progress, self.found, self.known = progress, None, []
         self.cut_into = {} # m -> the same in micro-batches of m
     def with_batch(self, batch_size:int):
         "The same losses in minibatches of another size"
         how = self.network, batch_size, self.minibatches.sampling
-        return MinibatchLoss(*how, progress=self.progress)
+        return MinibatchLoss(*how, full_batches=self.asked, progress=self.progress)
     def full_error(self, x:Tensor # one point, (d,)
                   ) -> tuple[float, float]:
         """The standard error of f(x), and the root of the mean square error of ∇f(x).
@@ -852,14 +852,6 @@ class MinibatchLoss(MeanOverBatches):
         if x.ndim != 1:
             raise ValueError(f"x must be one point of shape ({self.dim},), got {tuple(x.shape)}")
         return self.all_of(x)[2:]
-
-# %% ../nbs/00b_minibatch_loss.ipynb #43952e36
-def from_loader(loader:DataLoader, replace:bool|str) -> list:
-    "Data, collate_fn, batch_size and replace"
-    found = of_loader(loader)
-    if replace == "epochs": check_reshuffles(loader)
-    if replace == "epochs": found["replace"] = replace
-    return [*found.values()]
 
 # %% ../nbs/00b_minibatch_loss.ipynb #c2a39b3b
 def minibatches_of_module(cls, module:torch.nn.Module, # any that trains, in the mode to run it in
@@ -885,13 +877,12 @@ def minibatches_of_module(cls, module:torch.nn.Module, # any that trains, in the
         if batch_size is not None or collate_fn is not None:
             raise ValueError("a DataLoader has its own batch_size and collate_fn: "
                              "give it alone, or its dataset with them")
-        data, collate_fn, batch_size, replace = from_loader(data, replace)
+        data, collate_fn, batch_size, replace = of_loader(data, replace)
     if batch_size is None:
         raise TypeError("batch_size must be given, unless the data are a DataLoader")
     if batch_loss is not None and loss is not None:
         raise ValueError("give loss or batch_loss, not both: the other one is None")
-    if not (loss is None or callable(loss)):
-        raise TypeError(f"loss must be a function of (output, target), got {type(loss).__name__}")
+    if loss is not None: check_function("loss", loss, "(output, target)")
     if batch_loss is None: batch_loss = LossOfOutput(loss)
     network = BatchNetwork(module, batch_loss, data, collate_fn)
     return cls(network, batch_size, replace, full_batches=full_batches, progress=progress)

@@ -200,3 +200,22 @@ def test_functions_with_a_loss_pass():
     for fn in (bumpy, single_precision, elsewhere):
         objective = NoisyLoss(fn, 3, sigma=0.1)
         assert drift(USAM(0.1), objective, torch.ones(3)).isfinite().all()
+
+
+class Inside(nn.Module):
+    def __init__(self, net, half):
+        super().__init__()
+        self.net, self.half = net, half
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            return self.net(x).float()
+
+
+def test_single_precision_at_the_end_of_a_module():
+    """It has no twin in double precision, and is compared as it is; half precision inside is too coarse for that."""
+    net = network(torch.sin)
+    plain, found = whole(net), whole(Inside(net, half=False))
+    assert (plain.grad(plain.x0) - found.grad(found.x0)).abs().max() < 1e-6
+    with pytest.raises(ValueError, match="rounded"):
+        whole(Inside(net, half=True))

@@ -1,5 +1,6 @@
 """What runs through all modules: kinds of tensors, threads, progress, objectives of a user's own, the command line."""
 
+import copy
 import itertools
 import math
 import subprocess
@@ -16,6 +17,7 @@ from samsde.implicit_regularizer import drift, regularized_loss
 from samsde.objective import (
     Additive,
     FiniteSum,
+    Gaussian,
     Minibatches,
     NoisyLoss,
     Objective,
@@ -251,6 +253,10 @@ class NoMean(Stretched):
         return 2 * (x * x).sum(-1)
 
 
+class Lawless(Stretched):
+    law = None
+
+
 class Turning(Additive):
     """A field that is the gradient of no loss"""
 
@@ -278,11 +284,90 @@ class Constant(Algorithm):
 bowls = [Quadratic(torch.eye(d, dtype=torch.float64), 0.1) for d in (2, 3)]
 MISTAKES = {
     "a loss that is no mean": (USAM(0.1), NoMean(), "its loss is not the mean of sample_loss"),
+    "no law": (USAM(0.1), Lawless(), "Lawless must have a `law`, an object that draws γ, got None"),
     "a field": (USAM(0.1), Turning(2, 0.1), "its grad is the gradient of no loss"),
     "paths together": (PathMean(0.1), bowls[0], "one path after another"),
     "a scale": (NumberOfPath(0.1), bowls[1], r"shape \(\.\.\., 1\), got \(3,\)"),
     "a number": (Constant(0.1), bowls[0], "must be a tensor, got float"),
 }
+
+
+DERIVED = {  # method -> words
+    "hvp": "its hvp is not the derivative of grad",
+    "hessian": "its hessian is not that of hvp",
+    "third": "its third is not the derivative of hvp",
+    "add_grad_": "its add_grad_ does not add grad",
+    "add_hvp_": "its add_hvp_ does not add hvp",
+    "sample_loss": "its (sample_grad is not the gradient of sample_loss|third is not)",
+    "sample_hvp": "its sample_hvp is not the derivative of sample_grad",
+    "sample_third": "its (sample_)?third is not the derivative of (sample_)?hvp",
+    "draw": "overrides `draw`, of which formulas know nothing: write an Objective",
+}
+
+
+@pytest.mark.parametrize("base", [NoisyLoss, FiniteSum])
+@pytest.mark.parametrize("method", DERIVED)
+def test_one_method_of_ones_own(base, method):
+    """Twice what the others say. The control is the class with the method as it is."""
+    A = torch.eye(2, dtype=torch.float64) + 0.1
+
+    def make(factor):
+        def changed(self, *args, **kwargs):
+            return factor * getattr(base, method)(self, *args, **kwargs)
+
+        kind = type("Mine", (base,), {} if method == "draw" and factor == 1 else {method: changed})
+        if base is NoisyLoss:
+            return kind(lambda x: (A @ x).sin().sum(), 2, sigma=0.1)
+        return kind(lambda x: (A @ x).sin(), 2, 2)
+
+    Chain(USAM(0.1), make(1), 0.1)
+    with pytest.raises(ValueError, match=DERIVED[method]):
+        Chain(USAM(0.1), make(2), 0.1)
+
+
+class Often(Minibatches):
+    """The first samples alone, of which τ and κ know nothing"""
+
+    def draw(self, shape, generator=None, **kind):
+        return super().draw(shape, generator, **kind).clamp(max=1)
+
+
+class Heavy(Gaussian):
+    """Which the chain would take for a normal number"""
+
+    def draw(self, shape, generator=None, **kind):
+        return super().draw(shape, generator, **kind) ** 3
+
+
+@pytest.mark.parametrize("law", [Often(4, 2), Heavy(2, 0.1), Law()])
+def test_another_law_of_minibatches_or_noise(law):
+    A = torch.eye(4, dtype=torch.float64)[:, :2] + 0.1
+    sums, noisy = FiniteSum(lambda x: (A @ x).sin(), 4, 2, 2), NoisyLoss(lambda x: x.sum(), 2)
+    for objective in (sums, noisy):
+        Chain(USAM(0.1), copy.copy(objective), 0.1)
+        objective.law = law
+        with pytest.raises(ValueError, match="overrides `draw`, of which formulas know nothing"):
+            drift(USAM(0.1), objective, torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", ["ascent", "mean_over_cuts", "cuts", "of_gradient", "draw"])
+def test_machinery_of_an_algorithm(method):
+    """A method that formulas pass by: the drift to first order of a doubled `ascent` was that of a single one."""
+    kind = type("Mine", (USAM,), {method: lambda self, *args, **kwargs: None})
+    with pytest.raises(ValueError, match=f"Mine overrides `{method}`, of which formulas know"):
+        Chain(kind(0.1), bowls[0], 0.1)
+
+
+def test_a_perturbation_from_that_of_its_base():
+    """Half of DNSAM's, by super(): the scale of the base is asked, as its class has no potential."""
+
+    class Half(DNSAM):
+        def perturbation(self, objective, x, gamma):
+            return super().perturbation(objective, x, gamma) / 2
+
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    halved, plain = drift(Half(0.2), bowls[0], x), drift(DNSAM(0.1), bowls[0], x)
+    torch.testing.assert_close(halved, plain)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -389,3 +474,18 @@ def test_few_draws_in_pairs_are_unbiased():
     assert ((few.mean(0) - many).abs() < 4.5 * sem).all() and (
         (few.mean(0) * 8 / 7 - many).abs() > 4.5 * sem
     ).diag().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [SAM, DNSAM])
+def test_a_normalised_perturbation_of_any_size(kind, dtype):
+    """u has norm 1 where the squares of float32 overflow or vanish, and where the norm is no number of float16. The control: u of a gradient that is 0."""
+    half = dtype is torch.float16
+    for size in (1e-4, 6e4) if half else (1e-30, 1e-24, 1.0, 1e24, 1e30):
+        x = torch.full((3, 4), size, dtype=dtype)
+        u = kind(0.1).perturbation(Quadratic(torch.eye(4, dtype=dtype)), x, torch.zeros_like(x))
+        torch.testing.assert_close(u, torch.full_like(x, 0.5), rtol=1e-2, atol=0)
+        gradient = torch.func.grad(SAM(0.1).potential)(x[0])
+        torch.testing.assert_close(gradient, torch.full_like(gradient, 0.5), rtol=1e-2, atol=0)
+    bowl = Quadratic(torch.eye(4, dtype=dtype))
+    assert not SAM(0.1).perturbation(bowl, 0 * x, 0 * x).any()

@@ -370,10 +370,42 @@ def test_the_gradient_is_computed_once_per_point():
     o.grad(o.x0)
     calls.clear()
     o.grad(o.x0), o.loss(o.x0), DNSAM(0.1).perturbation(o, o.x0, torch.tensor([0, 1, 2, 3, 0]))
-    assert calls == [4]
+    glances = [2, 2, 2]  # a look at two samples: is the loss still the same?
+    assert sorted(calls) == [*glances, 4]
     o.network.data[0].mul_(1.0)  # written to: the gradient is another one
     o.grad(o.x0)
-    assert len(calls) == 4
+    assert sorted(calls) == [*glances, 2, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("change", ["global", "autocast"])
+def test_a_mean_whose_loss_has_changed(change, monkeypatch):
+    """At the point where it was computed last: by a global, and by an autocast that is over."""
+    net = plain_net().float()
+
+    def make():
+        return MinibatchLoss.from_module(net, warmed, (X.float(), y), 4)
+
+    monkeypatch.setitem(WARMTH, "beta", 1.0)
+    objective, fresh = make(), make()
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        before = objective.grad(objective.x0)
+    WARMTH["beta"] = 2.0 if change == "global" else 1.0
+    assert objective.grad(objective.x0).equal(fresh.grad(fresh.x0))
+    assert not before.equal(fresh.grad(fresh.x0))
+
+
+WARMTH = {"beta": 1.0}
+
+
+def warmed(output, target):
+    return WARMTH["beta"] * F.cross_entropy(output, target)
+
+
+def test_minibatches_of_another_size_are_drawn_as_often():
+    """Where the number of minibatches of f was given."""
+    objective = MinibatchLoss.from_module(dropout(), F.cross_entropy, (X, y), 4, full_batches=100)
+    chain = Chain(SAM(0.1, micro_batch=2), objective, 0.1)
+    assert len(chain.objective.single.batches()) == len(objective.batches()) == 100
 
 
 def test_a_loss_that_is_a_mean_at_x0_alone():
@@ -666,3 +698,15 @@ def test_a_sum_only_where_losses_are_large(loss):
     known = sum(loss((X[rows] @ low[:3] + low[3])[:, None], t[rows]) for rows in batches)
     sem = objective.full_error(low)[0]
     assert 0 < sem and (objective.loss(low) - known / len(batches)).abs() < 4 * sem
+
+
+def test_one_autocast_around_many_calls():
+    """Each gradient is that of its own point: torch keeps parameters in low precision for as long as the context lasts. The control is what it kept before."""
+    net = plain_net().float()
+    objective = MinibatchLoss.from_module(net, F.cross_entropy, (X.float(), y), 4)
+    far = objective.x0 + 0.5
+    known, before = objective.grad(far), objective.grad(objective.x0)
+    with torch.autocast("cpu", torch.bfloat16):
+        objective.grad(objective.x0)
+        found = objective.grad(far)
+    assert (found - known).norm() < 0.05 * known.norm() < 0.2 * (found - before).norm()

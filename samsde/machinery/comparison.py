@@ -33,6 +33,7 @@ def put(network:Network, x:Tensor) -> nn.Module:
     values = network.named(x).values()
     with torch.no_grad():
         for p, value in zip(trainable(network.plain), values): p.copy_(value)
+    torch.clear_autocast_cache() # which knows a parameter by its object
     return network.plain
 
 # %% ../../nbs/machinery/comparison.ipynb #c0e8cd0d
@@ -64,15 +65,15 @@ def plain_loss(network:Network, x:Tensor, v:Tensor, i) -> tuple[Tensor, Tensor, 
 
 # %% ../../nbs/machinery/comparison.ipynb #d145b377
 def in_double(network:Network) -> Network:
-    "The same network in double precision; a copy of itself where its module cannot be had in it"
+    "The same network in double precision; a copy of itself where its loss cannot be had in it"
     twin = copy.copy(network)
     twin.module = copy.deepcopy(network.module).double()
     twin.x0 = network.x0.double()
     twin.dtype = torch.float64
     if isinstance(network.loss, nn.Module): twin.loss = copy.deepcopy(network.loss).double()
-    try: plain_loss(twin, twin.x0, twin.x0, slice(0, 1))
+    try: f, *_ = plain_loss(twin, twin.x0, twin.x0, slice(0, 1))
     except (RuntimeError, TypeError, NotImplementedError): return copy.copy(network)
-    return twin
+    return twin if f.dtype == twin.dtype else copy.copy(network)
 
 def scaled_noise(params:list, *shape, seed:int) -> Tensor: # (*shape, d)
     "Standard normal numbers times the size of each parameter"
@@ -254,35 +255,34 @@ def check_means(network:Network, x:Tensor):
 
 # %% ../../nbs/machinery/comparison.ipynb #1e4fda3d
 def downhill(slope:Callable, # x, (d,) -> f and ∇f there
-             x:Tensor, steps:int=16) -> list: # of points (d,)
+             x:Tensor, steps:int=16): # yields points (d,), after `slope` was called there
     "Points at which a loss is about half of what it was at the one before; few where it stays"
-    found = []
-    first = slope(x)[0].abs()
+    f, g = slope(x)
+    least = 100 * torch.finfo(x.dtype).eps**.5 * f.abs()
     for _ in range(steps):
-        f, g = slope(x)
         square = g.square().sum()
-        if not 100 * torch.finfo(x.dtype).eps**.5 * first < f.abs() or square == 0: break
+        if not least < f.abs() or square == 0: return
         x = x - f.abs() / (2 * square) * g
-        if not torch.isfinite(x).all(): break
-        found.append(x)
-    return found
+        if not torch.isfinite(x).all(): return
+        f, g = slope(x)
+        yield x
 
 # %% ../../nbs/machinery/comparison.ipynb #0c132959
 def check_small(network:Network):
     "Raises ValueError if a loss is no mean of its samples' where it is small, as in flooding"
     X, y = network.data(torch.tensor(some_rows(network)))
-    def loss_at(x):
-        module = put(network, x)
-        out = module(X)
-        return network.loss(out, y), out, trainable(module)
+    here = None
     def slope(x):
+        nonlocal here
+        module = put(network, x)
         with plainly():
-            f, _, params = loss_at(x)
-            return f.detach(), gradients(f, params)
-    for x in downhill(slope, network.x0):
-        with plainly(), torch.no_grad():
-            batch, out, _ = loss_at(x)
-            f = network.each(out, y)
+            out = module(X)
+            f = network.loss(out, y)
+            here = f.detach(), out
+            return f.detach(), gradients(f, trainable(module))
+    for _ in downhill(slope, network.x0):
+        batch, out = here
+        with plainly(), torch.no_grad(): f = network.each(out, y)
         if not torch.isfinite(f).all() or close(network, batch, f.mean()): continue
         raise ValueError(no_mean(network, batch, f))
 
@@ -324,8 +324,11 @@ def check_field(network:Network):
     def value(x):
         module = put(network, x)
         with plainly(), torch.no_grad(): return network.loss(module(X), y)
-    def derive(x, v): return plain_loss(network, x, v, rows)
-    check_derivatives(value, derive, points)
+    def grad(x):
+        module = put(network, x)
+        with plainly(): return gradients(network.loss(module(X), y), trainable(module))
+    def hvp(x, v): return plain_loss(network, x, v, rows)[2]
+    check_derivatives(value, grad, hvp, points)
 
 # %% ../../nbs/machinery/comparison.ipynb #6f94ac28
 def along(f:Callable, # (P, d) -> (P,)
@@ -478,6 +481,7 @@ def check_network(network:Network, module:nn.Module, loss:Callable):
                                  f"but torch says: {first_line(why)}") from why
         raise ValueError(
             f"parameter {wrong!r} has other derivatives in a function of the parameters than "
-                         "in the module: is it read from elsewhere, or changed in place?")
+                         "in the module: is it read from elsewhere, changed in place, or rounded, "
+                         "as by an autocast inside of the module?")
     network.loop = twin.loop
     network.inside = not (twin.loop or wrong_inside(twin, samples))

@@ -30,9 +30,10 @@ def settles_elsewhere(f:Callable, # h -> f(x + h v), a number
     return settled
 
 # %% ../../nbs/machinery/differences.ipynb #66270c2f
-def false_derivative(value:Callable, # point (d,) -> f
-                     derive:Callable, # point and v, (d,) each -> f, ∇f and ∇²f v
-                     points:list # of pairs (x, v), (d,) each
+def false_derivative(value:Callable, # x -> f, for points (d,)
+                     grad:Callable, # x -> ∇f
+                     hvp:Callable, # x, v -> ∇²f v
+                     points:list # of pairs (x, v)
                     ) -> str|None:
     """Which is not the derivative of what it should be, the "gradient" or the "Hessian";
     None if neither"""
@@ -40,11 +41,11 @@ def false_derivative(value:Callable, # point (d,) -> f
     def slack(terms:Tensor) -> float: # of a sum over coordinates with random signs
         return rough * terms.norm().item()
     def wrong_at(x:Tensor, v:Tensor) -> str|None:
-        moves = derive(x, v)[1] != 0
-        v, w = v * moves, v.roll(1) * moves
-        _, g, Hv = derive(x, v)
+        g = grad(x)
+        v, w = v * (g != 0), v.roll(1) * (g != 0)
+        Hv = hvp(x, v)
         def loss(h): return value(x + h * v).item()
-        def slope(h): return (derive(x + h * v, v)[1] @ w).item()
+        def slope(h): return (grad(x + h * v) @ w).item()
         if settles_elsewhere(loss, (g @ v).item(), slack(g * v)): return "gradient"
         if settles_elsewhere(slope, (Hv @ w).item(), slack(Hv * w)): return "Hessian"
     for x, v in points:
@@ -60,6 +61,6 @@ FALSE = dict(
     Hessian="the gradient does not change as its derivative says: has a function a backward pass "
             "that torch differentiates in another way, or is spectral norm in training mode?")
 
-def check_derivatives(value:Callable, derive:Callable, points:list): # as above
+def check_derivatives(value:Callable, grad:Callable, hvp:Callable, points:list): # as above
     "Raises ValueError if torch's derivatives are not those of the function"
-    if found := false_derivative(value, derive, points): raise ValueError(FALSE[found])
+    if found := false_derivative(value, grad, hvp, points): raise ValueError(FALSE[found])

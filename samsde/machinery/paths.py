@@ -168,12 +168,12 @@ def three_points(x:Tensor, # (..., d)
                  *rest:Tensor # with the same leading axes
                 ) -> tuple:
     "Three points with what belongs to them"
-    def pick(k): return [t.reshape(-1, *t.shape[x.ndim - 1:])[k] for t in (x, *rest)]
-    first, last = pick(0), pick(-1)
+    points, *more = [t.reshape(-1, *t.shape[x.ndim - 1:])[[0, -1, 0]] for t in (x, *rest)]
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(x.shape[-1], generator=generator, dtype=torch.float64).to(x)
-    between = (first[0] + last[0]) / 2 + .1 * first[0].square().mean().sqrt() * z
-    return tuple(torch.stack(t) for t in zip(first, last, [between, *first[1:]]))
+    size = points[0].square().mean().sqrt()
+    points[2] = (points[0] + points[1]) / 2 + .1 * size * z
+    return points, *more
 
 def derivatives(fn:Callable, tensors:tuple, loop:bool) -> list:
     "Values of a function at several points, and first and second derivatives in a direction"
@@ -208,8 +208,14 @@ def needs_loop(fn:Callable, x:Tensor, *rest:Tensor) -> bool:
     """Must points be taken one after another? Raises ValueError if the function changes between
     calls."""
     tensors = three_points(x.detach(), *rest)
-    try: known, again = (derivatives(fn, tensors, loop=True) for _ in range(2))
+    z = tensors[0].clone()
+    try:
+        with torch.no_grad(): lift(fn, z, *tensors[1:], loop=True)
+        if agree([z], tensors[:1], 0.):
+            known, again = (derivatives(fn, tensors, loop=True) for _ in range(2))
     except Exception: return False # what is wrong with it is told where it is used
+    if not agree([z], tensors[:1], 0.):
+        raise ValueError("a loss must not write to the point that it is given: write to a clone")
     if not agree(known, again, 1e-6):
         raise ValueError("a loss must not change from one call to the next: "
                          "does the function draw random numbers?")
