@@ -1,5 +1,7 @@
 """The built site, as files and in Chromium: markup, links, equations, search, themes, a phone's width, a keyboard, paper. Each check finds a broken page."""
 
+import ast
+import builtins
 import json
 import os
 import re
@@ -640,6 +642,37 @@ def test_code_is_folded_where_the_result_is_read(pages):
     drawn = re.findall(folded, pages["saddle_attraction.html"].html)
     assert len(drawn) > 5 and all("<img" in shown for shown in drawn)
     assert not re.findall(folded, pages["diagnosis.html"].html)
+
+
+def unbound(code):
+    "Names that the code uses and nowhere defines."
+    used, bound = set(), set(dir(builtins))
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)):
+            bound.add(node.name)
+    return used - bound
+
+
+@pytest.mark.parametrize("name, control", [("index", "optim"), ("how_to", "torch")])
+def test_guides_show_what_they_use(name, control):
+    "Who copies the code that a guide shows has all names; the control is a line of imports less."
+    cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [
+        "".join(c["source"])
+        for c in cells
+        if c["cell_type"] == "code"
+        and not c["source"][0].startswith(("#| hide", "#| echo: false"))
+    ]
+    code = "\n".join(code)
+    assert not unbound(code)
+    fewer = re.sub(rf"(?m)^(?:import|from \w+ import) {control}$", "", code)
+    assert unbound(fewer) == {control}
 
 
 def test_all_code_at_once(browser, smalldocs):
