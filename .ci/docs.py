@@ -350,6 +350,7 @@ def stack_tables(html):
         if not heads or heads[0] not in STACKED: return m[0]
         rows = re.sub(r"(?s)<tr\b.*?</tr>", lambda found: row(found, heads), m[0])
         rows = re.sub(r"(?<=\d) (?=[±%])|(?<=±) (?=\d)", "\u00a0", rows)  # a number stays with its error and its unit
+        rows = re.sub(r"(?<=[\w*]) (=|&lt;|&gt;|≤|≥) (?=\d)", "\u00a0\\1\u00a0", rows)  # and with its letter
         return re.sub(r"<table[^>]*>", f'<table class="caption-top table stacked {heads[0].split()[0]}s">', rows, count=1)
 
     return re.sub(r"(?s)<table\b.*?</table>", table, html)

@@ -641,6 +641,11 @@ def test_code_is_folded_where_the_result_is_read(pages):
     folded = r'(?s)<details class="code-fold">\s*<summary>drawn by</summary>.*?</details>(.*?)(?=<details|<section|</main>)'
     drawn = re.findall(folded, pages["saddle_attraction.html"].html)
     assert len(drawn) > 5 and all("<img" in shown for shown in drawn)
+    before = pages["saddle_attraction.html"].html.partition('<div class="frames">')[0]
+    assert "drawn by" in re.search(
+        r"(?s)<summary>([^<]*)(?:(?!<summary>).)*</details>\s*(?:<div[^>]*>\s*)*$", before
+    )[1]
+    assert "drawn by" in pages["experiments/bench.html"].html  # among the pages to look things up in
     assert not re.findall(folded, pages["diagnosis.html"].html)
 
 
@@ -989,6 +994,16 @@ def test_statements_stand_out(dark, browser, smalldocs):
         int(v) for v in re.findall(r"\d+", colour(".smalldocs-search input", "backgroundColor"))[:3]
     ]
     assert (max(ground) < 100) == dark
+
+
+def test_tables_of_one_kind_are_one(browser, smalldocs):
+    "On a wide screen a table that goes on in the next cell has one head; one after a sentence has its own."
+    browser.open(SITE / "what_holds.html")
+    seen = """[...document.querySelectorAll('main table.its')].map((e) =>
+      [e.closest('.cell').previousElementSibling.querySelector('table') !== null, e.tHead.offsetHeight > 0])"""
+    found = browser.js(seen)
+    assert {follows for follows, _ in found} == {False, True}
+    assert all(headed != follows for follows, headed in found), found
 
 
 def test_menu_on_a_phone(browser, smalldocs):
