@@ -925,6 +925,30 @@ def test_search(words, first, start, browser, smalldocs):
     assert not re.search(r"\\[a-z]{2,}|\{|\}", shown), shown
 
 
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_results_of_a_search_are_seen(width, dark, browser, smalldocs):
+    "All over the page, within the screen, and below the field."
+    browser.open(SITE / "experiments" / "bench.html", width=width, dark=dark)
+    if width < 992:
+        browser.js("document.querySelector('.quarto-btn-toggle').click()")
+        browser.js("new Promise((done) => setTimeout(done, 500))")
+    search(browser, "saddle")
+    seen = """[...document.querySelectorAll('.smalldocs-search-results a')].map((e) => {
+      const { left, right, top, bottom } = e.getBoundingClientRect(), x = right - 20, y = (top + bottom) / 2;
+      const above = document.elementFromPoint(x, y);
+      return [left >= 0 && right <= innerWidth, y < innerHeight, above !== null && e.contains(above)];
+    })"""
+    found = browser.js(seen)
+    assert len(found) > 3 and all(all(link) for link in found[:4]), found
+    below = "document.querySelector('.smalldocs-search-results').getBoundingClientRect().top - document.querySelector('.smalldocs-search input').getBoundingClientRect().bottom"
+    assert 0 <= browser.js(below) < 40
+    ground = browser.js(
+        "getComputedStyle(document.querySelector('.smalldocs-search-results')).backgroundColor"
+    )
+    assert (max(map(int, re.findall(r"\d+", ground)[:3])) < 100) == dark, ground
+
+
 def test_search_leads_to_a_page(browser, smalldocs):
     browser.open(SITE / "index.html")
     search(browser, "saddle")
