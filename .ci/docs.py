@@ -221,7 +221,7 @@ def plain_maths(text):
     "TeX as a line of text, for the results of a search"
     text = re.sub(r"\\(?:t?frac|dfrac)\s*(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))", lambda m: f"{m[1] or m[2]}/{m[3] or m[4]}", text)
     text = re.sub(r"\\tag\{([^{}]*)\}", r" (\1)", text)
-    text = re.sub(r"\\([A-Za-z]+)\s*", lambda m: SIGNS.get(m[1], ""), text)
+    text = re.sub(r"\\([A-Za-z]+)(?: +(?![A-Za-z]{2}|[0-9(]))?", lambda m: SIGNS.get(m[1], ""), text)  # a word after a formula is apart from it
     return re.sub(r"\\.|[{}&]", "", text)
 
 

@@ -943,10 +943,14 @@ def test_results_of_a_search_are_seen(width, dark, browser, smalldocs):
     assert len(found) > 3 and all(all(link) for link in found[:4]), found
     below = "document.querySelector('.smalldocs-search-results').getBoundingClientRect().top - document.querySelector('.smalldocs-search input').getBoundingClientRect().bottom"
     assert 0 <= browser.js(below) < 40
-    ground = browser.js(
-        "getComputedStyle(document.querySelector('.smalldocs-search-results')).backgroundColor"
-    )
-    assert (max(map(int, re.findall(r"\d+", ground)[:3])) < 100) == dark, ground
+    assert not faint(browser, SITE / "experiments" / "bench.html", dark)
+
+
+def test_what_a_search_shows_has_its_spaces(smalldocs):
+    "A formula and the word after it are apart; the control is a word that follows one in the text."
+    text = (SITE / "search.js").read_text(encoding="utf-8")
+    joined = "[ηρλμγΣ‖](?:is|of|and|for|the|in|at|to|with|over)"
+    assert not re.findall(rf".{{9}}{joined}\b.{{9}}", text) and re.search(r"ρ and", text)
 
 
 def test_search_leads_to_a_page(browser, smalldocs):
