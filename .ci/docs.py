@@ -101,12 +101,12 @@ SHOWN = re.compile(r"^#\| *(?:export|exports|echo|include|code-fold)\b", re.M)
 def fold_code(proc, cfg):
     """Cells that show nothing and assert something are folded. On pages that are read for what they show, which are neither the guides nor the
     reference, so is the code that draws a figure, that checks a result which it shows, or that sets up more than a few lines; what it shows is not. Exported source of more than a few lines is folded there, too."""
-    guides = {Path(path).as_posix() for group in ("Use", "Reference") for path, _ in leaves(navigation(cfg)[group]) if "machinery" not in path} | {"index.ipynb"}
+    guides = {Path(path).as_posix() for group in ("Use", "Reference") for path, _ in leaves(navigation(cfg)[group]) if "/" not in path} | {"index.ipynb"}
 
     def summary(cell, guide):
         text, shown = "".join(cell["source"]), cell["outputs"]
         if SHOWN.search(text) or (guide and (shown or not CHECK.search(text))): return None
-        if any("image/svg+xml" in out.get("data", {}) for out in shown): return "drawn by"
+        if any("image/svg+xml" in out.get("data", {}) or 'class="frames"' in "".join(out.get("data", {}).get("text/html", "")) for out in shown): return "drawn by"
         if CHECK.search(text): return "checked by"
         return "set up by" if not shown and text.count("\n") > 8 else None
 
@@ -141,7 +141,7 @@ SOURCE = """<!DOCTYPE html>
 <script>const chosen = localStorage.getItem("smalldocs-scheme");
 if (chosen ? chosen === "alternate" : matchMedia("(prefers-color-scheme: dark)").matches) document.documentElement.className = "dark";</script>
 <style>body {{ margin: 1rem; font: 16px/1.5 sans-serif; background: #fff; color: #222; }} .highlight {{ overflow-x: auto; font-size: .85em; }}
-.highlight :target {{ background: #ff08; }} a {{ color: inherit; }} .highlight .linenos {{ opacity: .5; padding-right: 1em; }}
+.highlight :target {{ background: #ff08; }} a {{ color: inherit; }} .highlight .linenos {{ opacity: .7; padding-right: 1em; }}
 {light} html.dark body {{ background: #222; color: #eee; }} {dark}
 .highlight span.linenos {{ background: none; color: inherit; }} .highlight a {{ text-decoration: none; }}</style></head>
 <body><p><a href="{page}">{back}</a> / <b>{title}</b></p>{code}</body></html>
@@ -221,7 +221,7 @@ def plain_maths(text):
     "TeX as a line of text, for the results of a search"
     text = re.sub(r"\\(?:t?frac|dfrac)\s*(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))", lambda m: f"{m[1] or m[2]}/{m[3] or m[4]}", text)
     text = re.sub(r"\\tag\{([^{}]*)\}", r" (\1)", text)
-    text = re.sub(r"\\([A-Za-z]+)\s*", lambda m: SIGNS.get(m[1], ""), text)
+    text = re.sub(r"\\([A-Za-z]+)(?: +(?![A-Za-z]{2}|[0-9(]))?", lambda m: SIGNS.get(m[1], ""), text)  # a word after a formula is apart from it
     return re.sub(r"\\.|[{}&]", "", text)
 
 
@@ -350,6 +350,7 @@ def stack_tables(html):
         if not heads or heads[0] not in STACKED: return m[0]
         rows = re.sub(r"(?s)<tr\b.*?</tr>", lambda found: row(found, heads), m[0])
         rows = re.sub(r"(?<=\d) (?=[±%])|(?<=±) (?=\d)", "\u00a0", rows)  # a number stays with its error and its unit
+        rows = re.sub(r"(?<=[\w*]) (=|&lt;|&gt;|≤|≥) (?=\d)", "\u00a0\\1\u00a0", rows)  # and with its letter
         return re.sub(r"<table[^>]*>", f'<table class="caption-top table stacked {heads[0].split()[0]}s">', rows, count=1)
 
     return re.sub(r"(?s)<table\b.*?</table>", table, html)
@@ -389,7 +390,7 @@ def finish(site, cfg):
 
         def local(m):
             page, anchor, text = m[1], m[2], m[3]
-            while anchor and anchor not in ids.get(page, ()) | ids[name]: anchor = anchor.rpartition(".")[0]  # a method without a heading: its class
+            while anchor and anchor not in ids.get(page, set()) | ids[name]: anchor = anchor.rpartition(".")[0]  # a method without a heading: its class
             if anchor in ids[name]: return f'<a href="#{anchor}">{text}</a>'
             folder, here = page.rpartition("/")[0], name.rpartition("/")[0]
             others = [other for other in ids if other != page and other.rpartition("/")[0] == folder and anchor in ids[other]]

@@ -1,5 +1,7 @@
 """The built site, as files and in Chromium: markup, links, equations, search, themes, a phone's width, a keyboard, paper. Each check finds a broken page."""
 
+import ast
+import builtins
 import json
 import os
 import re
@@ -260,6 +262,11 @@ class Browser:
             mobile=False,
         )
 
+    def prefer(self, dark, media=""):
+        "Ask for dark pages or light ones, on a screen or on paper."
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self("Emulation.setEmulatedMedia", media=media, features=[scheme])
+
     def press(self, key, code):
         for kind in ("keyDown", "keyUp"):
             self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
@@ -267,11 +274,7 @@ class Browser:
     def open(self, path, width=1400, dark=False, media=""):
         "The messages of the console, and the addresses elsewhere that the page wanted."
         self.resize(width)
-        self(
-            "Emulation.setEmulatedMedia",
-            media=media,
-            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
-        )
+        self.prefer(dark, media)
         self.events = []
         self("Page.navigate", url=path.as_uri())
         while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
@@ -318,14 +321,14 @@ LOOK = r"""(() => {
     empty: all("main section").filter((e) => e.textContent.trim() === (e.querySelector("h2, h3, h4") || e).textContent.trim()).map((e) => e.textContent.trim().slice(0, 60)),
     nameless: [...all("nav").filter((e) => !e.getAttribute("aria-label")), ...all("button, a[href], input").filter((e) => !named(e) && !e.querySelector("img[alt], i"))].map((e) => e.outerHTML.slice(0, 120))
       .concat(all("button").filter((e) => !named(e)).map((e) => e.outerHTML.slice(0, 120)), all("th").filter((e) => !e.scope && e.textContent.trim()).map((e) => "no scope: " + e.textContent)),
-    cut: all("main blockquote .katex-display").filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent.slice(0, 60)), // of a theorem
+    cut: all("main .katex-display").filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent.slice(0, 60)), // by a phone's edge
     maths: all(".math").length, shown: all(".katex").length,
     bad: [...all(".katex-error"), ...all(".katex [style]").filter(red)].map((e) => e.title || e.textContent),
     broken: all("img").filter((e) => !e.naturalWidth && !e.closest("[hidden]")).map((e) => e.getAttribute("src").slice(0, 80)),
     small: all("main img").filter((e) => e.getBoundingClientRect().width < .57 * e.naturalWidth).map((e) => e.getAttribute("src").slice(0, 80)), // 10 points in the figure are then under 8 pixels
     cramped: all("main td").filter((e) => e.textContent.length > 40 && e.clientWidth < width / 2 && e.clientHeight > 1.5 * e.clientWidth).map((e) => e.textContent.slice(0, 50)),
     page: document.scrollingElement.scrollWidth,
-    wide: all("main *, body > *").filter((e) => e.getBoundingClientRect().right > width + 1 && e.getBoundingClientRect().width > 1)
+    wide: all("main *, body > *").filter((e) => (e.getBoundingClientRect().right > width + 1 && e.getBoundingClientRect().width > 1) || (/^H[1-4]$/.test(e.tagName) && e.scrollWidth > e.clientWidth + 1))
       .filter((e) => !e.closest(".katex-mathml, .katex svg") && !boxed(e.parentElement))
       .map((e) => e.tagName + " " + (e.textContent || e.getAttribute("class") || "").slice(0, 50)),
   };
@@ -369,10 +372,51 @@ WIDE = r"""(() => {
 })()""".replace("@PARTED", PARTED)
 
 
+# text, also of what is folded, whose contrast with its ground is below 4.5, with the colours of both
+FAINT = r"""((dark) => {
+  const rgba = (text) => { const [r, g, b, a = 1] = text.match(/[\d.]+/g).map(Number); return [r, g, b, a]; };
+  const over = (top, low) => [0, 1, 2].map((i) => top[i] * top[3] + low[i] * (1 - top[3])).concat(1);
+  const light = (v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+  const luminance = (c) => 0.2126 * light(c[0]) + 0.7152 * light(c[1]) + 0.0722 * light(c[2]);
+  const line = (e) => (e ? [e, ...line(e.parentElement)] : []);
+  const ground = (parents) => parents.map((e) => rgba(getComputedStyle(e).backgroundColor)).reduceRight((low, top) => over(top, low), [255, 255, 255, 1]);
+  document.querySelectorAll("details").forEach((e) => { e.open = true; });
+  if ((luminance(ground([document.body])) < 0.2) !== dark) return [dark ? "the page is not dark" : "the page is not light"];
+  const found = new Map(), text = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (text.nextNode()) {
+    const e = text.currentNode.parentElement, said = text.currentNode.data.trim();
+    if (!said || e.closest("script, style, .katex-mathml") || !e.getClientRects().length) continue;
+    const parents = line(e), opacity = parents.reduce((o, p) => o * getComputedStyle(p).opacity, 1), low = ground(parents), own = rgba(getComputedStyle(e).color);
+    const [a, b] = [over([...own.slice(0, 3), own[3] * opacity], low), low].map(luminance).sort().reverse();
+    const contrast = (a + 0.05) / (b + 0.05), what = `${getComputedStyle(e).color} on ${low.slice(0, 3).map(Math.round)} in ${dark ? "dark" : "light"}`;
+    if (contrast < 4.5 && !found.has(what)) found.set(what, `${what}, ${contrast.toFixed(1)}: ${said.slice(0, 40)}`);
+  }
+  return [...found.values()];
+})"""
+
+
+def faint(browser, path, dark):
+    "Text of the open page that can hardly be read, by day or at night. A source's page, which asks at loading alone, is told; others follow in 50 ms."
+    browser.prefer(dark)
+    wanted = str(dark).lower()
+    if path.is_relative_to(SITE / "source"):
+        browser.js(f"document.documentElement.classList.toggle('dark', {wanted})")
+    else:
+        browser.js(
+            f"""new Promise((done) => {{
+              const seen = () => document.documentElement.classList.contains("quarto-dark") === {wanted};
+              const wait = (n) => (n && !seen() ? setTimeout(wait, 10, n - 1) : done(0));
+              wait(200);
+            }})"""
+        )
+    return browser.js(f"{FAINT}({wanted})")
+
+
 def look(browser, path):
     "The faults of a page on a phone's screen and on a wide one, by kind."
     console, elsewhere = browser.open(path, width=400)
     found = browser.js(LOOK)
+    contrast = [fault for dark in (True, False) for fault in faint(browser, path, dark)]
     browser.resize(1400)
     found |= (
         browser.js(WIDE)
@@ -385,7 +429,7 @@ def look(browser, path):
         "elsewhere": elsewhere,
         "pictures": found["broken"],
         "figures": found["askew"],
-        "statements": found["cut"],
+        "phone": found["cut"],
         "letters": found["small"],
         "tables": found["cramped"],
         "columns": found["broad"],
@@ -393,6 +437,7 @@ def look(browser, path):
         "signs": found["parted"] + found["apart"],
         "sections": found["empty"],
         "names": found["nameless"],
+        "contrast": contrast,
         "code": found["code"],
         "formulas": found["formulas"],
         "equations": found["bad"] + [f"{found['shown']} of {found['maths']} are rendered"] * few,
@@ -406,7 +451,7 @@ KINDS = (
     "elsewhere",
     "pictures",
     "figures",
-    "statements",
+    "phone",
     "letters",
     "tables",
     "columns",
@@ -416,6 +461,7 @@ KINDS = (
     "equations",
     "overflow",
     "names",
+    "contrast",
     "code",
     "formulas",
 )
@@ -595,7 +641,43 @@ def test_code_is_folded_where_the_result_is_read(pages):
     folded = r'(?s)<details class="code-fold">\s*<summary>drawn by</summary>.*?</details>(.*?)(?=<details|<section|</main>)'
     drawn = re.findall(folded, pages["saddle_attraction.html"].html)
     assert len(drawn) > 5 and all("<img" in shown for shown in drawn)
+    before = pages["saddle_attraction.html"].html.partition('<div class="frames">')[0]
+    assert "drawn by" in re.search(
+        r"(?s)<summary>([^<]*)(?:(?!<summary>).)*</details>\s*(?:<div[^>]*>\s*)*$", before
+    )[1]
+    assert "drawn by" in pages["experiments/bench.html"].html  # among the pages to look things up in
     assert not re.findall(folded, pages["diagnosis.html"].html)
+
+
+def unbound(code):
+    "Names that the code uses and nowhere defines."
+    used, bound = set(), set(dir(builtins))
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)):
+            bound.add(node.name)
+    return used - bound
+
+
+@pytest.mark.parametrize("name, control", [("index", "optim"), ("how_to", "torch")])
+def test_guides_show_what_they_use(name, control):
+    "Who copies the code that a guide shows has all names; the control is a line of imports less."
+    cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [
+        "".join(c["source"])
+        for c in cells
+        if c["cell_type"] == "code"
+        and not c["source"][0].startswith(("#| hide", "#| echo: false"))
+    ]
+    code = "\n".join(code)
+    assert not unbound(code)
+    fewer = re.sub(rf"(?m)^(?:import|from \w+ import) {control}$", "", code)
+    assert unbound(fewer) == {control}
 
 
 def test_all_code_at_once(browser, smalldocs):
@@ -745,7 +827,7 @@ BREAKS = {
     "elsewhere": '<img src="http://127.0.0.1:9/x.png" alt="x">',
     "pictures": '<img src="nowhere.png" alt="x">',
     "figures": '<div class="quarto-figure quarto-figure-center" style="text-align: left"><figure class="figure"><img src="pictures/index-1.svg" alt="x" width="90"></figure></div>',
-    "statements": f"<blockquote><p><span class='math display'>\\[{'x+' * 40}x\\]</span></p></blockquote>",
+    "phone": f"<p><span class='math display'>\\[{'x+' * 40}x\\]</span></p>",
     "letters": '<img style="width: 100%" alt="x" src="data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 width=%22900%22 height=%229%22/%3E">',
     "tables": f"<table><tr><td style='max-width: 40px'>{'word ' * 20}</td></tr></table>",
     "columns": f"<table><tr><td style='white-space: nowrap'>{'word ' * 60}</td></tr></table>",
@@ -759,6 +841,7 @@ BREAKS = {
         "'", '"'
     ),
     "names": "<nav>x</nav>",
+    "contrast": "<p style='color: #999'>word</p>",
     "code": f"<pre>{'x' * 300}</pre>",
     "formulas": f"<div>\\[{'x+' * 99}x\\]</div>",
     "equations": '<span class="math inline">\\(\\nosuchcommand\\)</span>',
@@ -842,6 +925,34 @@ def test_search(words, first, start, browser, smalldocs):
     assert not re.search(r"\\[a-z]{2,}|\{|\}", shown), shown
 
 
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_results_of_a_search_are_seen(width, dark, browser, smalldocs):
+    "All over the page, within the screen, and below the field."
+    browser.open(SITE / "experiments" / "bench.html", width=width, dark=dark)
+    if width < 992:
+        browser.js("document.querySelector('.quarto-btn-toggle').click()")
+        browser.js("new Promise((done) => setTimeout(done, 500))")
+    search(browser, "saddle")
+    seen = """[...document.querySelectorAll('.smalldocs-search-results a')].map((e) => {
+      const { left, right, top, bottom } = e.getBoundingClientRect(), x = right - 20, y = (top + bottom) / 2;
+      const above = document.elementFromPoint(x, y);
+      return [left >= 0 && right <= innerWidth, y < innerHeight, above !== null && e.contains(above)];
+    })"""
+    found = browser.js(seen)
+    assert len(found) > 3 and all(all(link) for link in found[:4]), found
+    below = "document.querySelector('.smalldocs-search-results').getBoundingClientRect().top - document.querySelector('.smalldocs-search input').getBoundingClientRect().bottom"
+    assert 0 <= browser.js(below) < 40
+    assert not faint(browser, SITE / "experiments" / "bench.html", dark)
+
+
+def test_what_a_search_shows_has_its_spaces(smalldocs):
+    "A formula and the word after it are apart; the control is a word that follows one in the text."
+    text = (SITE / "search.js").read_text(encoding="utf-8")
+    joined = "[ηρλμγΣ‖](?:is|of|and|for|the|in|at|to|with|over)"
+    assert not re.findall(rf".{{9}}{joined}\b.{{9}}", text) and re.search(r"ρ and", text)
+
+
 def test_search_leads_to_a_page(browser, smalldocs):
     browser.open(SITE / "index.html")
     search(browser, "saddle")
@@ -911,6 +1022,16 @@ def test_statements_stand_out(dark, browser, smalldocs):
         int(v) for v in re.findall(r"\d+", colour(".smalldocs-search input", "backgroundColor"))[:3]
     ]
     assert (max(ground) < 100) == dark
+
+
+def test_tables_of_one_kind_are_one(browser, smalldocs):
+    "On a wide screen a table that goes on in the next cell has one head; one after a sentence has its own."
+    browser.open(SITE / "what_holds.html")
+    seen = """[...document.querySelectorAll('main table.its')].map((e) =>
+      [e.closest('.cell').previousElementSibling.querySelector('table') !== null, e.tHead.offsetHeight > 0])"""
+    found = browser.js(seen)
+    assert {follows for follows, _ in found} == {False, True}
+    assert all(headed != follows for follows, headed in found), found
 
 
 def test_menu_on_a_phone(browser, smalldocs):
