@@ -17,8 +17,9 @@ from samsde.machinery.checks import (
 from .machinery.differences import FALSE, false_derivative
 from .machinery.record import replay
 from .machinery.sampling import KEY
-from .objective import (
-    Additive, FiniteSum, InMicroBatches, MinibatchLoss, Noiseless, NoisyLoss, Objective, gradient)
+from samsde.objective import (
+    Additive, FiniteSum, InMicroBatches, MinibatchLoss, Noiseless, NoisyLoss, Objective, Quadratic,
+    gradient)
 from .machinery.style import colours
 
 # %% ../nbs/01_algorithm.ipynb #ede46e34
@@ -189,6 +190,43 @@ def close(a:Tensor, b:Tensor) -> bool:
     size = b.abs().max()
     return not torch.isfinite(gap + size) or bool(gap <= slack * (size + 1))
 
+# %% ../nbs/01_algorithm.ipynb #6f5acdce
+def wrong_derivatives(objective:Objective, x:Tensor, gamma:Tensor, v:Tensor, w:Tensor):
+    "Words, and two values that should be equal: derivatives that an objective has in two ways"
+    slopes = [(objective.hvp(x, a) * b).sum(-1) for a, b in ((v, w), (w, v))]
+    yield "grad is the gradient of no loss, as its Hessian is not symmetric", *slopes
+    yield "grad is not the gradient of loss", objective.grad(x), Objective.grad(objective, x)
+    yield "hvp is not the derivative of grad", objective.hvp(x, v), Objective.hvp(objective, x, v)
+    ours, grad, Hv = objective.sample_grad(x, gamma), objective.grad(x), objective.hvp(x, v)
+    known = Objective.sample_grad(objective, x, gamma)
+    yield "sample_grad is not the gradient of sample_loss", ours, known
+    known = Objective.sample_hvp(objective, x, gamma, v)
+    yield "sample_hvp is not the derivative of sample_grad", objective.sample_hvp(x, gamma, v), known
+    both = torch.cat(objective.grads(x, gamma))
+    yield "grads are not sample_grad and grad", both, torch.cat([ours, grad])
+    def zero(): return torch.zeros_like(x)
+    yield "add_grad_ does not add grad", objective.add_grad_(zero(), x, 2.), 2 * grad
+    yield "add_hvp_ does not add hvp", objective.add_hvp_(zero(), x, v, 2.), 2 * Hv
+    if isinstance(objective, Additive): yield "sample_grad is not grad plus gamma", ours, grad + gamma
+    if isinstance(objective, Quadratic): yield "hvp is not the product with H", Hv, v @ objective.H
+
+# %% ../nbs/01_algorithm.ipynb #163a299b
+def wrong_means(objective:Objective, x:Tensor, gamma:Tensor, generator):
+    "Likewise, losses"
+    if isinstance(objective, FiniteSum):
+        losses = objective.losses(x)
+        yield "loss is not the mean of losses", objective.loss(x), losses.mean(-1)
+        of_batch = losses.gather(-1, gamma).mean(-1)
+        yield "sample_loss is not a mean of losses", objective.sample_loss(x, gamma), of_batch
+    else:
+        support = objective.law.support(1024, generator, dtype=x.dtype)
+        losses = torch.stack([objective.sample_loss(x, c.expand(2, -1)) for c in support.gammas])
+        mean, loss = losses.mean(0), objective.loss(x)
+        sem = 0 if support.exact else losses.std(0) / len(losses)**.5
+        seen = (loss - mean).abs() > 8 * sem
+        yield "loss is not the mean of sample_loss", torch.where(seen, loss, mean), mean
+
+# %% ../nbs/01_algorithm.ipynb #49c5b3d0
 def contradictions(objective:Objective): # of words, two values that should be equal
     "What an objective says in two ways, at two random points"
     generator = torch.Generator().manual_seed(0)
@@ -196,31 +234,28 @@ def contradictions(objective:Objective): # of words, two values that should be e
     points = torch.randn(3, 2, objective.dim, generator=generator, dtype=torch.float64)
     x, v, w = points.to(dtype) / 4
     gamma = objective.draw((2,), generator, dtype=dtype)
-    slopes = [(objective.hvp(x, a) * b).sum(-1) for a, b in ((v, w), (w, v))]
-    yield "grad is the gradient of no loss, as its Hessian is not symmetric", *slopes
-    yield "grad is not the gradient of loss", objective.grad(x), Objective.grad(objective, x)
-    yield "hvp is not the derivative of grad", objective.hvp(x, v), Objective.hvp(objective, x, v)
-    ours = objective.sample_grad(x, gamma)
-    known = Objective.sample_grad(objective, x, gamma)
-    yield "sample_grad is not the gradient of sample_loss", ours, known
-    if isinstance(objective, FiniteSum):
-        losses = objective.losses(x)
-        yield "loss is not the mean of losses", objective.loss(x), losses.mean(-1)
-        of_batch = losses.gather(-1, gamma).mean(-1)
-        yield "sample_loss is not a mean of losses", objective.sample_loss(x, gamma), of_batch
-    else:
-        support = objective.law.support(1024, generator, dtype=dtype)
-        losses = torch.stack([objective.sample_loss(x, c.expand(2, -1)) for c in support.gammas])
-        mean, loss = losses.mean(0), objective.loss(x)
-        sem = 0 if support.exact else losses.std(0) / len(losses)**.5
-        seen = (loss - mean).abs() > 8 * sem
-        yield "loss is not the mean of sample_loss", torch.where(seen, loss, mean), mean
+    yield from wrong_derivatives(objective, x, gamma, v, w)
+    yield from wrong_means(objective, x, gamma, generator)
+    third = Objective.third(objective, x, v) # which not every loss has
+    yield "third is not the derivative of hvp", objective.third(x, v), third
 
-# %% ../nbs/01_algorithm.ipynb #4e6b8312
+# %% ../nbs/01_algorithm.ipynb #734d39ec
 def is_ours(thing) -> bool:
     "Does the library define its class?"
     return type(thing).__module__.startswith("samsde.")
 
+def check_law(objective:Objective):
+    "Raises ValueError where γ has another law than the closed forms of its kind of objective"
+    name = type(objective).__name__
+    if overrides(objective, "draw", Objective):
+        raise ValueError(f"{name} overrides `draw`, but a model takes γ from the law: "
+                         "subclass Objective, with a `law` of its own")
+    for kind in (Additive, FiniteSum):
+        if isinstance(objective, kind) and not is_ours(objective.law):
+            raise ValueError(f"{name} is a kind of {kind.__name__}, whose law is known, but has the law "
+                             f"{type(objective.law).__name__}: subclass Objective instead")
+
+# %% ../nbs/01_algorithm.ipynb #4e6b8312
 def first_contradiction(found) -> str|None: # of contradictions(...)
     "The first words whose values differ; None if there are none"
     try: return next((words for words, a, b in found if not close(a, b)), None)
@@ -238,6 +273,7 @@ def check_objective(objective:Objective):
     """Raises ValueError if a class of a user's own contradicts itself, such as one whose loss the
     inherited gradient does not belong to, or if torch's derivatives are not those of a function."""
     if "consistent" in vars(objective): return
+    check_law(objective)
     if not is_ours(objective) and (words := first_contradiction(contradictions(objective))):
         raise ValueError(f"{type(objective).__name__} contradicts itself: its {words}")
     of_functions = isinstance(objective, FiniteSum) and objective.network is None
@@ -366,6 +402,10 @@ def check_model(algorithm:Algorithm, what:str, # that is asked for, in words
         raise ValueError(
             f"{name} overrides `step` and so has no {what}: override `perturbation`, "
             f"or `direction`")
+    for part in ("draw", "cuts", "is_cut", "of_gradient", "ascent", "mean_over_cuts"):
+        if overrides(algorithm, part):
+            raise ValueError(f"{name} overrides `{part}` and so has no {what}: "
+                             "override `perturbation`, or `direction`")
     if overrides(algorithm, "direction") and not direction:
         raise ValueError(f"{name} overrides `direction` and so has no {what}"
                          + f": use {exact}" * bool(exact))

@@ -141,5 +141,6 @@ def regularized_loss(algorithm:Algorithm, objective:Objective,
     check_model(algorithm, "regularised loss")
     x = expand_sweep(objective.check(x), rho=algorithm.rho)
     value, sem = algorithm.mean_potential(seen_by(algorithm, objective), x, draws, seed)
-    value = objective.loss(x) + algorithm.rho * value
-    return (value, algorithm.rho * sem) if return_sem else value
+    rho = algorithm.rho.to(x) if isinstance(algorithm.rho, Tensor) else algorithm.rho
+    value = objective.loss(x) + rho * value
+    return (value, rho * sem) if return_sem else value

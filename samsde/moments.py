@@ -384,6 +384,12 @@ class LinearSampleMoments(StepMoments):
             return objective.weighted_grad(x, w + h / n) + products
         v = factor * (r * w + h * self.mean_tau / n)
         return sample_sum(objective, x, HALF_SQUARE, w + h / n, v, slopes)
+    @cached_property
+    def sem(self):
+        "Of random signs; the other ways are exact"
+        if not self.mean_tau or product_method(HALF_SQUARE, self.objective) != "signs": return 0.0
+        v = self.c * self.mean_tau / self.size * self.x.new_ones(self.size)
+        return signed_products(self.objective, self.x, v)[1]
     def mean_direction(self, h, w, xi) -> Tensor:
         "p of Eq. (2d.5)"
         p = h * (1 - self.mean_tau) * self.grad
