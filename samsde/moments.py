@@ -46,6 +46,8 @@ class StepMoments:
         "h E[g + ρHu] + Σ_k ξ_k (G_k + ρ Q_k), Eq. (2d.2)"
         raise TypeError(f"{type(self).__name__} must define `combine`")
     @cached_property
+    def grad(self) -> Tensor: return self.objective.grad(self.x)
+    @cached_property
     def sem(self) -> Tensor|float:
         "The standard error of E[Hu] that drawn γ leave, (..., d); 0 for a closed form"
         return 0.0
@@ -122,11 +124,11 @@ def all_samples(objective:FiniteSum, x:Tensor) -> Tensor:
     return first_axis(torch.arange(objective.n, device=x.device)[:, None], x)
 
 # %% ../nbs/02d_moments.ipynb #84901d26
-def chunks(gammas:Tensor, x:Tensor, numbers:int=2**22, # that a piece times x may hold
+def chunks(gammas:Tensor, x:Tensor, # of a piece times x, 2²² numbers
            chunk:int|None=None # samples times paths in a piece, if bounded
           ) -> list:
     "Slices of the first axis such that pieces fit in memory, at least one value each"
-    size = numbers // max(x.numel(), 1)
+    size = 2**22 // max(x.numel(), 1)
     if chunk: size = min(size, chunk // max(1, x[..., 0].numel() * gammas.shape[-1]))
     size = max(1, size)
     return [slice(i, i + size) for i in range(0, len(gammas), size)]
@@ -175,6 +177,24 @@ def hessian_perturbation(algorithm:Algorithm, objective:Objective,
         return objective.sample_hvp(z, algorithm.of_gradient(cut), u)
     return algorithm.mean_over_cuts(product, objective.law, gamma)
 
+# %% ../nbs/02d_moments.ipynb #1aab9269
+class DrawnMoments(StepMoments):
+    "Moments whose γ may be drawn"
+    support: Support # those γ
+    Hu: Callable # of γ
+    deviation: Callable # of γ: g − ḡ
+
+    @cached_property
+    def sem(self):
+        if self.is_exact: return 0.0
+        return expectation(self.Hu, self.support, self.x, self.objective.chunk)[1]
+    def cross(self):
+        "For drawn γ, E[(g − ḡ)(Hu)ᵀ]: since E[g − ḡ] = 0 exactly, Hu need not be centred"
+        if self.is_exact: return super().cross()
+        def outer(gamma): return self.deviation(gamma)[..., :, None] * self.Hu(gamma)[..., None, :]
+        matrix = self.x[..., None] * self.x[..., None, :]
+        return expectation(outer, self.support, matrix, self.objective.chunk)
+
 # %% ../nbs/02d_moments.ipynb #5a9f8170
 def centred(v:Tensor, # a value for each γ, (K, ...)
             support:Support # the γ
@@ -203,7 +223,7 @@ def weights(xi:Tensor, # (..., K)
     return torch.cat([even + odd, even - odd], -1)
 
 # %% ../nbs/02d_moments.ipynb #0125115a
-class GammaMoments(StepMoments):
+class GammaMoments(DrawnMoments):
     "Columns by γ: all minibatches, or drawn ones"
     def __init__(self, algorithm:Algorithm, objective:Objective, x:Tensor, # (..., d)
                  draws:int=1024, # γ drawn where they cannot be enumerated
@@ -236,9 +256,10 @@ class GammaMoments(StepMoments):
         w = self.weights(xi)
         v = w + h / self.size
         if self.is_exact: return self.total(v, v, rho)
-        return h * self.objective.grad(self.x) + self.total(w, v, rho)
+        return h * self.grad + self.total(w, v, rho)
     def g(self, gamma:Tensor) -> Tensor:
         return self.objective.sample_grad(self.x, self.algorithm.of_gradient(gamma))
+    def deviation(self, gamma:Tensor) -> Tensor: return self.g(gamma) - self.grad
     def Hu(self, gamma:Tensor) -> Tensor:
         return hessian_perturbation(self.algorithm, self.objective, self.x, gamma)
     def summed(self, fn:Callable, w:Tensor) -> Tensor:
@@ -247,17 +268,6 @@ class GammaMoments(StepMoments):
         "Σ_k w_k g_k + ρ v_k H_k u_k"
         g = self.summed(self.g, w)
         return g if is_zero(rho) else g + rho * self.summed(self.Hu, v)
-    @cached_property
-    def sem(self):
-        if self.is_exact: return 0.0
-        return expectation(self.Hu, self.support, self.x, self.objective.chunk)[1]
-    def cross(self):
-        "For drawn γ, E[(g − ḡ)(Hu)ᵀ]: since E[g − ḡ] = 0 exactly, Hu need not be centred"
-        if self.is_exact: return super().cross()
-        grad = self.objective.grad(self.x)
-        def outer(gamma): return (self.g(gamma) - grad)[..., :, None] * self.Hu(gamma)[..., None, :]
-        matrix = self.x[..., None] * self.x[..., None, :]
-        return expectation(outer, self.support, matrix, self.objective.chunk)
 
 # %% ../nbs/02d_moments.ipynb #a022bf11
 class ExactMoments(GammaMoments):
@@ -342,38 +352,49 @@ class SampleMoments(GammaMoments):
             return self.objective.weighted_grad(self.x, w) + rho * self.summed(self.Hu, v)
         return sample_sum(self.objective, self.x, self.potential, w, rho * v)
 
+# %% ../nbs/02d_moments.ipynb #4e288308
+class SampleColumns(StepMoments):
+    "Columns √(τ/N) (δg_i + ρ δq_i) by sample, for minibatches of any size"
+    q: Callable # of every sample and its gradient, (n, 1, ..., 1) and (n, ..., d) -> (n, ..., d)
+    def __init__(self, objective:FiniteSum, x:Tensor): # (..., d)
+        self.objective, self.x, self.size = objective, x, objective.n
+        self.tau = objective.law.tau
+    @property
+    def passes(self): return len(self.objective.slices(self.x))
+    def columns(self, rho):
+        every = Support(all_samples(self.objective, self.x), True)
+        g = self.objective.sample_grad(self.x, every.gammas)
+        values = g if is_zero(rho) else g + rho * self.q(every.gammas, g)
+        return self.tau**.5 * centred(values, every)
+    def noise_weights(self, xi:Tensor|None) -> Tensor:
+        "The factor of each sample in the noise"
+        if xi is None: return self.x.new_zeros(self.size)
+        return (self.tau / self.size)**.5 * less_mean(xi)
+
 # %% ../nbs/02d_moments.ipynb #576f30f7
-class LinearSampleMoments(StepMoments):
-    "Columns by sample, for minibatches of any size and u = c g: Eq. (2d.5)"
+class LinearSampleMoments(SampleColumns):
+    "u = c g: Eq. (2d.5)"
     def __init__(self, objective:FiniteSum, x:Tensor, # (..., d)
                  scale, # c, a number or a function of ∇f
                  same:bool=True # has H_i the batch of u? If not, r = 0, and τ = 0 in the mean
                 ):
-        self.objective, self.x, self.scale, self.size = objective, x, scale, objective.n
-        self.tau, law = objective.law.tau, objective.law
+        super().__init__(objective, x)
+        self.scale, law = scale, objective.law
         self.ratio = law.kappa / law.tau if same and law.tau else 0.0 # r of Eq. (2d.5)
         self.mean_tau = self.tau if same else 0.0
-    @cached_property
-    def grad(self) -> Tensor: return self.objective.grad(self.x)
     @property
     def c(self): return self.scale(self.grad) if callable(self.scale) else self.scale
     @property
-    def passes(self): return len(self.objective.slices(self.x))
-    @property
     def method(self): return f"all samples, by {product_method(HALF_SQUARE, self.objective)}"
-    def columns(self, rho):
-        objective, x, r, tau = self.objective, self.x, self.ratio, self.tau
-        every = Support(all_samples(objective, x), True)
-        g = objective.sample_grad(x, every.gammas)
-        if is_zero(rho): return tau**.5 * centred(g, every)
-        q = r * objective.sample_hvp(x, every.gammas, g) if r else 0
+    def q(self, gammas, g):
+        objective, x, r = self.objective, self.x, self.ratio
+        q = r * objective.sample_hvp(x, gammas, g) if r else 0
         if r != 1: # n more products
-            mixed = objective.hvp(x, g) + objective.sample_hvp(x, every.gammas, self.grad)
-            q = q + (1 - r) * mixed
-        return tau**.5 * centred(g + rho * self.c * q, every)
+            q = q + (1 - r) * (objective.hvp(x, g) + objective.sample_hvp(x, gammas, self.grad))
+        return self.c * q
     def combine(self, h, xi, rho):
-        objective, x, n, tau, r = self.objective, self.x, self.size, self.tau, self.ratio
-        w = x.new_zeros(n) if xi is None else (tau / n)**.5 * less_mean(xi)
+        objective, x, n, r = self.objective, self.x, self.size, self.ratio
+        w = self.noise_weights(xi)
         if is_zero(rho): return objective.weighted_grad(x, w + h / n)
         factor = rho * self.c
         slopes = []
@@ -396,7 +417,7 @@ class LinearSampleMoments(StepMoments):
         return p if xi is None else p + (1 - self.ratio) * self.objective.weighted_grad(self.x, w)
 
 # %% ../nbs/02d_moments.ipynb #3152be93
-class AdditiveMoments(StepMoments):
+class AdditiveMoments(DrawnMoments):
     "Noise that does not depend on x. The answer of u to it is drawn; subclasses know it."
     def __init__(self, algorithm:Algorithm|None, objective:Additive, x:Tensor, # (..., d)
                  draws:int=1024, seed=0):
@@ -404,8 +425,6 @@ class AdditiveMoments(StepMoments):
         self.draws = check_int("draws", draws, least=4)
         self.seed = seed
     needs_grad = False # does the answer use ∇f?
-    @cached_property
-    def grad(self) -> Tensor: return self.objective.grad(self.x)
     @property
     def is_exact(self): return self.objective.law.noiseless
     @property
@@ -421,14 +440,16 @@ class AdditiveMoments(StepMoments):
         return torch.cat([half, -half])
     def u(self, zeta:Tensor) -> Tensor:
         return self.algorithm.perturbation(self.objective, self.x, self.objective.law(zeta))
+    def Hu(self, zeta:Tensor) -> Tensor: return self.objective.hvp(self.x, self.u(zeta))
+    def deviation(self, zeta:Tensor) -> Tensor: return self.objective.law(zeta)
+    @property
+    def support(self) -> Support:
+        return Support(first_axis(self.zeta, self.x), self.is_exact, not self.is_exact)
     @cached_property
-    def mean_and_sem(self) -> tuple[Tensor, Tensor]:
-        "E u"
-        support = Support(first_axis(self.zeta, self.x), self.is_exact, not self.is_exact)
-        return expectation(self.u, support, self.x)
+    def mean_u(self) -> Tensor: return expectation(self.u, self.support, self.x)[0]
     def answer(self, h, s, xi:Tensor|None, w:Tensor) -> Tensor:
         "h E u + s J Σ^{1/2} ξ, given w = h ḡ + s Σ^{1/2} ξ"
-        v = h * self.mean_and_sem[0] if h else torch.zeros_like(w)
+        v = h * self.mean_u if h else torch.zeros_like(w)
         return v if xi is None or self.is_exact else v + s * self.response(xi)
     def response(self, xi:Tensor) -> Tensor:
         "J Σ^{1/2} ξ = E[u (ζ·ξ)]"
@@ -436,18 +457,6 @@ class AdditiveMoments(StepMoments):
             along = (xi @ self.zeta[s].T)[..., None, :] # (..., 1, k)
             return (along @ self.u(first_axis(self.zeta[s], self.x)).movedim(0, -2))[..., 0, :]
         return sum(of_piece(s) for s in chunks(self.zeta, xi)) / len(self.zeta)
-    @cached_property
-    def sem(self):
-        if self.is_exact: return 0.0
-        pairs = Support(first_axis(self.zeta, self.x), False, True)
-        return expectation(lambda zeta: self.objective.hvp(self.x, self.u(zeta)), pairs, self.x)[1]
-    def cross(self):
-        if self.is_exact: return super().cross()
-        def outer(zeta):
-            Hu = self.objective.hvp(self.x, self.u(zeta))
-            return self.objective.law(zeta)[..., :, None] * Hu[..., None, :]
-        pairs = Support(first_axis(self.zeta, self.x), False, True)
-        return expectation(outer, pairs, self.x[..., None] * self.x[..., None, :])
     def combine(self, h, xi, rho):
         w = h * self.grad if h else torch.zeros_like(self.x)
         if xi is not None: w = w + self.objective.law(xi)
@@ -470,7 +479,7 @@ class LinearAdditiveMoments(AdditiveMoments):
         super().__init__(None, objective, x)
         self.scale = scale
         self.needs_grad = callable(scale)
-    method, sem, is_exact = "one product", 0.0, True
+    is_exact = True
     def answer(self, h, s, xi, w):
         if self.needs_grad: return self.scale(self.grad) * w
         return w if self.scale == 1 else self.scale * w
@@ -479,7 +488,7 @@ class LinearAdditiveMoments(AdditiveMoments):
 class UnitAdditiveMoments(AdditiveMoments):
     "u = g/‖g‖ under isotropic noise, in closed form"
     def __init__(self, objective:Additive, x:Tensor): super().__init__(None, objective, x)
-    method, sem, is_exact, needs_grad = "one product", 0.0, True, True
+    is_exact = needs_grad = True
     def answer(self, h, s, xi, w):
         g, w, d = at_least_single(self.grad), at_least_single(w), self.size
         square = torch.linalg.vecdot(g, g)
@@ -489,30 +498,22 @@ class UnitAdditiveMoments(AdditiveMoments):
         return (A[..., None] * torch.addcmul(w, along[..., None], g, value=-1)).to(self.x.dtype)
 
 # %% ../nbs/02d_moments.ipynb #5f72f3af
-class FullSampleMoments(StepMoments):
-    "Columns by sample, for a perturbation that no sample decides"
+class FullSampleMoments(SampleColumns):
+    "A perturbation that no sample decides"
     def __init__(self, algorithm:Algorithm, objective:FiniteSum, x:Tensor): # (..., d)
-        self.algorithm, self.objective, self.x, self.size = algorithm, objective, x, objective.n
+        super().__init__(objective, x)
+        self.algorithm = algorithm
     @cached_property
     def v(self) -> Tensor: return self.algorithm.ascent(self.objective, self.x, self.x) # of any γ
-    @property
-    def passes(self): return len(self.objective.slices(self.x))
-    def columns(self, rho):
-        objective = self.objective
-        every = Support(all_samples(self.objective, self.x), True)
-        values = objective.sample_grad(self.x, every.gammas)
-        if not is_zero(rho):
-            values = values + rho * objective.sample_hvp(self.x, every.gammas, self.v)
-        return objective.law.tau**.5 * centred(values, every)
+    def q(self, gammas, g): return self.objective.sample_hvp(self.x, gammas, self.v)
     def combine(self, h, xi, rho):
-        w = self.x.new_full((self.size,), h / self.size)
-        if xi is not None: w = w + (self.objective.law.tau / self.size)**.5 * less_mean(xi)
+        w = self.noise_weights(xi) + h / self.size
         g = self.objective.weighted_grad(self.x, w)
         return g if is_zero(rho) else g + rho * self.objective.weighted_hvp(self.x, w, self.v)
 
 class FullAdditiveMoments(AdditiveMoments):
     "Additive noise, which does not reach the perturbation"
-    method, sem, is_exact = "one product", 0.0, True
+    is_exact = True
     def answer(self, h, s, xi, w): return h * self.algorithm.ascent(self.objective, self.x, self.x)
 
 # %% ../nbs/02d_moments.ipynb #dd0e2871
@@ -571,31 +572,28 @@ def ways_to_cut(samples:tuple, m:int):
         for more in ways_to_cut(rest, m): yield [*first, *more]
 
 # %% ../nbs/02d_moments.ipynb #cd27d027
-class Cuts:
-    "The law of minibatches without replacement that are cut into micro-batches"
+class Cuts(Minibatches):
+    "Minibatches without replacement that are cut into micro-batches"
     noiseless = False
-    def __init__(self, law:Minibatches, m:int, # samples in a micro-batch
+    def __init__(self, n:int, batch_size:int, m:int, # samples in a micro-batch
                  ordered:bool=False # does the order of the micro-batches matter?
                 ):
-        self.law, self.m, self.ordered = law, m, ordered
+        super().__init__(n, batch_size, False)
+        self.m, self.ordered = m, ordered
     @property
-    def parts(self) -> int: return self.law.batch_size // self.m
+    def parts(self) -> int: return self.batch_size // self.m
     @property
     def count(self) -> int|float:
-        B, K = self.law.batch_size, self.parts
-        if self.law.count == math.inf or B > 20: return math.inf
-        orders = math.factorial(K) if self.ordered else 1
-        return self.law.count * orders * math.factorial(B) // (math.factorial(self.m)**K
-                                                               * math.factorial(K))
-    def cut(self, gamma:Tensor, m:int) -> Tensor: return self.law.cut(gamma, m)
-    def size(self, draws:int) -> int:
-        return self.count if self.count <= max(self.law.n, draws) else draws
+        B, K, uncut = self.batch_size, self.parts, super().count
+        if uncut == math.inf or B > 20: return math.inf
+        cuts = math.factorial(B) // math.factorial(self.m)**K
+        return uncut * cuts // (1 if self.ordered else math.factorial(K))
     def draw(self, shape, generator=None, **kind) -> Tensor:
-        return shuffled(self.law.draw(shape, generator, **kind), generator)
+        return shuffled(super().draw(shape, generator, **kind), generator)
     def support(self, draws, generator=None, *, dtype=None, device=None) -> Support:
         if self.size(draws) != self.count:
             return Support(self.draw((self.size(draws),), generator, device=device), False)
-        every = itertools.combinations(range(self.law.n), self.law.batch_size)
+        every = itertools.combinations(range(self.n), self.batch_size)
         cut = torch.tensor([order for samples in every for order in ways_to_cut(samples, self.m)],
                            device=device)
         if self.ordered:
@@ -611,8 +609,9 @@ def with_law(algorithm:Algorithm, objective:Objective) -> Objective:
     pairs = algorithm.source in ("independent", "previous")
     if isinstance(objective, MinibatchLoss): objective.full # found once, not in each copy
     other = copy.copy(objective)
-    if cut: other.law = Cuts(law, m, ordered=algorithm.source == "previous")
-    if pairs: other.law = Pairs(other.law, Cuts(law, m, ordered=True) if cut else law)
+    def cuts(ordered): return Cuts(law.n, law.batch_size, m, ordered) if cut else law
+    other.law = cuts(algorithm.source == "previous")
+    if pairs: other.law = Pairs(other.law, cuts(True))
     return other
 
 # %% ../nbs/02d_moments.ipynb #ad1d293e
@@ -660,15 +659,14 @@ class PreviousMoments(GammaMoments):
                 + self.objective.sample_hvp(x, gamma, self.mean_u))
     def combine(self, h, xi, rho):
         w = self.weights(xi)
-        mean = self.objective.grad(self.x)
+        mean = self.grad
         if not is_zero(rho): mean = mean + rho * self.objective.hvp(self.x, self.mean_u)
         return h * mean if xi is None else h * mean + self.total(w, w, rho)
     @cached_property
     def sem(self):
-        def Hu(gamma):
-            return self.objective.hvp(broadcast_paths(self.x, gamma=gamma), self.u(gamma))
-        if self.is_exact: return 0.0
-        return expectation(Hu, self.support, self.x, self.objective.chunk)[1]
+        "Of E[H̄ u]"
+        def product(gamma): return self.objective.hvp(self.x, self.u(gamma))
+        return expectation(product, self.support, self.x, self.objective.chunk)[1]
 
 # %% ../nbs/02d_moments.ipynb #987dd559
 class ExactPreviousMoments(ExactMoments):
@@ -721,26 +719,6 @@ class MicroBatchMoments(Wrapped):
     def columns(self, rho): return self.theta**.5 * self.inner.columns(rho)
     def combine(self, h, xi, rho):
         return self.inner.combine(h, None if xi is None else self.theta**.5 * xi, rho)
-
-# %% ../nbs/02d_moments.ipynb #97c67945
-class OrderedMinibatches(Minibatches):
-    "Minibatches without replacement, in every order"
-    is_ordered = True
-    @property
-    def count(self) -> int: return math.perm(self.n, self.batch_size)
-    def support(self, draws, generator=None, *, dtype=None, device=None) -> Support:
-        if self.size(draws) != self.count:
-            return super().support(draws, generator, dtype=dtype, device=device)
-        orders = itertools.permutations(range(self.n), self.batch_size)
-        return Support(torch.tensor([*orders], device=device), True)
-
-def in_order(objective:FiniteSum, m:int|None) -> FiniteSum:
-    "The same minibatches; in every order, where that decides how they are cut"
-    law = objective.law
-    if m is None or law.replace or m in (1, law.batch_size): return objective
-    other = copy.copy(objective)
-    other.law = OrderedMinibatches(law.n, law.batch_size, False)
-    return other
 
 # %% ../nbs/02d_moments.ipynb #9b5903f4
 def noise_share(law:Minibatches, m:int) -> float:
@@ -820,11 +798,9 @@ def moments_by_scale(algorithm:Linear, scale, # c, a number or a function of ∇
     if isinstance(objective, FiniteSum): return LinearSampleMoments(objective, x, scale)
 
 def of_linear(self:Linear, objective, x, exact):
-    return moments_by_scale(self, self.scale, objective, x, exact) if self.is_linear else None
-
-def of_usam(self:USAM, objective, x, exact):
-    if self.definer is not USAM or not self.is_linear: return of_linear(self, objective, x, exact)
-    return moments_by_scale(self, 1.0, objective, x, exact)
+    if not self.is_linear: return None
+    scale = 1.0 if self.definer is USAM else self.scale # the first takes no full gradient
+    return moments_by_scale(self, scale, objective, x, exact)
 
 def of_sgd(self:SGD, objective, x, exact):
     known = moments_by_scale(self, 0.0, objective, x, False)
@@ -839,7 +815,6 @@ def of_sam(self:SAM, objective, x, exact):
 
 # %% ../nbs/02d_moments.ipynb #00a14f85
 Linear.closed_form = of_linear
-USAM.closed_form = of_usam
 SGD.closed_form = of_sgd
 SAM.closed_form = of_sam
 
