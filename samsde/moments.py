@@ -543,21 +543,19 @@ class Pairs:
     "The law of two independent γ, one behind the other"
     def __init__(self, first, second): # of the gradient, and of the perturbation
         self.laws, self.noiseless = (first, second), first.noiseless
+        counts = [getattr(law, "count", None) for law in self.laws]
+        self.count = None if None in counts else math.prod(counts)
     def cut(self, gamma:Tensor, m:int) -> Tensor: return self.laws[0].cut(gamma, m)
     def size(self, draws:int) -> int:
-        single = self.laws[0].size(draws)
-        if single != getattr(self.laws[0], "count", None): return single
-        return self.count if self.count <= max(draws, single) else draws
-    @property
-    def count(self): return math.prod(law.count for law in self.laws)
+        return self.laws[0].size(draws) if self.count is None else min(self.count, draws)
     def draw(self, shape, generator=None, **kind) -> Tensor:
         return torch.cat([law.draw(shape, generator, **kind) for law in self.laws], -1)
     def support(self, draws, generator=None, **kind) -> Support:
-        if getattr(self.laws[0], "count", None) is None: # pairs ±Z stay pairs
+        if self.count is None: # pairs ±Z stay pairs
             first, second = (law.support(draws, generator, **kind) for law in self.laws)
             return first._replace(gammas=torch.cat([first.gammas, second.gammas], -1))
-        if self.size(draws) != self.count:
-            return Support(self.draw((self.size(draws),), generator, device=kind["device"]), False)
+        if self.count > draws:
+            return Support(self.draw((draws,), generator, device=kind["device"]), False)
         first, second = (law.support(law.count, **kind).gammas for law in self.laws)
         both = first.repeat_interleave(len(second), 0), second.repeat(len(first), 1)
         return Support(torch.cat(both, -1), True)
