@@ -796,6 +796,8 @@ def of_linear(self:Linear, objective, x, exact):
     return moments_by_scale(self, scale, objective, x, exact)
 
 def of_sgd(self:SGD, objective, x, exact):
+    changed = not self.unperturbed or overrides(self, "direction")
+    if changed: return of_linear(self, objective, x, exact)
     known = moments_by_scale(self, 0.0, objective, x, False)
     return known and Unperturbed(known)
 
@@ -911,7 +913,7 @@ class TaylorMoments(ExactMoments):
 def taylor_moments(algorithm:Algorithm, objective:Objective, x:Tensor,
                    draws:int=1024, seed=0) -> StepMoments:
     "Of the algorithm's source. Raises ValueError for the previous batch."
-    if isinstance(algorithm, SGD): return algorithm.moments(objective, x, draws=draws, seed=seed)
+    if algorithm.unperturbed: return algorithm.moments(objective, x, draws=draws, seed=seed)
     if algorithm.source == "previous":
         raise ValueError("source='previous' has no noise of second order: "
                          "its long-run covariance is known to first order in ρ")

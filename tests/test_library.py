@@ -476,6 +476,27 @@ def test_few_draws_in_pairs_are_unbiased():
     ).diag().all()
 
 
+@pytest.mark.parametrize("kind", [SGD, USAM, DNSAM, SAM])
+@pytest.mark.parametrize("name", ["sum", "sum, B=2"])
+def test_a_direction_of_its_own_is_the_exact_one(name, kind):
+    """Clipped gradients, as a subclass of each algorithm: means and covariances over all minibatches."""
+
+    class Clipped(kind):
+        def direction(self, objective, x, gamma):
+            return super().direction(objective, x, gamma).clamp(-0.1, 0.1)
+
+    objective = objectives(torch.float64, "cpu")[name]
+    algorithm, plain = (c() if kind is SGD else c(0.1) for c in (Clipped, kind))
+    x = torch.tensor([0.4, -0.7, 0.2], dtype=torch.float64)
+    every = objective.law.support(100).gammas
+    G = algorithm.direction(objective, x.expand(len(every), 3), every)
+    torch.testing.assert_close(drift(algorithm, objective, x, "exact"), -G.mean(0))
+    covariance = torch.cov(G.T, correction=0)
+    found = noise_covariance(algorithm, objective, x, "exact")
+    torch.testing.assert_close(found, covariance, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(noise_covariance(plain, objective, x, "exact"), covariance, rtol=0.1)
+
+
 def test_a_sweep_in_another_dtype():
     """What comes back has the dtype of the points, whatever that of the radii."""
     objective = objectives(torch.float32, "cpu")["noisy"]
