@@ -200,15 +200,17 @@ def wrong_derivatives(objective:Objective, x:Tensor, gamma:Tensor, v:Tensor, w:T
     ours, grad, Hv = objective.sample_grad(x, gamma), objective.grad(x), objective.hvp(x, v)
     known = Objective.sample_grad(objective, x, gamma)
     yield "sample_grad is not the gradient of sample_loss", ours, known
-    known = Objective.sample_hvp(objective, x, gamma, v)
-    yield "sample_hvp is not the derivative of sample_grad", objective.sample_hvp(x, gamma, v), known
+    product, known = objective.sample_hvp(x, gamma, v), Objective.sample_hvp(objective, x, gamma, v)
+    yield "sample_hvp is not the derivative of sample_grad", product, known
     both = torch.cat(objective.grads(x, gamma))
     yield "grads are not sample_grad and grad", both, torch.cat([ours, grad])
     def zero(): return torch.zeros_like(x)
     yield "add_grad_ does not add grad", objective.add_grad_(zero(), x, 2.), 2 * grad
     yield "add_hvp_ does not add hvp", objective.add_hvp_(zero(), x, v, 2.), 2 * Hv
-    if isinstance(objective, Additive): yield "sample_grad is not grad plus gamma", ours, grad + gamma
-    if isinstance(objective, Quadratic): yield "hvp is not the product with H", Hv, v @ objective.H
+    if isinstance(objective, Additive):
+        yield "sample_grad is not grad plus gamma", ours, grad + gamma
+    if isinstance(objective, Quadratic):
+        yield "hvp is not the product with H", Hv, v @ objective.H
 
 # %% ../nbs/01_algorithm.ipynb #163a299b
 def wrong_means(objective:Objective, x:Tensor, gamma:Tensor, generator):
@@ -252,8 +254,8 @@ def check_law(objective:Objective):
                          "subclass Objective, with a `law` of its own")
     for kind in (Additive, FiniteSum):
         if isinstance(objective, kind) and not is_ours(objective.law):
-            raise ValueError(f"{name} is a kind of {kind.__name__}, whose law is known, but has the law "
-                             f"{type(objective.law).__name__}: subclass Objective instead")
+            raise ValueError(f"{name} is a kind of {kind.__name__}, whose law is known, but has the "
+                             f"law {type(objective.law).__name__}: subclass Objective instead")
 
 # %% ../nbs/01_algorithm.ipynb #4e6b8312
 def first_contradiction(found) -> str|None: # of contradictions(...)
