@@ -380,7 +380,7 @@ class SampleColumns(StepMoments):
 
 # %% ../nbs/02d_moments.ipynb #576f30f7
 class LinearSampleMoments(SampleColumns):
-    "u = c g: Eq. (2d.5)"
+    "Columns by sample, for minibatches of any size and u = c g: Eq. (2d.5)"
     def __init__(self, objective:FiniteSum, x:Tensor, # (..., d)
                  scale, # c, a number or a function of ∇f
                  same:bool=True # has H_i the batch of u? If not, r = 0, and τ = 0 in the mean
@@ -504,7 +504,7 @@ class UnitAdditiveMoments(AdditiveMoments):
 
 # %% ../nbs/02d_moments.ipynb #5f72f3af
 class FullSampleMoments(SampleColumns):
-    "A perturbation that no sample decides"
+    "Columns by sample, for a perturbation that no sample decides"
     def __init__(self, algorithm:Algorithm, objective:FiniteSum, x:Tensor): # (..., d)
         super().__init__(objective, x)
         self.algorithm = algorithm
