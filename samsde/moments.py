@@ -22,6 +22,7 @@ from samsde.algorithm import (
     SAM, SGD, USAM, Algorithm, Linear, check_micro_batch, check_model, in_cuts, overrides,
     shuffled)
 from .machinery.checks import broadcast_paths, check_int, per_path
+from .machinery.paths import accumulate
 from .objective import (
     Additive, FiniteSum, MinibatchLoss, Minibatches, Objective, Quadratic, Support, gradient)
 from .random_direction import at_least_single, gaussian_factors, mean_square_across
@@ -143,7 +144,8 @@ def chunks(gammas:Tensor, x:Tensor, # of a piece times x, 2²² numbers
 def weighted_sum(objective:Objective, fn:Callable, gammas:Tensor, w:Tensor, x:Tensor) -> Tensor:
     "Σ_k w_k fn(γ_k) for weights (..., K), a piece of the γ at a time"
     w = w.expand(*x.shape[:-1], -1).movedim(-1, 0)[..., None]
-    return sum((w[s] * fn(gammas[s])).sum(0) for s in chunks(gammas, x, chunk=objective.chunk))
+    slices = chunks(gammas, x, chunk=objective.chunk)
+    return accumulate((w[s] * fn(gammas[s])).sum(0) for s in slices)
 
 # %% ../nbs/02d_moments.ipynb #976f095a
 def expectation(fn:Callable, # values of γ (k, 1, ..., 1, b) -> (k, ..., m)
@@ -160,14 +162,15 @@ def expectation(fn:Callable, # values of γ (k, 1, ..., 1, b) -> (k, ..., m)
         return (fn(gammas[:n][s]) + fn(gammas[n:][s])) / 2
     total = shift = square = 0
     for i, s in enumerate(chunks(gammas[:n], x, chunk=chunk)):
-        v = values(s)
+        found = values(s)
+        v = at_least_single(found)
         if i == 0: shift = v.mean(0).detach()
         total = total + (v - shift).sum(0)
         square = square + (v - shift).detach().square().sum(0)
     mean = total / n
-    if support.exact: return shift + mean, torch.zeros_like(mean)
+    if support.exact: return (shift + mean).to(found.dtype), torch.zeros_like(found[0])
     variance = (square / n - mean.detach()**2).clamp(min=0)
-    return shift + mean, (variance / (n - 1)).sqrt()
+    return (shift + mean).to(found.dtype), (variance / (n - 1)).sqrt().to(found.dtype)
 
 # %% ../nbs/02d_moments.ipynb #ad7db66c
 def hessian_perturbation(algorithm:Algorithm, objective:Objective,
@@ -303,7 +306,8 @@ def potential_sum(objective:FiniteSum, x:Tensor, psi:Callable, gammas:Tensor, # 
     def of_piece(s):
         rest = w[..., s], v[..., s], gammas[..., s, :]
         return gradient(lambda z: objective.lift(total, z, *rest, kind="potential"), x)
-    return sum(of_piece(s) for s in chunks(gammas.movedim(-2, 0), x, chunk=objective.chunk))
+    slices = chunks(gammas.movedim(-2, 0), x, chunk=objective.chunk)
+    return accumulate(of_piece(s) for s in slices)
 
 def takes_functions(objective:FiniteSum) -> bool:
     "May sample gradients be taken inside of a function?"
@@ -461,7 +465,7 @@ class AdditiveMoments(DrawnMoments):
         def of_piece(s):
             along = (xi @ self.zeta[s].T)[..., None, :] # (..., 1, k)
             return (along @ self.u(first_axis(self.zeta[s], self.x)).movedim(0, -2))[..., 0, :]
-        return sum(of_piece(s) for s in chunks(self.zeta, xi)) / len(self.zeta)
+        return accumulate(of_piece(s) for s in chunks(self.zeta, xi)) / len(self.zeta)
     def combine(self, h, xi, rho):
         w = h * self.grad if h else torch.zeros_like(self.x)
         if xi is not None: w = w + self.objective.law(xi)

@@ -508,6 +508,35 @@ def test_a_sweep_in_another_dtype():
         torch.testing.assert_close(found[0][1], alone, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_pieces_in_half_precision(dtype):
+    """A sum over thousands of pieces does not stand still: a bound on memory changes no number."""
+    n = 1000
+    rows = torch.linspace(0.5, 1.5, 2 * n, dtype=torch.float64).view(n, 2).to(dtype)
+
+    def select(x, i):
+        return (rows[i] @ x).square() / 2
+
+    def functions(chunk):
+        sums = [
+            FiniteSum(lambda x: (rows @ x).square() / 2, n, 2, B, select=select, chunk=chunk)
+            for B in (1, 2, n)
+        ]
+        x = torch.ones(2, dtype=dtype)
+        batch = torch.arange(n)
+        return [
+            sums[0].grad(x),
+            sums[0].hvp(x, x),
+            sums[2].sample_grad(x, batch),
+            *(drift(kind(0.5), o, x, draws=1024) for kind in (USAM, SAM) for o in sums[:2]),
+            drift(SAM(0.5), sums[1], x, "exact"),
+            regularized_loss(SAM(0.5), sums[1], x),
+        ]
+
+    for ours, known in zip(functions(1), functions(None)):
+        torch.testing.assert_close(ours, known, rtol=0.02, atol=0)
+
+
 def test_the_error_of_random_signs():
     """The radius decides the signs: over many, the errors that are told are those that are made."""
     objective = objectives(torch.float64, "cpu")["sum, B=2"]
