@@ -17,9 +17,9 @@ from samsde.machinery.checks import (
 from .machinery.differences import FALSE, false_derivative
 from .machinery.record import replay
 from .machinery.sampling import KEY
-from .objective import (
-    Additive, FiniteSum, Gaussian, InMicroBatches, Minibatches, MinibatchLoss, Noiseless, NoisyLoss,
-    Objective, gradient)
+from samsde.objective import (
+    Additive, FiniteSum, InMicroBatches, MinibatchLoss, Noiseless, NoisyLoss, Objective, Quadratic,
+    gradient)
 from .machinery.style import colours
 
 # %% ../nbs/01_algorithm.ipynb #ede46e34
@@ -218,6 +218,35 @@ def close(a:Tensor, b:Tensor) -> bool:
     size = b.abs().max()
     return not torch.isfinite(gap + size) or bool(gap <= slack * (size + 1))
 
+# %% ../nbs/01_algorithm.ipynb #6f5acdce
+def wrong_derivatives(objective:Objective, x:Tensor, gamma:Tensor, v:Tensor, w:Tensor):
+    "Words, and two values that should be equal: derivatives that an objective has in two ways"
+    slopes = [(objective.hvp(x, a) * b).sum(-1) for a, b in ((v, w), (w, v))]
+    yield "grad is the gradient of no loss, as its Hessian is not symmetric", *slopes
+    yield from from_inherited(objective, dict(x=x, gamma=gamma, v=v, y=w, a=x[:, :1]))
+    if isinstance(objective, Additive):
+        sum_of_both = objective.grad(x) + gamma
+        yield "sample_grad is not grad plus gamma", objective.sample_grad(x, gamma), sum_of_both
+    if isinstance(objective, Quadratic):
+        yield "hvp is not the product with H", objective.hvp(x, v), v @ objective.H
+
+# %% ../nbs/01_algorithm.ipynb #163a299b
+def wrong_means(objective:Objective, x:Tensor, gamma:Tensor, generator):
+    "Likewise, losses"
+    if isinstance(objective, FiniteSum):
+        losses = objective.losses(x)
+        yield "loss is not the mean of losses", objective.loss(x), losses.mean(-1)
+        of_batch = losses.gather(-1, gamma).mean(-1)
+        yield "sample_loss is not a mean of losses", objective.sample_loss(x, gamma), of_batch
+    else:
+        support = objective.law.support(1024, generator, dtype=x.dtype)
+        losses = torch.stack([objective.sample_loss(x, c.expand(2, -1)) for c in support.gammas])
+        mean, loss = losses.mean(0), objective.loss(x)
+        sem = 0 if support.exact else losses.std(0) / len(losses)**.5
+        seen = (loss - mean).abs() > 8 * sem
+        yield "loss is not the mean of sample_loss", torch.where(seen, loss, mean), mean
+
+# %% ../nbs/01_algorithm.ipynb #49c5b3d0
 def contradictions(objective:Objective): # of words, two values that should be equal
     "What an objective says in two ways, at two random points"
     generator = torch.Generator().manual_seed(0)
@@ -225,41 +254,29 @@ def contradictions(objective:Objective): # of words, two values that should be e
     points = torch.randn(3, 2, objective.dim, generator=generator, dtype=torch.float64)
     x, v, w = points.to(dtype) / 4
     gamma = objective.draw((2,), generator, dtype=dtype)
-    slopes = [(objective.hvp(x, a) * b).sum(-1) for a, b in ((v, w), (w, v))]
-    yield "grad is the gradient of no loss, as its Hessian is not symmetric", *slopes
-    yield from from_inherited(objective, dict(x=x, gamma=gamma, v=v, y=w, a=x[:, :1]))
-    if isinstance(objective, FiniteSum):
-        losses = objective.losses(x)
-        yield "loss is not the mean of losses", objective.loss(x), losses.mean(-1)
-        of_batch = losses.gather(-1, gamma).mean(-1)
-        yield "sample_loss is not a mean of losses", objective.sample_loss(x, gamma), of_batch
-    else:
-        support = objective.law.support(1024, generator, dtype=dtype)
-        losses = torch.stack([objective.sample_loss(x, c.expand(2, -1)) for c in support.gammas])
-        mean, loss = losses.mean(0), objective.loss(x)
-        sem = 0 if support.exact else losses.std(0) / len(losses)**.5
-        seen = (loss - mean).abs() > 8 * sem
-        yield "loss is not the mean of sample_loss", torch.where(seen, loss, mean), mean
+    yield from wrong_derivatives(objective, x, gamma, v, w)
+    yield from wrong_means(objective, x, gamma, generator)
 
-# %% ../nbs/01_algorithm.ipynb #ab2c7380
-def check_draws(objective:Objective):
-    "Raises ValueError where γ has another law than that of which formulas know, TypeError if none"
-    law = objective.law
-    if not hasattr(law, "draw"):
-        raise TypeError(f"{type(objective).__name__} must have a `law`, an object that draws γ, "
-                        f"got {type(law).__name__}")
-    uniform = isinstance(objective, FiniteSum)
-    known = Minibatches if uniform else Gaussian if isinstance(objective, Additive) else type(law)
-    for thing, base in ((objective, Objective), (law, known)):
-        if not is_ours(thing) and overrides(thing, "draw", base):
-            raise ValueError(f"{type(thing).__name__} overrides `draw`, of which formulas know "
-                             "nothing: write an Objective with a `law` that draws so")
-
-# %% ../nbs/01_algorithm.ipynb #4e6b8312
+# %% ../nbs/01_algorithm.ipynb #734d39ec
 def is_ours(thing) -> bool:
     "Does the library define its class?"
     return type(thing).__module__.startswith("samsde.")
 
+def check_law(objective:Objective):
+    "Raises ValueError where γ has another law than that of which formulas know, TypeError if none"
+    name, law = type(objective).__name__, objective.law
+    if not hasattr(law, "draw"):
+        raise TypeError(f"{name} must have a `law`, an object that draws γ, "
+                        f"got {type(law).__name__}")
+    if not is_ours(objective) and overrides(objective, "draw", Objective):
+        raise ValueError(f"{name} overrides `draw`, of which formulas know nothing: "
+                         "write an Objective with a `law` that draws so")
+    for kind in (Additive, FiniteSum):
+        if isinstance(objective, kind) and not is_ours(law):
+            raise ValueError(f"{name} is a kind of {kind.__name__}, whose law is known, but has the "
+                             f"law {type(law).__name__}: subclass Objective instead")
+
+# %% ../nbs/01_algorithm.ipynb #4e6b8312
 def first_contradiction(found) -> str|None: # of contradictions(...)
     "The first words whose values differ; None if there are none"
     try: return next((words for words, a, b in found if not close(a, b)), None)
@@ -278,7 +295,7 @@ def check_objective(objective:Objective):
     """Raises ValueError if a class of a user's own contradicts itself, such as one whose loss the
     inherited gradient does not belong to, or if torch's derivatives are not those of a function."""
     if "consistent" in vars(objective): return
-    check_draws(objective)
+    check_law(objective)
     if not is_ours(objective) and (words := first_contradiction(contradictions(objective))):
         raise ValueError(f"{type(objective).__name__} contradicts itself: its {words}")
     of_functions = isinstance(objective, FiniteSum) and objective.network is None
@@ -414,6 +431,7 @@ def check_model(algorithm:Algorithm, what:str, # that is asked for, in words
         raise ValueError(
             f"{name} overrides `step` and so has no {what}: override `perturbation`, "
             f"or `direction`")
+
     if overrides(algorithm, "direction") and not direction:
         raise ValueError(f"{name} overrides `direction` and so has no {what}"
                          + f": use {exact}" * bool(exact))

@@ -71,38 +71,41 @@ def noise_trace(objective:Additive|FiniteSum, x:Tensor, grad:Tensor):
     return objective.law.tau * expectation(square, every, x, objective.chunk)[0]
 
 # %% ../nbs/03_implicit_regularizer.ipynb #5fdbfbaf
+def known_potential(self:Algorithm, objective:Objective, x:Tensor) -> Tensor|None: # (...)
+    "E ψ(∇f_γ) in closed form; None where there is none"
+
+def known_potential_of_usam(self:USAM, objective, x):
+    if self.definer is not USAM or not isinstance(objective, (Additive, FiniteSum)): return None
+    grad = objective.grad(x)
+    return (grad.square().sum(-1) + noise_trace(objective, x, grad)) / 2
+
+def known_potential_of_dnsam(self:DNSAM, objective, x):
+    if self.definer is not DNSAM: return None
+    if not (isinstance(objective, Additive) or objective.law.noiseless):
+        raise ValueError(
+            "DNSAM with minibatch noise has no regularised loss: its drift is not a gradient")
+    return torch.linalg.vector_norm(objective.grad(x), dim=-1)
+
+# %% ../nbs/03_implicit_regularizer.ipynb #4939d6d8
+def known_potential_of_sam(self:SAM, objective, x):
+    isotropic = isinstance(objective, Additive) and objective.law.cov is None
+    if self.definer is SAM and isotropic:
+        return gaussian_direction(objective.grad(x), objective.law.sigma).norm
+
+Algorithm.known_potential, USAM.known_potential = known_potential, known_potential_of_usam
+DNSAM.known_potential, SAM.known_potential = known_potential_of_dnsam, known_potential_of_sam
+
+# %% ../nbs/03_implicit_regularizer.ipynb #473d2b2c
 def mean_potential(self:Algorithm, objective:Objective, x:Tensor, # (..., d)
                    draws:int=1024, seed:int=0) -> tuple[Tensor, Tensor]: # (...) each
     "E ψ(∇f_γ) and its standard error. Raises TypeError where there is no potential."
+    known = self.known_potential(objective, x)
+    if known is not None: return known, torch.zeros_like(known)
     if not self.has_potential: Algorithm.potential(self, x)
     def psi(gamma): return self.potential(objective.sample_grad(x, gamma))
     return expectation(psi, gamma_support(objective, x, draws, seed), x, objective.chunk)
 
-def mean_potential_of_usam(self:USAM, objective, x, draws=1024, seed=0):
-    if self.definer is not USAM or not isinstance(objective, (Additive, FiniteSum)):
-        return mean_potential(self, objective, x, draws, seed)
-    grad = objective.grad(x)
-    value = (grad.square().sum(-1) + noise_trace(objective, x, grad)) / 2
-    return value, torch.zeros_like(value)
-
-def mean_potential_of_dnsam(self:DNSAM, objective, x, draws=1024, seed=0):
-    if self.definer is not DNSAM: return mean_potential(self, objective, x, draws, seed)
-    if not (isinstance(objective, Additive) or objective.law.noiseless):
-        raise ValueError(
-            "DNSAM with minibatch noise has no regularised loss: its drift is not a gradient")
-    value = torch.linalg.vector_norm(objective.grad(x), dim=-1)
-    return value, torch.zeros_like(value)
-
-# %% ../nbs/03_implicit_regularizer.ipynb #4939d6d8
-def mean_potential_of_sam(self:SAM, objective, x, draws=1024, seed=0):
-    isotropic = isinstance(objective, Additive) and objective.law.cov is None
-    if self.definer is not SAM or not isotropic:
-        return mean_potential(self, objective, x, draws, seed)
-    value = gaussian_direction(objective.grad(x), objective.law.sigma).norm
-    return value, torch.zeros_like(value)
-
-Algorithm.mean_potential, USAM.mean_potential = mean_potential, mean_potential_of_usam
-DNSAM.mean_potential, SAM.mean_potential = mean_potential_of_dnsam, mean_potential_of_sam
+Algorithm.mean_potential = mean_potential
 
 # %% ../nbs/03_implicit_regularizer.ipynb #79d94cf8
 def seen_by(algorithm:Algorithm, objective:Objective) -> Objective:
@@ -141,5 +144,6 @@ def regularized_loss(algorithm:Algorithm, objective:Objective,
     check_model(algorithm, "regularised loss")
     x = expand_sweep(objective.check(x), rho=algorithm.rho)
     value, sem = algorithm.mean_potential(seen_by(algorithm, objective), x, draws, seed)
-    value = objective.loss(x) + algorithm.rho * value
-    return (value, algorithm.rho * sem) if return_sem else value
+    rho = algorithm.rho.to(x) if isinstance(algorithm.rho, Tensor) else algorithm.rho
+    value = objective.loss(x) + rho * value
+    return (value, rho * sem) if return_sem else value

@@ -18,7 +18,7 @@ from .machinery.checks import (
     check_points, check_scalar, check_symmetric, psd_root)
 from .machinery.comparison import check_network
 from .machinery.network import Network, check_data, check_module, unfit
-from .machinery.paths import add_, can_be_tried, gradient, lift, needs_loop
+from .machinery.paths import accumulate, add_, can_be_tried, gradient, lift, needs_loop
 from .machinery.sampling import KEY, batch_of_epoch, distinct, draw_key
 
 # %% ../nbs/00_objective.ipynb #f18a48a7
@@ -350,14 +350,14 @@ class WeightedSums(SampleLosses):
         "Σ_i w_i ∇f_i(x), (..., d) and (..., n) -> (..., d)"
         x = broadcast_paths(self.check(x), w=check_points("w", w, self.n, x.dtype))
         def of_slice(s): return gradient(lambda z: self.weighted_loss(z, w, s), x)
-        return sum(of_slice(s) for s in self.slices(x))
+        return accumulate(of_slice(s) for s in self.slices(x))
     def weighted_hvp(self, x:Tensor, w:Tensor, v:Tensor) -> Tensor:
         "Σ_i w_i ∇²f_i(x) v"
         x = broadcast_paths(
             self.check(x), w=check_points("w", w, self.n, x.dtype), v=self.check(v, "v"))
         def slope(z, s): return (gradient(lambda y: self.weighted_loss(y, w, s), z) * v).sum(-1)
         def of_slice(s): return gradient(lambda z: slope(z, s), x)
-        return sum(of_slice(s) for s in self.slices(x))
+        return accumulate(of_slice(s) for s in self.slices(x))
 
 # %% ../nbs/00_objective.ipynb #b673c30f
 class MeansOfSamples(WeightedSums):
@@ -384,7 +384,7 @@ class MeansOfSamples(WeightedSums):
         paths = x[..., 0].numel()
         if self.chunk is None or b * paths <= self.chunk: return mean(self, x, gamma, **v)
         parts = gamma.split(max(1, self.chunk // max(1, paths)), -1)
-        return sum(cut.shape[-1] / b * mean(self, x, cut, **v) for cut in parts)
+        return accumulate(cut.shape[-1] / b * mean(self, x, cut, **v) for cut in parts)
 
 # %% ../nbs/00_objective.ipynb #553a533d
 def check_select(objective, z:Tensor):

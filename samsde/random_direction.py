@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import poch
 from torch import Tensor
 
 from .machinery.checks import check_floating, check_int, check_scalar
@@ -99,13 +100,14 @@ def gaussian_direction(g:Tensor, # ḡ, (..., d)
     Raises ValueError or TypeError on bad input."""
     if check_floating("g", g).ndim == 0 or not g.shape[-1]:
         raise ValueError(f"g must have shape (..., d), got {tuple(g.shape)}")
-    r = torch.linalg.vector_norm(at_least_single(g), dim=-1)
     sigma = check_scalar("sigma", sigma, zero=True)
-    if sigma == 0: found = r, g / torch.where(r == 0, 1, r)[..., None], 0 * r, 0 * r
+    y = g.double() / (sigma or 1) # its square is finite
+    r = torch.linalg.vector_norm(y, dim=-1)
+    if sigma == 0: found = r, y / torch.where(r == 0, 1, r)[..., None], 0 * r, 0 * r
     else:
-        A, along = gaussian_factors(r.square(), sigma, g.shape[-1], "A", "along")
-        found = (A * r**2 + sigma**2 * ((g.shape[-1] - 1) * A + along),
-                 A[..., None] * g, sigma**2 * along, sigma**2 * A)
+        A, along = gaussian_factors(r.square(), 1., g.shape[-1], "A", "along")
+        norm = A * r * r + (g.shape[-1] - 1) * A + along
+        found = sigma * norm, A[..., None] * y, sigma * along, sigma * A
     return GaussianDirection(*(t.to(g.dtype) for t in found))
 
 # %% ../nbs/02b_random_direction.ipynb #6f17a2ba
@@ -122,4 +124,4 @@ def mean_square_across(square:Tensor, # ‖∇f‖², (...)
 def kappa(d:int) -> float:
     "κ_d of Eq. (2b.7): E[g/‖g‖] = κ_d ḡ/s to first order in ḡ, for g ~ N(ḡ, s² I) in d dimensions"
     d = check_int("d", d)
-    return math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2)) / d
+    return math.sqrt(2) * poch(d / 2, .5).item() / d

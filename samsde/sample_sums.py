@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .machinery.layers import has_norms, layers_of, terms
 from .machinery.checks import check_int
+from .machinery.paths import accumulate
 from .objective import FiniteSum, gradient
 
 # %% ../nbs/02c_sample_sums.ipynb #b0380d7b
@@ -71,7 +72,7 @@ def gradient_of_sum(objective:FiniteSum, # from a module
     def of_slice(s):
         def lifted(z): return objective.lift(lambda z, *c: total(s, z, *c), z, *constants)
         return gradient(lifted, x)
-    return sum(of_slice(s) for s in objective.slices(x))
+    return accumulate(of_slice(s) for s in objective.slices(x))
 
 # %% ../nbs/02c_sample_sums.ipynb #e3294e80
 def seed_of(t:Tensor) -> int:

@@ -281,6 +281,81 @@ class Constant(Algorithm):
         return 1.0
 
 
+class Raised(Quadratic):
+    """A quartic that is no longer ½ xᵀHx, on which what goes by H is wrong"""
+
+    def loss(self, x):
+        return (x * (x @ self.H)).sum(-1) / 2 + (x**4).sum(-1)
+
+    def grad(self, x):
+        return x @ self.H + 4 * x**3
+
+    def hvp(self, x, v):
+        return v @ self.H + 12 * x**2 * v
+
+    def add_grad_(self, y, x, a):
+        return y + a * self.grad(x)
+
+    def add_hvp_(self, y, x, v, a):
+        return y + a * self.hvp(x, v)
+
+
+class HeavyTails(Quadratic):
+    def draw(self, shape, generator=None, *, dtype=None, device=None):
+        return super().draw(shape, generator, dtype=dtype, device=device) ** 3
+
+
+class Lazy(Minibatches):
+    def draw(self, shape, generator=None, *, dtype=None, device=None):
+        return torch.zeros(*shape, self.batch_size, dtype=torch.long, device=device)
+
+
+class Multiplied(Additive):
+    """Its noise is a factor, not a term"""
+
+    def loss(self, x):
+        return x.square().sum(-1)
+
+    def sample_loss(self, x, gamma):
+        return self.loss(x) * (1 + gamma[..., 0])
+
+    def sample_grad(self, x, gamma):
+        return 2 * x * (1 + gamma[..., :1])
+
+    def sample_hvp(self, x, gamma, v):
+        return 2 * v * (1 + gamma[..., :1])
+
+    def grads(self, x, gamma):
+        return self.sample_grad(x, gamma), self.grad(x)
+
+
+def lazy_sum():
+    A = torch.eye(3, dtype=torch.float64)
+    objective = FiniteSum(lambda x: (A @ x - 1).square(), 3, 3)
+    objective.law = Lazy(3, 1)
+    return objective
+
+
+NOISY = NoisyLoss, (lambda x: (x**4).sum(), 2, 0.1)
+
+
+def wrong(method):
+    """A loss with one method that returns twice what it should"""
+
+    def twice(self, *args):
+        found = getattr(super(kind, self), method)(*args)
+        return tuple(2 * v for v in found) if isinstance(found, tuple) else 2 * found
+
+    base, args = (FiniteSum, (lambda x: x**4, 2, 2)) if method == "grads" else NOISY
+    kind = type("Wrong", (base,), {method: twice})
+    return kind(*args)
+
+
+class Further(SAM):
+    def ascent(self, objective, x, gamma):
+        return 2 * super().ascent(objective, x, gamma)
+
+
 bowls = [Quadratic(torch.eye(d, dtype=torch.float64), 0.1) for d in (2, 3)]
 MISTAKES = {
     "a loss that is no mean": (USAM(0.1), NoMean(), "its loss is not the mean of sample_loss"),
@@ -289,6 +364,16 @@ MISTAKES = {
     "paths together": (PathMean(0.1), bowls[0], "one path after another"),
     "a scale": (NumberOfPath(0.1), bowls[1], r"shape \(\.\.\., 1\), got \(3,\)"),
     "a number": (Constant(0.1), bowls[0], "must be a tensor, got float"),
+    "no quadratic": (USAM(0.1), Raised(bowls[0].H), "hvp is not the product with H"),
+    "draws": (SAM(0.1), HeavyTails(bowls[0].H, 0.1), "overrides `draw`"),
+    "a law": (SAM(0.1), lazy_sum(), "whose law is known, but has the law Lazy"),
+    "no term": (SAM(0.1), Multiplied(2, 0.1), "sample_grad is not grad plus gamma"),
+    "grads": (DNSAM(0.1), wrong("grads"), "grads are not sample_grad and grad"),
+    "sample_hvp": (SAM(0.1), wrong("sample_hvp"), "sample_hvp is not the derivative"),
+    "add_grad_": (USAM(0.1), wrong("add_grad_"), "add_grad_ does not add grad"),
+    "add_hvp_": (USAM(0.1), wrong("add_hvp_"), "add_hvp_ does not add hvp"),
+    "third": (USAM(0.1), wrong("third"), "third is not the derivative of hvp"),
+    "ascent": (Further(0.1), bowls[0], "overrides `ascent`, of which formulas know"),
 }
 
 
@@ -346,7 +431,7 @@ def test_another_law_of_minibatches_or_noise(law):
     for objective in (sums, noisy):
         Chain(USAM(0.1), copy.copy(objective), 0.1)
         objective.law = law
-        with pytest.raises(ValueError, match="overrides `draw`, of which formulas know nothing"):
+        with pytest.raises(ValueError, match="whose law is known, but has the law"):
             drift(USAM(0.1), objective, torch.ones(2, dtype=torch.float64))
 
 
@@ -489,3 +574,80 @@ def test_a_normalised_perturbation_of_any_size(kind, dtype):
         torch.testing.assert_close(gradient, torch.full_like(gradient, 0.5), rtol=1e-2, atol=0)
     bowl = Quadratic(torch.eye(4, dtype=dtype))
     assert not SAM(0.1).perturbation(bowl, 0 * x, 0 * x).any()
+
+
+@pytest.mark.parametrize("kind", [SGD, USAM, DNSAM, SAM])
+@pytest.mark.parametrize("name", ["sum", "sum, B=2"])
+def test_a_direction_of_its_own_is_the_exact_one(name, kind):
+    """Clipped gradients, as a subclass of each algorithm: means and covariances over all minibatches."""
+
+    class Clipped(kind):
+        def direction(self, objective, x, gamma):
+            return super().direction(objective, x, gamma).clamp(-0.1, 0.1)
+
+    objective = objectives(torch.float64, "cpu")[name]
+    algorithm, plain = (c() if kind is SGD else c(0.1) for c in (Clipped, kind))
+    x = torch.tensor([0.4, -0.7, 0.2], dtype=torch.float64)
+    every = objective.law.support(100).gammas
+    G = algorithm.direction(objective, x.expand(len(every), 3), every)
+    torch.testing.assert_close(drift(algorithm, objective, x, "exact"), -G.mean(0))
+    covariance = torch.cov(G.T, correction=0)
+    found = noise_covariance(algorithm, objective, x, "exact")
+    torch.testing.assert_close(found, covariance, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(noise_covariance(plain, objective, x, "exact"), covariance, rtol=0.1)
+
+
+def test_a_sweep_in_another_dtype():
+    """What comes back has the dtype of the points, whatever that of the radii."""
+    objective = objectives(torch.float32, "cpu")["noisy"]
+    rho, x = torch.tensor([0.1, 0.3], dtype=torch.float64), torch.ones(2, 3)
+    for function in (regularized_loss, drift):
+        found = function(SAM(rho), objective, x, return_sem=True)
+        alone = function(SAM(0.3), objective, x[1])
+        assert all(t.dtype == torch.float32 for t in found)
+        torch.testing.assert_close(found[0][1], alone, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_pieces_in_half_precision(dtype):
+    """A sum over thousands of pieces does not stand still: a bound on memory changes no number."""
+    n = 1000
+    rows = torch.linspace(0.5, 1.5, 2 * n, dtype=torch.float64).view(n, 2).to(dtype)
+
+    def select(x, i):
+        return (rows[i] @ x).square() / 2
+
+    def functions(chunk):
+        sums = [
+            FiniteSum(lambda x: (rows @ x).square() / 2, n, 2, B, select=select, chunk=chunk)
+            for B in (1, 2, n)
+        ]
+        x = torch.ones(2, dtype=dtype)
+        batch = torch.arange(n)
+        return [
+            sums[0].grad(x),
+            sums[0].hvp(x, x),
+            sums[2].sample_grad(x, batch),
+            *(drift(kind(0.5), o, x, draws=1024) for kind in (USAM, SAM) for o in sums[:2]),
+            drift(SAM(0.5), sums[1], x, "exact"),
+            regularized_loss(SAM(0.5), sums[1], x),
+        ]
+
+    for ours, known in zip(functions(1), functions(None)):
+        torch.testing.assert_close(ours, known, rtol=0.02, atol=0)
+
+
+def test_the_error_of_random_signs():
+    """The radius decides the signs: over many, the errors that are told are those that are made."""
+    objective = objectives(torch.float64, "cpu")["sum, B=2"]
+    x = torch.tensor([0.4, -0.7, 0.2], dtype=torch.float64)
+    far = []
+    for rho in torch.linspace(0.1, 0.5, 200).tolist():
+        exact, none = drift(USAM(rho), objective, x, return_sem=True)
+        objective.method = "signs"
+        found, sem = drift(USAM(rho), objective, x, return_sem=True)
+        objective.method = None
+        assert not none.any()
+        far.append((found - exact) / sem)
+    square = torch.stack(far).square().mean()  # of Student's t with 7 degrees of freedom: 7/5
+    assert 0.5 < square < 4

@@ -36,6 +36,14 @@ def put(network:Network, x:Tensor) -> nn.Module:
     torch.clear_autocast_cache() # which knows a parameter by its object
     return network.plain
 
+# %% ../../nbs/machinery/comparison.ipynb #f1846d32
+@contextlib.contextmanager
+def hooks_on(hooks:dict): # layer -> a function of (layer, args, kwargs, output)
+    "Where layers have hooks on their forward passes"
+    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer, hook in hooks.items()]
+    try: yield
+    finally: [h.remove() for h in handles]
+
 # %% ../../nbs/machinery/comparison.ipynb #c0e8cd0d
 def flat(found, params:list) -> Tensor:
     "Gradients as one vector, zeros where there is none"
@@ -438,11 +446,8 @@ def rough_layer(network:Network) -> str:
     X, _ = network.data(slice(0, 1))
     def note(name):
         return lambda layer, args, kwargs, out: calls.append((name, layer, args, kwargs))
-    leaves = [(name, layer) for name, layer in module.named_modules() if not [*layer.children()]]
-    handles = [layer.register_forward_hook(note(name), with_kwargs=True) for name, layer in leaves]
-    try:
-        with plainly(): module(X)
-    finally: [h.remove() for h in handles]
+    hooks = {layer: note(name) for name, layer in module.named_modules() if not [*layer.children()]}
+    with hooks_on(hooks), plainly(): module(X)
     for name, layer, args, kwargs in calls:
         if not twice(layer, args, kwargs): return f"layer {name!r} ({type(layer).__name__})"
     loss = getattr(network.loss, "__name__", type(network.loss).__name__)

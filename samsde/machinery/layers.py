@@ -17,7 +17,7 @@ from torch.func import functional_call, vmap
 
 from .checks import check_grad_possible
 from .comparison import (
-    close, in_double, near, off, pieces_of, plain_loss, some_rows, tolerance)
+    close, hooks_on, in_double, near, off, pieces_of, plain_loss, some_rows, tolerance)
 from .network import Network
 from .paths import Rewritten
 
@@ -119,13 +119,12 @@ def signals(network:Network, layers:dict, # name -> Layer
     def loss(added, outside, i):
         inputs = {}
         def tap(name):
-            def hook(layer, args, out):
+            def hook(layer, args, kwargs, out):
                 inputs[name] = args[0]
                 return out + added[name]
             return hook
-        handles = [module.get_submodule(name).register_forward_hook(tap(name)) for name in added]
-        try: f = network.losses({**params, **outside}, i[None])[0]
-        finally: [h.remove() for h in handles]
+        with hooks_on({module.get_submodule(name): tap(name) for name in added}):
+            f = network.losses({**params, **outside}, i[None])[0]
         return f, (f, inputs)
     added = {name: next(iter(params.values())).new_zeros(layer.shape)
              for name, layer in layers.items()}
@@ -171,13 +170,11 @@ def shapes_of_calls(network:Network
     module = network.thread_copy()
     calls = {}
     def note(name):
-        def hook(layer, args, out):
+        def hook(layer, args, kwargs, out):
             calls.setdefault(name, []).append(out.shape if len(args) == 1 else None)
         return hook
-    layers = [(name, layer) for name, layer in module.named_modules() if has_form(layer)]
-    handles = [layer.register_forward_hook(note(name)) for name, layer in layers]
-    try: network.losses(network.x0, first_row(network))
-    finally: [h.remove() for h in handles]
+    hooks = {layer: note(name) for name, layer in module.named_modules() if has_form(layer)}
+    with hooks_on(hooks): network.losses(network.x0, first_row(network))
     return calls
 
 # %% ../../nbs/machinery/layers.ipynb #589bb350
@@ -198,19 +195,17 @@ def candidates(network:Network) -> dict: # name -> Layer
 def frozen(layer:nn.Module):
     "A hook that returns what a copy of the layer returns, whose parameters have no gradient"
     twin = copy.deepcopy(layer).requires_grad_(False)
-    return lambda layer, args, out: twin(*args)
+    return lambda layer, args, kwargs, out: twin(*args, **kwargs)
 
 def used_elsewhere(network:Network, layers:dict) -> set: # of names of parameters
     "The parameters on which the loss depends though their layers are frozen"
     modules = [network.thread_copy().get_submodule(name) for name in layers]
-    hooks = [frozen(layer) for layer in modules]
-    handles = [layer.register_forward_hook(hook) for layer, hook in zip(modules, hooks)]
     names = [known for layer in layers.values() for known in layer.names.values()]
     with torch.enable_grad():
         named = network.named(network.x0).items()
         params = {name: p.detach().requires_grad_() for name, p in named}
-        try: f = network.losses(params, first_row(network)).sum()
-        finally: [h.remove() for h in handles]
+        with hooks_on({layer: frozen(layer) for layer in modules}):
+            f = network.losses(params, first_row(network)).sum()
         if not names or not f.requires_grad: return set()
         found = torch.autograd.grad(f, [params[name] for name in names], allow_unused=True)
     return {name for name, g in zip(names, found) if g is not None}

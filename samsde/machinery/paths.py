@@ -252,3 +252,13 @@ def add_(y:Tensor, # (..., d), changed
     if isinstance(a, Tensor): return y.addcmul_(a, v if M is None else v @ M)
     if M is not None and y.ndim == v.ndim == 2: return y.addmm_(v, M, alpha=a)
     return y.add_(v if M is None else v @ M, alpha=a)
+
+# %% ../../nbs/machinery/paths.ipynb #a8776bb6
+def accumulate(terms # tensors, one after another
+              ) -> Tensor: # of their dtype
+    "The sum of the terms, in single precision at least"
+    total = None
+    for t in terms:
+        wide = t.to(torch.promote_types(t.dtype, torch.float32))
+        total = wide if total is None else total + wide
+    return total.to(t.dtype)
