@@ -391,6 +391,26 @@ def mean_of_sde(sde:SDE, steps:int, test:Callable, x:Tensor, nodes:int, memory_n
         v = torch.matrix_exp(steps * float(sde.time_step) * L) @ v
     return from_start(sde, grid, v, x)
 
+# %% ../nbs/05b_weak_errors.ipynb #c8736f7a
+def tail(values:np.ndarray, nodes:int) -> float: # (nodes^d,)
+    "The sum of all coefficients in the upper quarter of the frequencies"
+    dim = round(math.log(len(values), nodes))
+    size = 2 * np.abs(np.fft.fftn(values.reshape((nodes,) * dim))) / len(values)
+    frequency = np.abs(np.fft.fftfreq(nodes, 1 / nodes))
+    return size[functools.reduce(np.maximum, np.ix_(*[frequency] * dim)) > 3 * nodes / 8].sum()
+
+def check_resolved(grid:Grid, nodes:int, test:Callable, error:np.ndarray): # (nodes^d,)
+    "Raises ValueError where interpolation may be off by more than a tenth of the weak error"
+    between = grid.states[::max(1, len(grid.states) // 64)] + 2 * np.pi * (1 + .35 / nodes)
+    known = values_of(test, grid.states).numpy()
+    missed = np.abs(grid.rows(between) @ known - values_of(test, between).numpy()).max()
+    off = max(missed, tail(error, nodes))
+    gap = np.abs(error).max()
+    if off <= gap / 10 + 1e-9 * np.abs(known).max(): return
+    raise ValueError(
+        f"{nodes} nodes leave the error of {gap:.2g} uncertain by about {off:.1g}: use more nodes, "
+        "a test function that is smooth and periodic, or weak_error")
+
 # %% ../nbs/05b_weak_errors.ipynb #cf8d2939
 def exact_difference(chain:Chain, # the algorithm
                      sde:SDE, # its model, or any other
@@ -399,16 +419,18 @@ def exact_difference(chain:Chain, # the algorithm
                      nodes:int|None=None, # on an axis, even; if None, 96 (circle) or 20 (torus)
                      memory_nodes:int=17 # for each number that is remembered, such as a velocity
                     ) -> tuple[Tensor, np.ndarray]: # starts (nodes^d, d), and the error from each
-    """The weak error at `t_end` from every node, exactly.
-    Raises ValueError or TypeError if the two do not belong together."""
+    """The weak error at `t_end` from every node, exactly. Raises ValueError or TypeError
+    if the two do not belong together, or the nodes are too few for the functions of the start."""
     together(chain, sde)
     steps = step_count(sde.time_step, t_end)
     dim = periodic(chain).dim
     if nodes is None: nodes = 96 if dim == 1 else 20
-    x = torus_nodes(nodes, dim)[1]
+    grid = Grid([circle_axis(nodes)] * dim)
     with one_thread():
-        algorithm = mean_of_chain(chain, steps, test, x, nodes, memory_nodes)
-        return x, algorithm - mean_of_sde(sde, steps, test, x, nodes, memory_nodes)
+        error = (mean_of_chain(chain, steps, test, grid.states, nodes, memory_nodes)
+                 - mean_of_sde(sde, steps, test, grid.states, nodes, memory_nodes))
+    check_resolved(grid, nodes, test, error)
+    return grid.states, error
 
 # %% ../nbs/05b_weak_errors.ipynb #cf6f64fd
 def exact_error(chain:Chain, # the algorithm

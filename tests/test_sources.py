@@ -295,7 +295,7 @@ def test_the_second_order_of_the_previous_batch(how):
     def errors(model, etas=(2.0**-5, 2.0**-6)):
         a = USAM(0.3, source="previous", **how)
         pairs = [(Chain(a, problem, eta), model(a, problem, eta, **second)) for eta in etas]
-        return [exact_error(*pair, 1, np.sin, 24, 9) for pair in pairs]
+        return [exact_error(*pair, 1, np.sin, 32, 9) for pair in pairs]
 
     own, plain = errors(SDE), errors(Plain)
     assert abs(np.log2(own[0] / own[1]) - 2) < 0.1
