@@ -17,8 +17,9 @@ from samsde.machinery.checks import (
 from .machinery.differences import FALSE, false_derivative
 from .machinery.record import replay
 from .machinery.sampling import KEY
-from .objective import (
-    Additive, FiniteSum, InMicroBatches, MinibatchLoss, Noiseless, NoisyLoss, Objective, gradient)
+from samsde.objective import (
+    Additive, FiniteSum, InMicroBatches, MinibatchLoss, Noiseless, NoisyLoss, Objective, Quadratic,
+    gradient)
 from .machinery.style import colours
 
 # %% ../nbs/01_algorithm.ipynb #ede46e34
@@ -203,6 +204,9 @@ def contradictions(objective:Objective): # of words, two values that should be e
     ours = objective.sample_grad(x, gamma)
     known = Objective.sample_grad(objective, x, gamma)
     yield "sample_grad is not the gradient of sample_loss", ours, known
+    if isinstance(objective, Additive):
+        yield "sample_grad is not grad and the noise", ours, objective.grad(x) + gamma
+    if isinstance(objective, Quadratic): yield "grad is not Hx", objective.grad(x), x @ objective.H
     if isinstance(objective, FiniteSum):
         losses = objective.losses(x)
         yield "loss is not the mean of losses", objective.loss(x), losses.mean(-1)

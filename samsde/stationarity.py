@@ -143,6 +143,8 @@ def matrices(process) -> tuple:
         raise TypeError(
             f"the closure is of SGD, USAM, DNSAM or SAM on a Quadratic, "
             f"got {algorithm} on {type(objective).__name__}")
+    if type(process) not in (Chain, SDE):
+        raise TypeError(f"the closure is of a Chain or an SDE itself, got {type(process).__name__}")
     check_plain(algorithm, "the closure")
     process.check_untrained("the closure")
     if getattr(process, "order", 1) != 1:

@@ -19,7 +19,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Process, is_ours
+from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Process, is_ours, overrides
 from .ensemble import simulate, time_grid
 from .moments import gamma_support, with_law
 from .machinery.checks import (
@@ -332,6 +332,8 @@ def together(chain:Chain, sde:SDE):
             f"got {chain.time_step} and {sde.time_step}")
 
 # %% ../nbs/05b_weak_errors.ipynb #327af7a5
+IGNORED = ("draw", "diffusion", "moments", "step", "advance") # of an SDE, by what is exact
+
 def values_of(test:Callable, x:Tensor) -> Tensor: # (K, d) -> (K,)
     "A function of angles at points, if it gives a finite number for each; else a ValueError"
     values = np.asarray(test(*x.numpy().T), dtype=float)
@@ -422,6 +424,8 @@ def exact_difference(chain:Chain, # the algorithm
     """The weak error at `t_end` from every node, exactly. Raises ValueError or TypeError
     if the two do not belong together, or the nodes are too few for the functions of the start."""
     together(chain, sde)
+    one_process(chain, ("draw", "advance"))
+    one_process(sde, IGNORED)
     steps = step_count(sde.time_step, t_end)
     dim = periodic(chain).dim
     if nodes is None: nodes = 96 if dim == 1 else 20
@@ -486,26 +490,31 @@ def torus_error(algorithm:Algorithm, # any, on both sides
                         expansion=expansion, noise=noise, order=order)
 
 # %% ../nbs/05b_weak_errors.ipynb #f5886ab1
-def step_without_noise(chain:Chain, x:Tensor) -> Tensor: # (..., d) -> (..., d)
-    def no_noise(): return x.new_zeros(*x.shape[:-1], chain.noise_dim)
-    return chain.position(chain.advance(chain.start(x), no_noise, [chain.time_step]))
+def linear_parts(process:Chain|SDE, x:Tensor, xi:Tensor) -> list: # of tensors
+    "What is linear in points and noise where moments are exact"
+    if isinstance(process, Chain):
+        return [process.position(process.advance(process.start(x), lambda: xi, [process.time_step]))]
+    noise = (process.covariance(x) @ xi[..., None])[..., 0]
+    return [process.drift(x), noise, process.position(process.start(x))]
 
 def check_adds_up(process:Chain|SDE):
-    "Raises ValueError where a class of a user's own has a drift or a step that is not linear"
-    if is_ours(process) and is_ours(process.objective): return
-    field = (process.drift if isinstance(process, SDE)
-             else functools.partial(step_without_noise, process))
+    "Raises ValueError where a class of a user's own has a drift, a step or noise that is not linear"
+    if is_ours(process): return
     d = process.objective.dim
-    x, y = torch.randn(2, d, generator=torch.Generator().manual_seed(0)).to(process.objective.H)
-    gap = (field(x + y) - field(x) - field(y)).abs().max()
-    if gap <= 1e-3 * max(field(x).abs().max(), field(y).abs().max()): return
-    raise ValueError(f"{type(process).__name__} on {type(process.objective).__name__} is not "
-                     "linear, which exact moments need")
+    generator = torch.Generator().manual_seed(0)
+    x, xi = (torch.randn(2, n, generator=generator).to(process.objective.H)
+             for n in (d, process.noise_dim if isinstance(process, Chain) else d))
+    pairs = [*zip(x, xi), (x.sum(0), xi.sum(0))]
+    for a, b, both in zip(*(linear_parts(process, *pair) for pair in pairs)):
+        if (both - a - b).abs().max() > 1e-3 * max(a.abs().max(), b.abs().max()):
+            raise ValueError(f"{type(process).__name__} on {type(process.objective).__name__} is not "
+                             "linear, which exact moments need")
 
 def check_linear(process:Chain|SDE):
     """Raises TypeError or ValueError unless the process is that of SGD or USAM on a Quadratic.
     With a metric, |x| of `adaptive`, a step is not linear."""
-    algorithm, objective = one_process(process).algorithm, process.objective
+    ignored = IGNORED if isinstance(process, SDE) else ("draw",)
+    algorithm, objective = one_process(process, ignored).algorithm, process.objective
     linear = type(algorithm) in (SGD, USAM) and not algorithm.has_metric
     if not linear or not isinstance(objective, Quadratic):
         what = f"{algorithm!r} on {type(objective).__name__}"
@@ -775,7 +784,7 @@ def weak_error(chain:Chain, # the algorithm
         end = steps * float(process.time_step)
         return simulate(process, x, end, n_paths, observe=observe, **settings | other)
     paired = (all(isinstance(p.objective, Additive) for p in (chain, sde))
-              and sde.noise_dim == chain.noise_dim)
+              and sde.noise_dim == chain.noise_dim and not overrides(chain, "draw", Chain))
     method, more = (paired_run, ()) if paired else (independent_run, (seed,))
     times, mean, sem, euler, dead = method(chain, sde, x0, one_number(test), run, *more)
     curve = pd.DataFrame({"time": times, "difference": mean, "sem": sem,
