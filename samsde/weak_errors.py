@@ -14,6 +14,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy.fft
 import scipy.integrate
 import scipy.linalg
 import torch
@@ -135,6 +136,7 @@ class Axis(NamedTuple):
     nodes: np.ndarray # (n,)
     rows: Callable # points (...) -> (..., n), the weights of the values at the nodes
     derivative: np.ndarray # (n, n)
+    tail: Callable # values (..., n) -> (...), their coefficients in the upper quarter, in sum
 
 def dirichlet(s:np.ndarray, nodes:int) -> np.ndarray:
     "The kernel of trigonometric interpolation, Eq. (5b.3), 1 at s = 0"
@@ -151,7 +153,8 @@ def circle_axis(n:int # even
     D = np.where(gap == 0, 0, .5 * (-1.)**gap / np.tan(np.where(gap == 0, 1, gap) * np.pi / n))
     x = 2 * np.pi * j / n
     def rows(points): return dirichlet(points[..., None] - x, n)
-    return Axis(x, rows, D)
+    def tail(values): return 2 / n * np.abs(np.fft.rfft(values))[..., 3 * n // 8:].sum(-1)
+    return Axis(x, rows, D, tail)
 
 # %% ../nbs/05b_weak_errors.ipynb #dd14303f
 class Grid:
@@ -171,6 +174,11 @@ class Grid:
         each = [np.linalg.matrix_power(axis.derivative, along.count(i))
                 for i, axis in enumerate(self.axes)]
         return functools.reduce(np.kron, each)
+    def tail(self, values:np.ndarray, first:int=0) -> float:
+        "How far an interpolant of the values (S,) may be off, along the axes from the first one on"
+        values = values.reshape([len(axis.nodes) for axis in self.axes])
+        return max((axis.tail(np.moveaxis(values, i, -1)).max()
+                    for i, axis in enumerate(self.axes) if i >= first), default=0.)
 
 def torus_nodes(nodes:int, # M along each axis, even
                 dim:int # 1 or 2
@@ -216,7 +224,8 @@ def interval_axis(n:int, half:float) -> Axis:
         away = points[..., None] - q
         weights = w / np.where(abs(away) < 1e-15 * half, 1e-15 * half, away)
         return weights / weights.sum(-1, keepdims=True)
-    return Axis(q, rows, D - np.diag(D.sum(1)))
+    def tail(values): return np.abs(scipy.fft.dct(values))[..., 3 * n // 4:].sum(-1) / n
+    return Axis(q, rows, D - np.diag(D.sum(1)), tail)
 
 def largest_memory(process, name:str) -> float:
     "A number that what is remembered stays below: \"v\", a velocity, or \"u0\", …, perturbations"
@@ -343,11 +352,6 @@ def values_of(test:Callable, x:Tensor) -> Tensor: # (K, d) -> (K,)
     if np.isfinite(values).all(): return torch.from_numpy(values)
     raise ValueError("test must be finite at every node, got infinite or NaN values")
 
-def from_start(process, grid:Grid, values:Tensor, x:Tensor) -> np.ndarray:
-    "The values at the states in which paths start at the points x"
-    states = process.start(x)[:, :len(grid.axes)]
-    return grid.rows(states) @ values.numpy()
-
 # %% ../nbs/05b_weak_errors.ipynb #2143a7e9
 def applied(P:Tensor, steps:int, v:Tensor) -> Tensor: # (S,)
     "P^steps v: by squaring P where that is less work, else step by step"
@@ -355,8 +359,8 @@ def applied(P:Tensor, steps:int, v:Tensor) -> Tensor: # (S,)
     for _ in range(steps): v = P @ v
     return v
 
-def mean_of_chain(chain:Chain, steps:int, test:Callable, x:Tensor, nodes:int, memory_nodes:int
-                 ) -> np.ndarray: # for paths that start at x
+def mean_of_chain(chain:Chain, steps:int, test:Callable, nodes:int, memory_nodes:int
+                 ) -> tuple[Grid, np.ndarray]: # states, and the mean of paths from each
     "E φ after so many steps: the last operator is applied first"
     grid = grid_of(chain, nodes, memory_nodes)
     v = values_of(test, chain.position(grid.states))
@@ -364,9 +368,9 @@ def mean_of_chain(chain:Chain, steps:int, test:Callable, x:Tensor, nodes:int, me
     if not chain.is_scheduled: # the first step may differ, by torch's first buffer
         first = int("k" in chain.memory and steps > 0)
         v = applied(operator(1), steps - first, v)
-        return from_start(chain, grid, operator(0) @ v if first else v, x)
+        return grid, (operator(0) @ v if first else v).numpy()
     for k in reversed(range(steps)): v = operator(k) @ v
-    return from_start(chain, grid, v, x)
+    return grid, v.numpy()
 
 # %% ../nbs/05b_weak_errors.ipynb #1ab9d6bc
 def over_step(sde:SDE, k:int, nodes:int, memory_nodes:int) -> Tensor: # (S, S)
@@ -379,8 +383,8 @@ def over_step(sde:SDE, k:int, nodes:int, memory_nodes:int) -> Tensor: # (S, S)
     commutator = late @ early - early @ late
     return torch.matrix_exp(h / 2 * (late + early) - 3**.5 / 12 * h**2 * commutator)
 
-def mean_of_sde(sde:SDE, steps:int, test:Callable, x:Tensor, nodes:int, memory_nodes:int
-               ) -> np.ndarray: # for paths that start at x
+def mean_of_sde(sde:SDE, steps:int, test:Callable, nodes:int, memory_nodes:int
+               ) -> tuple[Grid, np.ndarray]: # states, and the mean of paths from each
     "E φ of the position after the time of so many steps"
     grid = grid_of(sde, nodes, memory_nodes)
     states = grid.states
@@ -391,27 +395,29 @@ def mean_of_sde(sde:SDE, steps:int, test:Callable, x:Tensor, nodes:int, memory_n
     else:
         L = torch.from_numpy(generator(sde, nodes, memory_nodes))
         v = torch.matrix_exp(steps * float(sde.time_step) * L) @ v
-    return from_start(sde, grid, v, x)
+    return grid, v.numpy()
+
+def mean_after(process:Chain|SDE, steps:int, test:Callable, x:Tensor, nodes:int, memory_nodes:int
+              ) -> tuple[np.ndarray, float]: # for paths that start at x, and what `tail` says of memory
+    "E φ after so many steps"
+    mean = mean_of_chain if isinstance(process, Chain) else mean_of_sde
+    grid, values = mean(process, steps, test, nodes, memory_nodes)
+    starts = process.start(x)[:, :len(grid.axes)]
+    return grid.rows(starts) @ values, grid.tail(values, x.shape[-1])
 
 # %% ../nbs/05b_weak_errors.ipynb #c8736f7a
-def tail(values:np.ndarray, nodes:int) -> float: # (nodes^d,)
-    "The sum of all coefficients in the upper quarter of the frequencies"
-    dim = round(math.log(len(values), nodes))
-    size = 2 * np.abs(np.fft.fftn(values.reshape((nodes,) * dim))) / len(values)
-    frequency = np.abs(np.fft.fftfreq(nodes, 1 / nodes))
-    return size[functools.reduce(np.maximum, np.ix_(*[frequency] * dim)) > 3 * nodes / 8].sum()
-
-def check_resolved(grid:Grid, nodes:int, test:Callable, error:np.ndarray): # (nodes^d,)
+def check_resolved(grid:Grid, test:Callable, error:np.ndarray, memory:float): # (S,)
     "Raises ValueError where interpolation may be off by more than a tenth of the weak error"
+    nodes, gap = len(grid.axes[0].nodes), np.abs(error).max()
     between = grid.states[::max(1, len(grid.states) // 64)] + 2 * np.pi * (1 + .35 / nodes)
     known = values_of(test, grid.states).numpy()
     missed = np.abs(grid.rows(between) @ known - values_of(test, between).numpy()).max()
-    off = max(missed, tail(error, nodes))
-    gap = np.abs(error).max()
+    off = max(missed, grid.tail(error), memory)
     if off <= gap / 10 + 1e-9 * np.abs(known).max(): return
     raise ValueError(
-        f"{nodes} nodes leave the error of {gap:.2g} uncertain by about {off:.1g}: use more nodes, "
-        "a test function that is smooth and periodic, or weak_error")
+        f"{nodes} nodes leave the error of {gap:.2g} uncertain by about {off:.1g}: use "
+        f"{'other memory_nodes' if off == memory else 'more nodes'}, a test function that is smooth "
+        "and periodic, or weak_error")
 
 # %% ../nbs/05b_weak_errors.ipynb #cf8d2939
 def exact_difference(chain:Chain, # the algorithm
@@ -431,10 +437,11 @@ def exact_difference(chain:Chain, # the algorithm
     if nodes is None: nodes = 96 if dim == 1 else 20
     grid = Grid([circle_axis(nodes)] * dim)
     with one_thread():
-        error = (mean_of_chain(chain, steps, test, grid.states, nodes, memory_nodes)
-                 - mean_of_sde(sde, steps, test, grid.states, nodes, memory_nodes))
-    check_resolved(grid, nodes, test, error)
-    return grid.states, error
+        (algorithm, first), (model, second) = (
+            mean_after(process, steps, test, grid.states, nodes, memory_nodes)
+            for process in (chain, sde))
+    check_resolved(grid, test, algorithm - model, max(first, second))
+    return grid.states, algorithm - model
 
 # %% ../nbs/05b_weak_errors.ipynb #cf6f64fd
 def exact_error(chain:Chain, # the algorithm
