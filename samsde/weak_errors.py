@@ -197,6 +197,11 @@ def periodic(process) -> TrigonometricSum:
         f"the exact operators need a circle_problem or torus_problem, "
         f"got {type(process.objective).__name__}: use weak_error")
 
+def with_step(process, states:Tensor, k:float) -> Tensor: # (..., m)
+    "States with the counter of steps behind them, if the process has one"
+    if "k" not in process.memory: return states
+    return torch.cat([states, states.new_full((*states.shape[:-1], 1), k)], -1)
+
 def check_turn(process, move:Callable): # of points (..., d), what must be the same after a turn
     "Raises ValueError if what a process does differs after a turn of the circle"
     x = torus_nodes(8, process.objective.dim)[1]
@@ -230,13 +235,12 @@ def interval_axis(n:int, half:float) -> Axis:
 def largest_memory(process, name:str) -> float:
     "A number that what is remembered stays below: \"v\", a velocity, or \"u0\", …, perturbations"
     problem = periodic(process)
-    if name == "v" and isinstance(process, SDE): # |dP| is at most |b| − c|P|, but for the noise
-        x = torus_nodes(256 if problem.dim == 1 else 32, problem.dim)[1]
-        return 1.4 * process.drift(x).abs().max().item() / float(process.friction)
-    if name == "v":
+    if name == "v" and isinstance(process, Chain):
         steepest = problem.c.abs() + (problem.a.abs()[..., None] * problem.m.abs()).sum(-2)
         return steepest.max().item() / (1 - process.momentum)
     x = torus_nodes(256 if problem.dim == 1 else 32, problem.dim)[1]
+    if name == "v": # |dP| is at most |b| − c|P|, but for the noise
+        return 1.4 * process.drift(x).abs().max().item() / float(process.friction)
     every = torch.arange(problem.n)[:, None, None]
     return 1.1 * process.algorithm.perturbation(problem, x, every).abs().max().item()
 
@@ -281,9 +285,7 @@ def chain_operator(chain:Chain, # on a circle_problem or torus_problem
     grid = grid_of(chain, nodes, memory_nodes)
     gammas = every_gamma(chain)
     def after(states, gamma):
-        if "k" in chain.memory:
-            states = torch.cat([states, states.new_full((len(states), 1), k)], -1)
-        return chain.step(states, gamma)[:, :len(grid.axes)]
+        return chain.step(with_step(chain, states, k), gamma)[:, :len(grid.axes)]
     def move(x):
         states = torch.cat([x, x.new_zeros(len(x), len(grid.axes) - x.shape[-1])], -1)
         return after(states, gammas[0]) - states
@@ -387,9 +389,7 @@ def mean_of_sde(sde:SDE, steps:int, test:Callable, nodes:int, memory_nodes:int
                ) -> tuple[Grid, np.ndarray]: # states, and the mean of paths from each
     "E φ of the position after the time of so many steps"
     grid = grid_of(sde, nodes, memory_nodes)
-    states = grid.states
-    if "k" in sde.memory: states = torch.cat([states, states.new_full((len(states), 1), steps)], -1)
-    v = values_of(test, sde.position(states))
+    v = values_of(test, sde.position(with_step(sde, grid.states, steps)))
     if sde.is_scheduled:
         for k in reversed(range(steps)): v = over_step(sde, k, nodes, memory_nodes) @ v
     else:
@@ -535,11 +535,9 @@ def step_system(chain:Chain, k:int=1 # the step, where that matters: under a sch
     "F and C of Eq. (5b.5) for a step, for a state without its counter of steps"
     H = chain.objective.H
     def eye(n): return torch.eye(n, dtype=H.dtype, device=H.device)
-    counts = "k" in chain.memory
-    m, n = chain.width - counts, chain.noise_dim
+    m, n = chain.width - ("k" in chain.memory), chain.noise_dim
     def after(states, noise):
-        clock = states.new_full((len(states), counts), k)
-        state = torch.cat([states, clock], -1)
+        state = with_step(chain, states, k)
         return chain.advance(state, lambda: noise, [chain.time_step])[:, :m]
     F = after(eye(m), H.new_zeros(m, n))
     B = after(H.new_zeros(n, m), eye(n))
@@ -559,15 +557,12 @@ def rate_system(sde:SDE, k:float=0.0 # the step, where there is a schedule
     return F, np.block([[zero, zero], [zero, noise / float(sde.eta)**.5]])
 
 # %% ../nbs/05b_weak_errors.ipynb #8fa1d566
-def seen(process, states:Tensor, k:float) -> Tensor: # (..., m) -> (..., d)
-    "Positions of states without their counter of steps, at step k"
-    if "k" in process.memory:
-        states = torch.cat([states, states.new_full((*states.shape[:-1], 1), k)], -1)
-    return process.position(states)
+def positions(process, states:Tensor, k:float) -> Tensor: # (..., m) -> (..., d)
+    return process.position(with_step(process, states, k))
 
 def of_positions(process, V:Tensor, k:float) -> Tensor: # (m, m) -> (d, d)
     "The covariance of positions, from that of states"
-    return seen(process, seen(process, V, k).mT, k).mT
+    return positions(process, positions(process, V, k).mT, k).mT
 
 def repeated(F:np.ndarray, C:np.ndarray, n:int) -> tuple[np.ndarray, np.ndarray]:
     "n steps of x⁺ = Fx + noise as one such step, by repeated squaring"
@@ -643,7 +638,7 @@ def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
     power, V = (torch.from_numpy(v).to(x0) for v in found)
     steps = t_end / float(process.time_step)
     mean = power @ process.start(x0)[:len(V)]
-    return seen(process, mean, steps), of_positions(process, V, steps)
+    return positions(process, mean, steps), of_positions(process, V, steps)
 
 # %% ../nbs/05b_weak_errors.ipynb #8c5b086b
 def stationary_covariance(process:Chain|SDE # of SGD or USAM, on a Quadratic
