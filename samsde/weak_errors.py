@@ -706,30 +706,23 @@ def one_number(test:Callable) -> Callable:
             f"got {tuple(value.shape)}")
     return checked
 
-def paired_run(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable) -> tuple:
-    "Times, difference, its standard error, Euler's part, and diverged paths, on common noise"
-    both = Coupled(chain, sde)
-    def difference(z):
-        x, fine, coarse = both.split(z)
-        return test(x) - 2 * test(fine) + test(coarse)
-    def euler(z):
-        _, fine, coarse = both.split(z)
-        return test(coarse) - test(fine)
-    e = run(both, x0, {"difference": difference, "euler": euler})
-    return e.times, e.mean["difference"], e.sem["difference"], e.mean["euler"], e.n_diverged
-
 # %% ../nbs/05b_weak_errors.ipynb #5a49147c
-def independent_run(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable,
-                    seed:int) -> tuple:
-    "The same from independent runs"
-    both = Coupled(None, sde)
-    fresh = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+def compared(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable,
+             seed:int|None=None # of a run of the SDE alone; None: on the noise of the chain
+            ) -> tuple:
+    "Times, difference, its standard error, Euler's part, and diverged paths"
+    both = Coupled(chain if seed is None else None, sde)
     def extrapolated(z):
-        fine, coarse = both.split(z)
+        *_, fine, coarse = both.split(z)
         return 2 * test(fine) - test(coarse)
     def euler(z):
-        fine, coarse = both.split(z)
+        *_, fine, coarse = both.split(z)
         return test(coarse) - test(fine)
+    if seed is None:
+        def difference(z): return test(both.split(z)[0]) - extrapolated(z)
+        e = run(both, x0, {"difference": difference, "euler": euler})
+        return e.times, e.mean["difference"], e.sem["difference"], e.mean["euler"], e.n_diverged
+    fresh = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
     a = run(chain, x0, {"test": test}, dt=None)
     b = run(both, x0, {"test": extrapolated, "euler": euler}, seed=fresh)
     sem = (a.sem["test"]**2 + b.sem["test"]**2).sqrt()
@@ -787,8 +780,8 @@ def weak_error(chain:Chain, # the algorithm
         return simulate(process, x, end, n_paths, observe=observe, **settings | other)
     paired = (all(isinstance(p.objective, Additive) for p in (chain, sde))
               and sde.noise_dim == chain.noise_dim and not overrides(chain, "draw", Chain))
-    method, more = (paired_run, ()) if paired else (independent_run, (seed,))
-    times, mean, sem, euler, dead = method(chain, sde, x0, one_number(test), run, *more)
+    times, mean, sem, euler, dead = compared(chain, sde, x0, one_number(test), run,
+                                             None if paired else seed)
     curve = pd.DataFrame({"time": times, "difference": mean, "sem": sem,
                           "ci_low": mean - 1.96 * sem, "ci_high": mean + 1.96 * sem})
     end = {k: float(curve[k].iloc[-1]) for k in ("difference", "ci_low", "ci_high", "sem")}
