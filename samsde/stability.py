@@ -6,7 +6,7 @@
 __all__ = ['edge_of_stability', 'stability_number', 'mean_square_radius']
 
 # %% ../nbs/07c_stability.ipynb #c032c1ae
-import itertools, math
+import math
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from scipy.sparse.linalg import LinearOperator, eigs
 from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, check_plain
-from .machinery.checks import check_int, check_scalar, check_share, check_symmetric
+from .epochs import check_hessians
+from .machinery.checks import check_int, check_scalar, check_share
 from .objective import Minibatches
 from .random_direction import gaussian_factors
 
@@ -85,9 +86,8 @@ def batches_of(H:np.ndarray, m:int, replace:bool, limit:int=20_000
     law = Minibatches(len(H), m, replace)
     if law.count > limit:
         raise ValueError(f"batches must be at most {limit}, to be enumerated, got {law.count}")
-    sets = [*(itertools.product(range(len(H)), repeat=m) if replace
-              else itertools.combinations(range(len(H)), m))]
-    return np.stack([H[list(s)].mean(0) for s in sets]), sets
+    sets = law.support(limit).gammas.tolist()
+    return H[sets].mean(1), sets
 
 # %% ../nbs/07c_stability.ipynb #9ee48edc
 def over_micro_batches(H:np.ndarray, rho:float, m:int, B:int, replace:bool): # Ā, and M ↦ E[A M Aᵀ]
@@ -174,10 +174,7 @@ def mean_square_radius(algorithm:Algorithm, # SGD or USAM
             f"got {replace!r}")
     if type(algorithm) not in (SGD, USAM) or algorithm.has_metric:
         raise TypeError(f"algorithm must be SGD or USAM, whose step is linear, got {algorithm!r}")
-    if getattr(hessians, "ndim", 0) != 3:
-        raise ValueError(
-            f"hessians must have shape (n, d, d), got {tuple(getattr(hessians, 'shape', ()))}")
-    for H in hessians: check_symmetric("a Hessian", H)
+    check_hessians(hessians)
     eta = check_scalar("eta", eta)
     B = check_int("batch_size", batch_size)
     if algorithm.micro_batch and B % algorithm.micro_batch:
