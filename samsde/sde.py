@@ -15,7 +15,8 @@ from .algorithm import Algorithm, Chain, Model, joined, overrides
 from .hessian_noise import (
     NoNoise, noise_covariance, noise_moments, noise_sample, nowhere)
 from .implicit_regularizer import check_expansion, drift, mean_moments
-from .machinery.checks import broadcast_paths, check_int, check_points, per_path
+from .machinery.checks import (
+    broadcast_paths, check_grad_possible, check_int, check_points, per_path)
 from .machinery.record import has_record
 from .moments import (
     StepMoments, expectation, gamma_support, with_law, with_source)
@@ -296,8 +297,9 @@ def along(b, # a vector field, (..., d) -> (..., d)
           direction # b(x) -> v, (..., d)
          ) -> tuple[Tensor, Tensor]: # b(x) and (∇b) v, each (..., d)
     "A field and its derivative in a direction that its value decides, without a Jacobian"
+    check_grad_possible()
     with torch.enable_grad():
-        z = x.detach().requires_grad_()
+        z = x.detach().clone().requires_grad_()
         value = b(z)
         if not value.requires_grad: return value, torch.zeros_like(value)
         w = torch.zeros_like(value, requires_grad=True)
