@@ -596,15 +596,15 @@ def over_time(F:np.ndarray, C:np.ndarray, t:float) -> tuple[np.ndarray, np.ndarr
     return repeated(F, F @ block[:m, m:], n)
 
 # %% ../nbs/05b_weak_errors.ipynb #b5691b5f
-def integrated(sde:SDE, begin:float, end:float) -> tuple[np.ndarray, np.ndarray]:
-    "The same under a schedule that is a function, between two times within one step"
-    m = sde.width - 1
+def integrated(sde:SDE, k:int, end:float) -> tuple[np.ndarray, np.ndarray]:
+    "The same under a schedule that is a function, from the start of step k to a time within it"
+    m, h = sde.width - 1, float(sde.time_step)
     def rates(t, y):
-        F, C = rate_system(sde, t / float(sde.time_step))
+        F, C = rate_system(sde, np.clip(t / h, k, np.nextafter(k + 1, k)))
         power, V = y.reshape(2, m, m)
         return np.stack([F @ power, F @ V + V @ F.T + C]).ravel()
     y = np.stack([np.eye(m), np.zeros((m, m))]).ravel()
-    found = scipy.integrate.solve_ivp(rates, (begin, end), y, "DOP853", rtol=1e-12, atol=1e-15)
+    found = scipy.integrate.solve_ivp(rates, (k * h, end), y, "DOP853", rtol=1e-12, atol=1e-15)
     if found.success: return tuple(found.y[:, -1].reshape(2, m, m))
     raise RuntimeError(f"the moments were not integrated: {found.message}")
 
@@ -617,7 +617,7 @@ def long_time(sde:SDE, t_end:float) -> tuple[np.ndarray, np.ndarray]: # (m, m) e
     F, C = np.eye(m), np.zeros((m, m))
     for k in range(int(np.ceil(t_end / h - 1e-9))):
         end = min((k + 1) * h, t_end)
-        step, noise = (integrated(sde, k * h, end) if moves
+        step, noise = (integrated(sde, k, end) if moves
                        else over_time(*rate_system(sde, k), end - k * h))
         F, C = step @ F, step @ C @ step.T + noise
     return F, C

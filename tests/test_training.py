@@ -652,3 +652,14 @@ def test_exact_moments_of_classes_of_ones_own():
     ensemble = simulate(Wind(SGD(), o, 0.1), x, 1.0, 400)
     known = x * 0.9**10 + (1 - 0.9**10)
     assert ((ensemble.mean["x"][-1] - known).abs() < 4 * ensemble.sem["x"][-1]).all()
+
+
+def test_rates_and_a_function_of_the_radius_together():
+    """The moments of an SDE ask for the rates of the steps that it takes alone; as many were too few."""
+    bowl, x = Quadratic(torch.tensor([[1.2, 0.3], [0.3, 0.7]], dtype=F64)), torch.tensor([1.0, -2.0], dtype=F64)
+    rates = torch.tensor([0.1, 0.02, 0.06, 0.03], dtype=F64)
+    sde = SDE(USAM(0.4), bowl, 0.1, schedule=rates, rho_schedule=lambda t: 1 / (1 + t))
+    found = linear_moments(sde, x, 0.4)[0]
+    coarse, fine = (simulate(sde, x, 0.4, 2, dt=0.1 / n).final[0] for n in (128, 256))
+    assert_close(found, 2 * fine - coarse, rtol=0, atol=1e-6)
+    assert (found - fine).abs().max() > 1e-5
