@@ -114,30 +114,25 @@ def is_attracting(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     TypeError on bad input."""
     rho, lam, _ = spectrum(algorithm, H)
     s = check_scalar("sigma", sigma, zero=True)
-    lam, eta, d = lam[lam != 0], None if eta is None else check_scalar("eta", eta), len(lam)
+    eta = None if eta is None else check_scalar("eta", eta)
     name = type(algorithm).__name__
-    noisy = normalised(algorithm, rho) and s > 0
+    d = len(lam)
+    lam = lam[lam != 0]
     if not normalised(algorithm, rho):
         return linear_attraction(name, rho * (type(algorithm) is USAM), lam, eta)
-    if noisy and name == "DNSAM":
-        return Attraction(False,
-                          "DNSAM divides by the full gradient, "
-                          "which vanishes at the critical point: its noise explodes there "
-                              "and throws it out, in one dimension at a rate of 0.1 to 0.3 "
-                              "|lambda|")
+    if s and name == "DNSAM":
+        return Attraction(False, "DNSAM divides by the full gradient, which vanishes at the "
+                                 "critical point: its noise explodes there and throws it out, in "
+                                 "one dimension at a rate of 0.1 to 0.3 |lambda|")
     star = float(min(-lam[lam < 0], default=math.inf))
-    if noisy and rho * star * kappa(d) <= s:
-        return Attraction(False,
-                          f"the noise is too strong: "
-                          f"rho * lambda* * kappa_{d} = {rho * star * kappa(d):g} is not above "
-                          f"sigma = {s:g}")
-    quiet = (f"; noise is weak enough, "
-             f"rho * lambda* * kappa_{d} = {rho * star * kappa(d):g} > sigma = {s:g}" if noisy
-             else "")
+    held = rho * star * kappa(d) # the noise that is
+    most = f"rho * lambda* * kappa_{d} = {held:g}"
+    if s and held <= s:
+        return Attraction(False, f"the noise is too strong: {most} is not above sigma = {s:g}")
+    quiet = f"; noise is weak enough, {most} > sigma = {s:g}" if s else ""
     if eta is None:
-        return Attraction(True,
-                          f"{name}'s ODE is drawn in from every start with |Hx| < rho * lambda* = "
-                          f"{rho * star:g}{quiet}")
+        return Attraction(True, f"{name}'s ODE is drawn in from every start with "
+                                f"|Hx| < rho * lambda* = {rho * star:g}{quiet}")
     _, stays, reason = regime(lam, eta)
     return Attraction(stays, reason + quiet)
 

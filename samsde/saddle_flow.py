@@ -40,10 +40,8 @@ def normalised(algorithm:Algorithm, rho:float) -> bool:
 def coordinates(H:Tensor, V:np.ndarray, x0:Tensor) -> np.ndarray: # (paths, d)
     """Starting points in the eigenvectors' coordinates.
     Raises ValueError or TypeError if `x0` does not fit."""
-    return (check_finite("x0",
-                         check_points("x0", x0, len(H),
-                                      H.dtype)).detach().double().cpu().numpy().reshape(-1, len(H))
-            @ V)
+    x0 = check_finite("x0", check_points("x0", x0, len(H), H.dtype))
+    return x0.detach().double().cpu().numpy().reshape(-1, len(H)) @ V
 
 # %% ../nbs/06b_saddle_flow.ipynb #76052413
 def state_at(lam:np.ndarray, z:np.ndarray, t, tau) -> np.ndarray: # (..., d)
@@ -110,10 +108,10 @@ def flow(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     if fast * t_end > 600:
         raise ValueError(
             f"t_end must be at most {600 / fast:g} for numbers not to overflow, got {t_end:g}")
-    def linear(p): return (plain, p * np.exp(-np.outer(plain, rates)))
-    one_path = ((lambda p: sam_flow(rho, lam, p, t_end, steps)) if normalised(algorithm, rho)
-                else linear)
-    times, points = zip(*map(one_path, z))
+    def path(p):
+        if normalised(algorithm, rho): return sam_flow(rho, lam, p, t_end, steps)
+        return plain, p * np.exp(-np.outer(plain, rates))
+    times, points = zip(*map(path, z))
     def shape(a, *tail):
         return torch.from_numpy(np.stack(a, 1)).to(x0).reshape(steps, *x0.shape[:-1], *tail)
     return shape(times), shape([p @ V.T for p in points], len(lam))
