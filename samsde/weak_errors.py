@@ -564,27 +564,26 @@ def of_positions(process, V:Tensor, k:float) -> Tensor: # (m, m) -> (d, d)
     "The covariance of positions, from that of states"
     return positions(process, positions(process, V, k).mT, k).mT
 
-def repeated(F:np.ndarray, C:np.ndarray, n:int) -> tuple[np.ndarray, np.ndarray]:
-    "n steps of x⁺ = Fx + noise as one such step, by repeated squaring"
-    power = np.eye(len(F))
-    V = np.zeros_like(F)
+def then(first:tuple, second:tuple) -> tuple[np.ndarray, np.ndarray]: # F and C, (m, m) each
+    "Two steps x⁺ = Fx + noise of covariance C as one"
+    (F, C), (G, D) = first, second
+    return G @ F, G @ C @ G.T + D
+
+def repeated(step:tuple, n:int) -> tuple[np.ndarray, np.ndarray]:
+    "n such steps as one, by repeated squaring"
+    found = np.eye(len(step[0])), np.zeros_like(step[0])
     while n:
-        if n % 2:
-            power = F @ power
-            V = F @ V @ F.T + C
-        F, C, n = F @ F, F @ C @ F.T + C, n // 2
-    return power, V
+        if n % 2: found = then(found, step)
+        step = then(step, step)
+        n //= 2
+    return found
 
 # %% ../nbs/05b_weak_errors.ipynb #523728b3
 def many_steps(chain:Chain, t_end:float) -> tuple[np.ndarray, np.ndarray]: # (m, m) each
     "The steps up to `t_end` as one, x⁺ = Fx + noise of covariance C"
     n = step_count(chain.time_step, t_end)
-    if "k" not in chain.memory: return repeated(*step_system(chain), n)
-    F, C = step_system(chain, 0)
-    for k in range(1, n):
-        step, noise = step_system(chain, k)
-        F, C = step @ F, step @ C @ step.T + noise
-    return F, C
+    if "k" not in chain.memory: return repeated(step_system(chain), n)
+    return functools.reduce(then, (step_system(chain, k) for k in range(n)))
 
 def over_time(F:np.ndarray, C:np.ndarray, t:float) -> tuple[np.ndarray, np.ndarray]:
     "An SDE's linear step over a time t"
@@ -593,7 +592,7 @@ def over_time(F:np.ndarray, C:np.ndarray, t:float) -> tuple[np.ndarray, np.ndarr
     m = len(F)
     block = scipy.linalg.expm(np.block([[-F, C], [np.zeros_like(F), F.T]]) * t / n)
     F = block[m:, m:].T
-    return repeated(F, F @ block[:m, m:], n)
+    return repeated((F, F @ block[:m, m:]), n)
 
 # %% ../nbs/05b_weak_errors.ipynb #b5691b5f
 def integrated(sde:SDE, k:int, end:float) -> tuple[np.ndarray, np.ndarray]:
@@ -613,14 +612,11 @@ def long_time(sde:SDE, t_end:float) -> tuple[np.ndarray, np.ndarray]: # (m, m) e
     t_end, h = float(check_positive("t_end", t_end)), float(sde.time_step)
     if not sde.is_scheduled: return over_time(*rate_system(sde), t_end)
     moves = any(map(callable, (sde.schedule, sde.rho_schedule)))
-    m = sde.width - 1
-    F, C = np.eye(m), np.zeros((m, m))
-    for k in range(int(np.ceil(t_end / h - 1e-9))):
+    def step(k):
         end = min((k + 1) * h, t_end)
-        step, noise = (integrated(sde, k, end) if moves
-                       else over_time(*rate_system(sde, k), end - k * h))
-        F, C = step @ F, step @ C @ step.T + noise
-    return F, C
+        if moves: return integrated(sde, k, end)
+        return over_time(*rate_system(sde, k), end - k * h)
+    return functools.reduce(then, map(step, range(max(1, math.ceil(t_end / h - 1e-9)))))
 
 # %% ../nbs/05b_weak_errors.ipynb #68882513
 def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
