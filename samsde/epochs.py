@@ -65,12 +65,16 @@ def fixed_moments(maps:list, d:int) -> StationaryMoments:
                              torch.from_numpy(M[:, :d, :d] - mean[:, :, None] * mean[:, None]))
 
 # %% ../nbs/06f_epochs.ipynb #77ca6516
-def check_samples(hessians, minima) -> tuple[int, int]: # n and d
-    "Raises ValueError or TypeError unless shapes fit and Hessians are symmetric"
+def check_hessians(hessians):
+    "Raises ValueError or TypeError unless they are symmetric matrices, (n, d, d)"
     if getattr(hessians, "ndim", 0) != 3:
         raise ValueError(
             f"hessians must have shape (n, d, d), got {tuple(getattr(hessians, 'shape', ()))}")
     for H in hessians: check_symmetric("a Hessian", H)
+
+def check_samples(hessians, minima) -> tuple[int, int]: # n and d
+    "Raises ValueError or TypeError unless shapes fit and Hessians are symmetric"
+    check_hessians(hessians)
     n, d, _ = hessians.shape
     if tuple(getattr(minima, "shape", ())) != (n, d):
         raise ValueError(

@@ -43,7 +43,7 @@ def regime(lam:np.ndarray, eta:float) -> tuple[str, bool, str]:
         return (kind, False,
                 f"steps along the eigenvalue {-mu:g} overshoot the distance rho: "
                 f"eta * {mu:g} is not below 1")
-    least = eta * top**2 / (2 - eta * top) if kind == "cycle" else eta * mu**2 / 2
+    least = eta * top * top / (2 - eta * top) if kind == "cycle" else eta * mu * mu / 2
     what = f"the cycle along the eigenvalue {top:g}"
     if kind == "chaos": what = f"the mean of the chaotic hovering along the eigenvalue {-mu:g}"
     fits, more = ("fits into", "exceeds") if star > least else ("is wider than", "does not exceed")
@@ -114,30 +114,25 @@ def is_attracting(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     TypeError on bad input."""
     rho, lam, _ = spectrum(algorithm, H)
     s = check_scalar("sigma", sigma, zero=True)
-    lam, eta, d = lam[lam != 0], None if eta is None else check_scalar("eta", eta), len(lam)
+    eta = None if eta is None else check_scalar("eta", eta)
     name = type(algorithm).__name__
-    noisy = normalised(algorithm, rho) and s > 0
+    d = len(lam)
+    lam = lam[lam != 0]
     if not normalised(algorithm, rho):
         return linear_attraction(name, rho * (type(algorithm) is USAM), lam, eta)
-    if noisy and name == "DNSAM":
-        return Attraction(False,
-                          "DNSAM divides by the full gradient, "
-                          "which vanishes at the critical point: its noise explodes there "
-                              "and throws it out, in one dimension at a rate of 0.1 to 0.3 "
-                              "|lambda|")
+    if s and name == "DNSAM":
+        return Attraction(False, "DNSAM divides by the full gradient, which vanishes at the "
+                                 "critical point: its noise explodes there and throws it out, in "
+                                 "one dimension at a rate of 0.1 to 0.3 |lambda|")
     star = float(min(-lam[lam < 0], default=math.inf))
-    if noisy and rho * star * kappa(d) <= s:
-        return Attraction(False,
-                          f"the noise is too strong: "
-                          f"rho * lambda* * kappa_{d} = {rho * star * kappa(d):g} is not above "
-                          f"sigma = {s:g}")
-    quiet = (f"; noise is weak enough, "
-             f"rho * lambda* * kappa_{d} = {rho * star * kappa(d):g} > sigma = {s:g}" if noisy
-             else "")
+    held = rho * star * kappa(d) # the noise that is
+    most = f"rho * lambda* * kappa_{d} = {held:g}"
+    if s and held <= s:
+        return Attraction(False, f"the noise is too strong: {most} is not above sigma = {s:g}")
+    quiet = f"; noise is weak enough, {most} > sigma = {s:g}" if s else ""
     if eta is None:
-        return Attraction(True,
-                          f"{name}'s ODE is drawn in from every start with |Hx| < rho * lambda* = "
-                          f"{rho * star:g}{quiet}")
+        return Attraction(True, f"{name}'s ODE is drawn in from every start with "
+                                f"|Hx| < rho * lambda* = {rho * star:g}{quiet}")
     _, stays, reason = regime(lam, eta)
     return Attraction(stays, reason + quiet)
 
@@ -153,9 +148,13 @@ def exit_time(rate:float, # growth rate ν, of any sign
     D = check_scalar("D", D)
     m = check_int("m", m)
     L = check_scalar("L", L)
-    Z = rate * L**2 / D
+    noise = D / L / L
+    Z = rate / noise if noise else math.inf
+    if not noise < math.inf or Z == math.inf:
+        raise ValueError(f"rate * L**2 / D is too large or small for a double, "
+                         f"got rate={rate:g}, D={D:g} and L={L:g}")
     def f(z): return hyp1f1(1, m / 2 + 1, -z)
-    if abs(Z) < 1e-8: return L**2 / (m * D)
+    if abs(Z) < 1e-8: return 1 / (m * noise)
     if Z < -690: return math.inf
     if Z <= 1: return quad(f, 0, Z)[0] / (m * rate)
     return ((quad(f, 0, 1)[0] + quad(lambda u: math.exp(u) * f(math.exp(u)), 0, math.log(Z),
@@ -193,6 +192,11 @@ def escape_time(algorithm:Algorithm, # SGD, USAM or SAM
         raise ValueError(
             f"radius must be at most sigma/|lambda| = {s / mu:g}, where SAM is still linear, "
             f"got {L:g}; simulate it instead")
-    D = (eta * (s**2 - 2 * rho * mu * k * s + (rho * mu)**2 / d if kind is SAM
-                else (s * (1 - rho * mu * (kind is USAM)))**2))
-    return exit_time(rate, D, int((abs(neg + mu) < 1e-6 * mu).sum()), L) if D > 0 else math.inf
+    q = rho * mu / s if kind is SAM else rho * mu * (kind is USAM)
+    share = 1 - 2 * k * q + q * q / d if kind is SAM else (1 - q)**2
+    m = int((abs(neg + mu) < 1e-6 * mu).sum())
+    if share <= 0: return math.inf
+    noise = eta * share * (s / L) * (s / L) # in units of L
+    if 0 < noise < math.inf: return exit_time(rate, noise, m, 1.)
+    raise ValueError("sigma, radius and rho are too far apart for a double, "
+                     f"got {s:g}, {L:g} and {rho:g}")

@@ -40,48 +40,55 @@ def normalised(algorithm:Algorithm, rho:float) -> bool:
 def coordinates(H:Tensor, V:np.ndarray, x0:Tensor) -> np.ndarray: # (paths, d)
     """Starting points in the eigenvectors' coordinates.
     Raises ValueError or TypeError if `x0` does not fit."""
-    return (check_finite("x0",
-                         check_points("x0", x0, len(H),
-                                      H.dtype)).detach().double().cpu().numpy().reshape(-1, len(H))
-            @ V)
+    x0 = check_finite("x0", check_points("x0", x0, len(H), H.dtype))
+    return x0.detach().double().cpu().numpy().reshape(-1, len(H)) @ V
 
 # %% ../nbs/06b_saddle_flow.ipynb #76052413
-def run_clocks(rho:float, lam:np.ndarray, z:np.ndarray, # (paths, d), starts with Hx ≠ 0
+def state_at(lam:np.ndarray, z:np.ndarray, t, tau) -> np.ndarray: # (..., d)
+    return z * np.exp(np.minimum(-np.outer(t, lam) - np.outer(tau, lam**2), 300))
+
+def run_clocks(lam:np.ndarray, z:np.ndarray, # (paths, d), starts with Hx ≠ 0
                end, # events of (r, t, x), scalar: where one changes sign, the integration stops
                s_end:float=np.inf # or when the third clock shows this
               ):
-    "SciPy's solution (t, τ) of SAM's flow, all paths together, as a function of the third clock"
-    def state(y):
-        return (z
-                * np.exp(np.minimum(-np.outer(y[:len(z)], lam) - np.outer(y[len(z):], rho * lam**2),
-                                    300)))
-    m = rho * abs(lam).max()
+    """SciPy's solution (t, τ) of SAM's flow, all paths together, as a function of the third clock.
+    The units are those in which ρ and the largest |λ| are 1."""
+    r0 = np.linalg.norm(lam * z, axis=1)
+    def radius(x): return np.linalg.norm(lam * x, axis=1)
+    def state(y): return state_at(lam, z, *y.reshape(2, -1))
     def speed(s, y):
-        r = np.linalg.norm(lam * state(y), axis=1)
-        return np.concatenate([r, np.ones(len(z))]) / np.tile(r + m, 2)
+        r = radius(state(y))
+        return np.concatenate([r, np.ones(len(z))]) / np.tile(r + 1, 2)
     def event(e):
         def value(s, y):
             x = state(y)
-            return e(np.linalg.norm(lam * x, axis=1), y[:len(z)], x)
+            return e(radius(x), y[:len(z)], x)
         value.terminal = True
         return value
+    atol = 1e-12 * np.concatenate([np.minimum(r0, 1), np.ones(len(z))])
     return solve_ivp(speed, (0, s_end), np.zeros(2 * len(z)), "DOP853",
-                     events=[event(e) for e in end], dense_output=True,
-                     rtol=1e-10, atol=1e-12 / abs(lam).max())
+                     events=[event(e) for e in end], dense_output=True, rtol=1e-10, atol=atol)
+
+def in_units(rho:float, lam:np.ndarray, z:np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    "The largest |λ|, λ and z in units where ρ and that are 1. Raises ValueError on overflow."
+    top = abs(lam).max()
+    if not z.any() or abs(z).max() < 1e150 * min(rho, 1.): return top, lam / top, z / rho
+    raise ValueError(f"rho must not be that small beside x0, got {rho:g} and {abs(z).max():g}")
 
 # %% ../nbs/06b_saddle_flow.ipynb #b23169ed
 def sam_flow(rho:float, lam:np.ndarray, z:np.ndarray, t_end:float, steps:int
             ) -> tuple[np.ndarray, np.ndarray]: # (steps), (steps, d)
     "One path of SAM's flow until it arrives or `t_end`"
-    r0 = np.linalg.norm(lam * z)
+    top, lam, start = in_units(rho, lam, z)
+    r0 = np.linalg.norm(lam * start)
     u = np.linspace(0, 1, steps)
     if r0 == 0: return 0 * u, np.tile(z, (steps, 1))
-    sol = run_clocks(rho, lam, z[None],
-                     [lambda r, t, x: t[0] - t_end, lambda r, t, x: np.log(r[0] / r0) + 32])
+    sol = run_clocks(lam, start[None], [lambda r, t, x: t[0] - t_end * top,
+                                        lambda r, t, x: np.log(r[0] / min(r0, 1)) + 32])
     t, tau = sol.sol(u * sol.t[-1])
-    points = z * np.exp(-np.outer(t, lam) - np.outer(tau, rho * lam**2))
+    points = z * np.exp(-np.outer(t, lam) - np.outer(tau, lam**2))
     if len(sol.t_events[1]): points[-1] = np.where(lam == 0, z, 0)
-    return t, points
+    return t / top, points
 
 # %% ../nbs/06b_saddle_flow.ipynb #d62b8643
 def flow(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
@@ -101,10 +108,10 @@ def flow(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     if fast * t_end > 600:
         raise ValueError(
             f"t_end must be at most {600 / fast:g} for numbers not to overflow, got {t_end:g}")
-    def linear(p): return (plain, p * np.exp(-np.outer(plain, rates)))
-    one_path = ((lambda p: sam_flow(rho, lam, p, t_end, steps)) if normalised(algorithm, rho)
-                else linear)
-    times, points = zip(*map(one_path, z))
+    def path(p):
+        if normalised(algorithm, rho): return sam_flow(rho, lam, p, t_end, steps)
+        return plain, p * np.exp(-np.outer(plain, rates))
+    times, points = zip(*map(path, z))
     def shape(a, *tail):
         return torch.from_numpy(np.stack(a, 1)).to(x0).reshape(steps, *x0.shape[:-1], *tail)
     return shape(times), shape([p @ V.T for p in points], len(lam))
@@ -146,19 +153,17 @@ def arrival_time(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     Raises ValueError or TypeError on bad input."""
     rho, lam, V = spectrum(algorithm, H)
     z = coordinates(H, V, x0)
-    r0 = np.linalg.norm(lam * z, axis=1)
-    out = np.where(r0 == 0, 0., np.inf)
-    go = r0 > 0
-    neg = lam < 0
+    go = (z[:, lam != 0] != 0).any(1)
+    out = np.where(go, np.inf, 0.)
     if normalised(algorithm, rho) and go.any():
+        top, lam, z = in_units(rho, lam, z[go])
+        neg, size = lam < 0, abs(lam[lam != 0])
+        def norm(x): return np.linalg.norm(lam * x, axis=1)
         def lost(x):
-            return (neg.any()
-                    & (np.linalg.norm((lam * x)[:, neg], axis=1)
-                       >= rho * abs(lam[neg]).max(initial=0)))
-        def open_(r, t, x): return np.where(lost(x), -1., np.log(r / r0[go]) + 32).max()
-        size = abs(lam[lam != 0])
-        sol = run_clocks(rho, lam, z[go], [open_], 1e3 * size.max() / size.min()**2)
+            return neg.any() & (norm(x * neg) >= abs(lam[neg]).max(initial=0))
+        near = np.minimum(norm(z), 1) * math.exp(-32)
+        def open_(r, t, x): return np.where(lost(x), -1., np.log(r / near)).max()
+        sol = run_clocks(lam, z, [open_], 1e3 / size.min()**2)
         t, tau = sol.y[:, -1].reshape(2, -1)
-        x = z[go] * np.exp(np.minimum(-np.outer(t, lam) - np.outer(tau, rho * lam**2), 300))
-        out[go] = np.where(np.linalg.norm(lam * x, axis=1) <= r0[go] * math.exp(-31.9), t, np.inf)
+        out[go] = np.where(norm(state_at(lam, z, t, tau)) <= near * math.exp(.1), t / top, np.inf)
     return torch.from_numpy(out).to(x0).reshape(x0.shape[:-1])

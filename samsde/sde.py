@@ -15,7 +15,8 @@ from .algorithm import Algorithm, Chain, Model, joined, overrides
 from .hessian_noise import (
     NoNoise, noise_covariance, noise_moments, noise_sample, nowhere)
 from .implicit_regularizer import check_expansion, drift, mean_moments
-from .machinery.checks import broadcast_paths, check_int, check_points, per_path
+from .machinery.checks import (
+    broadcast_paths, check_grad_possible, check_int, check_points, per_path)
 from .machinery.record import has_record
 from .moments import (
     StepMoments, expectation, gamma_support, with_law, with_source)
@@ -169,6 +170,7 @@ class SDE(Model):
         "Euler–Maruyama, x + dt b(x) + √dt · diffusion(x, ξ), without a schedule"
         if self.kinetic:
             raise ValueError("a kinetic model steps from a point and a velocity: use advance")
+        check_own_methods(self)
         if not dt > 0: raise ValueError(f"dt must be positive, got {dt}")
         longest = self.rate.min() if isinstance(self.rate, Tensor) else self.rate
         if longest < dt * (1 - 1e-9):
@@ -179,6 +181,7 @@ class SDE(Model):
         return scheme.step(x, {}, xi, dt, self.seed or 0, 0.0)
     def advance(self, state:Tensor, draw, steps:list) -> Tensor:
         "The time of one step of the algorithm, in steps of these lengths; `draw` gives fresh noise"
+        check_own_methods(self)
         scheme = self.scheme
         x, *rest = self.split(state) if scheme.memory else [state]
         x = self.over_sweep(x)
@@ -208,8 +211,7 @@ class SDE(Model):
         return self.decay if self.decoupled else 0.0
     def mean_gradient(self, y:Tensor) -> Tensor:
         "E G_ρ, with the weight decay that passes through the velocity"
-        b = drift(self.algorithm, self.objective, y, self.expansion, **self.settings())
-        return (self.decay - self.outside) * y - b
+        return -self.field(y) - self.outside * y
     @property
     def scheme(self) -> EulerScheme:
         "How a state moves"
@@ -234,12 +236,15 @@ class SDE(Model):
 
 # %% ../nbs/05_sde.ipynb #76f81f4b
 def has_own_terms(sde:SDE) -> bool:
-    "Has a subclass a drift or a diffusion of its own? Raises ValueError if it has a covariance alone."
-    changed = [name for name in ("drift", "field", "diffusion") if overrides(sde, name, SDE)]
-    if overrides(sde, "covariance", SDE) and "diffusion" not in changed:
-        raise ValueError(f"{type(sde).__name__} overrides covariance, but a step draws by "
-                         "diffusion: override that too")
-    return bool(changed)
+    "Has a subclass a drift or a diffusion of its own?"
+    return any(overrides(sde, name, SDE) for name in ("drift", "field", "diffusion"))
+
+def check_own_methods(sde:SDE):
+    "Raises ValueError where a subclass overrides what a simulation does not go by"
+    for name, instead in dict(covariance="diffusion", step="advance", moments="drift").items():
+        if overrides(sde, name, SDE) and not overrides(sde, instead, SDE):
+            raise ValueError(f"{type(sde).__name__} overrides {name}, but a simulation goes by "
+                             f"{instead}: override that too")
 
 # %% ../nbs/05_sde.ipynb #cf979f71
 def at_step(sde:SDE, k:float, x:Tensor) -> SDE:
@@ -292,8 +297,9 @@ def along(b, # a vector field, (..., d) -> (..., d)
           direction # b(x) -> v, (..., d)
          ) -> tuple[Tensor, Tensor]: # b(x) and (∇b) v, each (..., d)
     "A field and its derivative in a direction that its value decides, without a Jacobian"
+    check_grad_possible()
     with torch.enable_grad():
-        z = x.detach().requires_grad_()
+        z = x.detach().clone().requires_grad_()
         value = b(z)
         if not value.requires_grad: return value, torch.zeros_like(value)
         w = torch.zeros_like(value, requires_grad=True)
@@ -366,19 +372,20 @@ class LateScheme(EulerScheme):
     def position(self, y, last): return y + (last == 0) * self.first_gap(y)
 
 # %% ../nbs/05_sde.ipynb #c74e5ec0
-def one_process(process) -> Chain|SDE:
-    """`process` if it is one Chain or SDE, not a sweep, with a covariance as its noise; else a
-    TypeError or ValueError"""
+def one_process(process, ignored:tuple=() # methods that exact numbers do not follow from
+               ) -> Chain|SDE:
+    """`process` if it is one Chain or SDE, not a sweep, and its class overrides none of `ignored`;
+    else a TypeError or ValueError. A diffusion may have a covariance beside it."""
     if not isinstance(process, (Chain, SDE)):
         raise TypeError(f"process must be a Chain or an SDE, got {type(process).__name__}")
     if process.shape:
         raise ValueError(f"one eta and one rho at a time, got a sweep of shape {process.shape}")
-    noise = [isinstance(process, SDE) and overrides(process, name, SDE)
-             for name in ("diffusion", "covariance")]
-    if noise == [True, False]:
-        raise ValueError(f"{type(process).__name__} overrides diffusion, but moments follow from "
-                         "the covariance: override that too")
-    return process
+    base = SDE if isinstance(process, SDE) else Chain
+    found = [name for name in ignored if overrides(process, name, base)]
+    if found == ["diffusion"] and overrides(process, "covariance", SDE): found = []
+    if not found: return process
+    raise ValueError(f"{type(process).__name__} overrides {', '.join(found)}, but exact numbers follow "
+                     "from the drift and the covariance of an SDE, and from the steps of a Chain")
 
 # %% ../nbs/05_sde.ipynb #8704c0ba
 class ForTorchsde:

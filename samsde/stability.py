@@ -6,7 +6,7 @@
 __all__ = ['edge_of_stability', 'stability_number', 'mean_square_radius']
 
 # %% ../nbs/07c_stability.ipynb #c032c1ae
-import itertools, math
+import math
 
 import numpy as np
 import torch
@@ -14,25 +14,28 @@ from scipy.sparse.linalg import LinearOperator, eigs
 from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, check_plain
-from .machinery.checks import check_int, check_scalar, check_share, check_symmetric
+from .epochs import check_hessians
+from .machinery.checks import check_int, check_scalar, check_share
 from .objective import Minibatches
 from .random_direction import gaussian_factors
 
 # %% ../nbs/07c_stability.ipynb #6c5c7d5d
-def factor(algorithm:Algorithm, grad_norm:float|None, sigma:float, dim:int|None) -> float:
-    "c in E u = c ∇f; inf where it has no bound"
+def lift(algorithm:Algorithm, grad_norm:float|None, sigma:float, dim:int|None) -> float:
+    "ρc, with c in E u = c ∇f; inf where it has no bound"
     kind = type(algorithm)
     if kind not in (SGD, USAM, DNSAM, SAM):
         raise TypeError(f"algorithm must be SGD, USAM, DNSAM or SAM, got {algorithm!r}")
     check_plain(algorithm, "this edge")
-    if kind in (SGD, USAM) or algorithm.unperturbed: return 1.0
+    rho, sigma = (check_scalar(name, value, zero=True)
+                  for name, value in dict(rho=algorithm.rho, sigma=sigma).items())
+    if kind in (SGD, USAM) or rho == 0: return rho
     if grad_norm is None:
         raise ValueError(f"{kind.__name__} needs grad_norm, the norm of the full gradient")
     r = check_scalar("grad_norm", grad_norm, zero=True)
-    if kind is DNSAM or sigma == 0: return 1 / r if r else math.inf
+    if kind is DNSAM or sigma == 0: return rho / r if r else math.inf
     if dim is None: raise ValueError("SAM with noise needs dim, the number of dimensions")
     square = torch.tensor(r**2, dtype=torch.float64)
-    return gaussian_factors(square, sigma, check_int("dim", dim), "A")[0].item()
+    return rho * gaussian_factors(square, sigma, check_int("dim", dim), "A")[0].item()
 
 # %% ../nbs/07c_stability.ipynb #52782de2
 def edge_of_stability(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
@@ -46,9 +49,7 @@ def edge_of_stability(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     Raises ValueError or TypeError on bad input, or without a norm or dimension that is needed."""
     eta = check_scalar("eta", eta)
     mu = check_share("momentum", momentum)
-    c = factor(algorithm, grad_norm, check_scalar("sigma", sigma, zero=True), dim)
-    rho = check_scalar("rho", algorithm.rho, zero=True) if algorithm.rho else 0.0
-    q = 8 * (1 + mu) * rho * c / eta if rho else 0.0
+    q = 8 * (1 + mu) * lift(algorithm, grad_norm, sigma, dim) / eta
     return 4 * (1 + mu) / (eta * (1 + math.sqrt(1 + q)))
 
 # %% ../nbs/07c_stability.ipynb #53b5ddd6
@@ -63,9 +64,7 @@ def stability_number(algorithm:Algorithm, # SGD, USAM, DNSAM or SAM
     eta = check_scalar("eta", eta)
     lam = check_scalar("largest_eigenvalue", largest_eigenvalue)
     mu = check_share("momentum", momentum)
-    c = factor(algorithm, grad_norm, check_scalar("sigma", sigma, zero=True), dim)
-    lifted = check_scalar("rho", algorithm.rho, zero=True) * c * lam if algorithm.rho else 0.0
-    return eta * lam * (1 + lifted) / (2 * (1 + mu))
+    return eta * lam * (1 + lift(algorithm, grad_norm, sigma, dim) * lam) / (2 * (1 + mu))
 
 # %% ../nbs/07c_stability.ipynb #b4b337d3
 def mean_outer(h:np.ndarray, # (k, d, d)
@@ -87,9 +86,8 @@ def batches_of(H:np.ndarray, m:int, replace:bool, limit:int=20_000
     law = Minibatches(len(H), m, replace)
     if law.count > limit:
         raise ValueError(f"batches must be at most {limit}, to be enumerated, got {law.count}")
-    sets = [*(itertools.product(range(len(H)), repeat=m) if replace
-              else itertools.combinations(range(len(H)), m))]
-    return np.stack([H[list(s)].mean(0) for s in sets]), sets
+    sets = law.support(limit).gammas.tolist()
+    return H[sets].mean(1), sets
 
 # %% ../nbs/07c_stability.ipynb #9ee48edc
 def over_micro_batches(H:np.ndarray, rho:float, m:int, B:int, replace:bool): # Ā, and M ↦ E[A M Aᵀ]
@@ -176,10 +174,7 @@ def mean_square_radius(algorithm:Algorithm, # SGD or USAM
             f"got {replace!r}")
     if type(algorithm) not in (SGD, USAM) or algorithm.has_metric:
         raise TypeError(f"algorithm must be SGD or USAM, whose step is linear, got {algorithm!r}")
-    if getattr(hessians, "ndim", 0) != 3:
-        raise ValueError(
-            f"hessians must have shape (n, d, d), got {tuple(getattr(hessians, 'shape', ()))}")
-    for H in hessians: check_symmetric("a Hessian", H)
+    check_hessians(hessians)
     eta = check_scalar("eta", eta)
     B = check_int("batch_size", batch_size)
     if algorithm.micro_batch and B % algorithm.micro_batch:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import gamma, ndtr
+from scipy.special import ndtr
 from torch import Tensor
 
 from .algorithm import DNSAM, SAM, SGD, USAM, Chain, check_plain
@@ -143,6 +143,8 @@ def matrices(process) -> tuple:
         raise TypeError(
             f"the closure is of SGD, USAM, DNSAM or SAM on a Quadratic, "
             f"got {algorithm} on {type(objective).__name__}")
+    if type(process) not in (Chain, SDE):
+        raise TypeError(f"the closure is of a Chain or an SDE itself, got {type(process).__name__}")
     check_plain(algorithm, "the closure")
     process.check_untrained("the closure")
     if getattr(process, "order", 1) != 1:
@@ -222,15 +224,3 @@ def chain_law(chain:Chain, # in one dimension
     system = step.T - np.eye(len(step))
     system[-1] = 1
     return Law(edges, np.linalg.solve(system, np.eye(len(step))[-1]))
-
-# %% ../nbs/07b_stationarity.ipynb #ea721fea
-def tail_constant(chain:Chain, at_zero:float # p(0)
-                 ) -> float:
-    "c of Eq. (7b.5)"
-    d = chain.objective.dim
-    lam = chain.objective.H[0, 0].item()
-    s = chain.objective.law.sigma
-    eta, rho = float(chain.eta), float(chain.algorithm.rho)
-    ball = math.pi**(d / 2) / gamma(d / 2 + 1)
-    chi = 2**(d / 2) * gamma(d) / gamma(d / 2)
-    return at_zero * ball * (eta * rho * s)**d * chi / (1 - abs(1 - eta * lam)**d)

@@ -14,12 +14,13 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy.fft
 import scipy.integrate
 import scipy.linalg
 import torch
 from torch import Tensor
 
-from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Process, is_ours
+from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Process, is_ours, overrides
 from .ensemble import simulate, time_grid
 from .moments import gamma_support, with_law
 from .machinery.checks import (
@@ -135,6 +136,7 @@ class Axis(NamedTuple):
     nodes: np.ndarray # (n,)
     rows: Callable # points (...) -> (..., n), the weights of the values at the nodes
     derivative: np.ndarray # (n, n)
+    tail: Callable # values (..., n) -> (...), their coefficients in the upper quarter, in sum
 
 def dirichlet(s:np.ndarray, nodes:int) -> np.ndarray:
     "The kernel of trigonometric interpolation, Eq. (5b.3), 1 at s = 0"
@@ -151,7 +153,8 @@ def circle_axis(n:int # even
     D = np.where(gap == 0, 0, .5 * (-1.)**gap / np.tan(np.where(gap == 0, 1, gap) * np.pi / n))
     x = 2 * np.pi * j / n
     def rows(points): return dirichlet(points[..., None] - x, n)
-    return Axis(x, rows, D)
+    def tail(values): return 2 / n * np.abs(np.fft.rfft(values))[..., 3 * n // 8:].sum(-1)
+    return Axis(x, rows, D, tail)
 
 # %% ../nbs/05b_weak_errors.ipynb #dd14303f
 class Grid:
@@ -171,6 +174,11 @@ class Grid:
         each = [np.linalg.matrix_power(axis.derivative, along.count(i))
                 for i, axis in enumerate(self.axes)]
         return functools.reduce(np.kron, each)
+    def tail(self, values:np.ndarray, first:int=0) -> float:
+        "How far an interpolant of the values (S,) may be off, along the axes from the first one on"
+        values = values.reshape([len(axis.nodes) for axis in self.axes])
+        return max((axis.tail(np.moveaxis(values, i, -1)).max()
+                    for i, axis in enumerate(self.axes) if i >= first), default=0.)
 
 def torus_nodes(nodes:int, # M along each axis, even
                 dim:int # 1 or 2
@@ -188,6 +196,11 @@ def periodic(process) -> TrigonometricSum:
     raise TypeError(
         f"the exact operators need a circle_problem or torus_problem, "
         f"got {type(process.objective).__name__}: use weak_error")
+
+def with_step(process, states:Tensor, k:float) -> Tensor: # (..., m)
+    "States with the counter of steps behind them, if the process has one"
+    if "k" not in process.memory: return states
+    return torch.cat([states, states.new_full((*states.shape[:-1], 1), k)], -1)
 
 def check_turn(process, move:Callable): # of points (..., d), what must be the same after a turn
     "Raises ValueError if what a process does differs after a turn of the circle"
@@ -216,18 +229,18 @@ def interval_axis(n:int, half:float) -> Axis:
         away = points[..., None] - q
         weights = w / np.where(abs(away) < 1e-15 * half, 1e-15 * half, away)
         return weights / weights.sum(-1, keepdims=True)
-    return Axis(q, rows, D - np.diag(D.sum(1)))
+    def tail(values): return np.abs(scipy.fft.dct(values))[..., 3 * n // 4:].sum(-1) / n
+    return Axis(q, rows, D - np.diag(D.sum(1)), tail)
 
 def largest_memory(process, name:str) -> float:
     "A number that what is remembered stays below: \"v\", a velocity, or \"u0\", …, perturbations"
     problem = periodic(process)
-    if name == "v" and isinstance(process, SDE): # |dP| is at most |b| − c|P|, but for the noise
-        x = torus_nodes(256 if problem.dim == 1 else 32, problem.dim)[1]
-        return 1.4 * process.drift(x).abs().max().item() / float(process.friction)
-    if name == "v":
+    if name == "v" and isinstance(process, Chain):
         steepest = problem.c.abs() + (problem.a.abs()[..., None] * problem.m.abs()).sum(-2)
         return steepest.max().item() / (1 - process.momentum)
     x = torus_nodes(256 if problem.dim == 1 else 32, problem.dim)[1]
+    if name == "v": # |dP| is at most |b| − c|P|, but for the noise
+        return 1.4 * process.drift(x).abs().max().item() / float(process.friction)
     every = torch.arange(problem.n)[:, None, None]
     return 1.1 * process.algorithm.perturbation(problem, x, every).abs().max().item()
 
@@ -272,9 +285,7 @@ def chain_operator(chain:Chain, # on a circle_problem or torus_problem
     grid = grid_of(chain, nodes, memory_nodes)
     gammas = every_gamma(chain)
     def after(states, gamma):
-        if "k" in chain.memory:
-            states = torch.cat([states, states.new_full((len(states), 1), k)], -1)
-        return chain.step(states, gamma)[:, :len(grid.axes)]
+        return chain.step(with_step(chain, states, k), gamma)[:, :len(grid.axes)]
     def move(x):
         states = torch.cat([x, x.new_zeros(len(x), len(grid.axes) - x.shape[-1])], -1)
         return after(states, gammas[0]) - states
@@ -332,6 +343,8 @@ def together(chain:Chain, sde:SDE):
             f"got {chain.time_step} and {sde.time_step}")
 
 # %% ../nbs/05b_weak_errors.ipynb #327af7a5
+IGNORED = ("draw", "diffusion", "moments", "step", "advance") # of an SDE, by what is exact
+
 def values_of(test:Callable, x:Tensor) -> Tensor: # (K, d) -> (K,)
     "A function of angles at points, if it gives a finite number for each; else a ValueError"
     values = np.asarray(test(*x.numpy().T), dtype=float)
@@ -341,11 +354,6 @@ def values_of(test:Callable, x:Tensor) -> Tensor: # (K, d) -> (K,)
     if np.isfinite(values).all(): return torch.from_numpy(values)
     raise ValueError("test must be finite at every node, got infinite or NaN values")
 
-def from_start(process, grid:Grid, values:Tensor, x:Tensor) -> np.ndarray:
-    "The values at the states in which paths start at the points x"
-    states = process.start(x)[:, :len(grid.axes)]
-    return grid.rows(states) @ values.numpy()
-
 # %% ../nbs/05b_weak_errors.ipynb #2143a7e9
 def applied(P:Tensor, steps:int, v:Tensor) -> Tensor: # (S,)
     "P^steps v: by squaring P where that is less work, else step by step"
@@ -353,8 +361,8 @@ def applied(P:Tensor, steps:int, v:Tensor) -> Tensor: # (S,)
     for _ in range(steps): v = P @ v
     return v
 
-def mean_of_chain(chain:Chain, steps:int, test:Callable, x:Tensor, nodes:int, memory_nodes:int
-                 ) -> np.ndarray: # for paths that start at x
+def mean_of_chain(chain:Chain, steps:int, test:Callable, nodes:int, memory_nodes:int
+                 ) -> tuple[Grid, np.ndarray]: # states, and the mean of paths from each
     "E φ after so many steps: the last operator is applied first"
     grid = grid_of(chain, nodes, memory_nodes)
     v = values_of(test, chain.position(grid.states))
@@ -362,9 +370,9 @@ def mean_of_chain(chain:Chain, steps:int, test:Callable, x:Tensor, nodes:int, me
     if not chain.is_scheduled: # the first step may differ, by torch's first buffer
         first = int("k" in chain.memory and steps > 0)
         v = applied(operator(1), steps - first, v)
-        return from_start(chain, grid, operator(0) @ v if first else v, x)
+        return grid, (operator(0) @ v if first else v).numpy()
     for k in reversed(range(steps)): v = operator(k) @ v
-    return from_start(chain, grid, v, x)
+    return grid, v.numpy()
 
 # %% ../nbs/05b_weak_errors.ipynb #1ab9d6bc
 def over_step(sde:SDE, k:int, nodes:int, memory_nodes:int) -> Tensor: # (S, S)
@@ -377,19 +385,39 @@ def over_step(sde:SDE, k:int, nodes:int, memory_nodes:int) -> Tensor: # (S, S)
     commutator = late @ early - early @ late
     return torch.matrix_exp(h / 2 * (late + early) - 3**.5 / 12 * h**2 * commutator)
 
-def mean_of_sde(sde:SDE, steps:int, test:Callable, x:Tensor, nodes:int, memory_nodes:int
-               ) -> np.ndarray: # for paths that start at x
+def mean_of_sde(sde:SDE, steps:int, test:Callable, nodes:int, memory_nodes:int
+               ) -> tuple[Grid, np.ndarray]: # states, and the mean of paths from each
     "E φ of the position after the time of so many steps"
     grid = grid_of(sde, nodes, memory_nodes)
-    states = grid.states
-    if "k" in sde.memory: states = torch.cat([states, states.new_full((len(states), 1), steps)], -1)
-    v = values_of(test, sde.position(states))
+    v = values_of(test, sde.position(with_step(sde, grid.states, steps)))
     if sde.is_scheduled:
         for k in reversed(range(steps)): v = over_step(sde, k, nodes, memory_nodes) @ v
     else:
         L = torch.from_numpy(generator(sde, nodes, memory_nodes))
         v = torch.matrix_exp(steps * float(sde.time_step) * L) @ v
-    return from_start(sde, grid, v, x)
+    return grid, v.numpy()
+
+def mean_after(process:Chain|SDE, steps:int, test:Callable, x:Tensor, nodes:int, memory_nodes:int
+              ) -> tuple[np.ndarray, float]: # for paths that start at x, and what `tail` says of memory
+    "E φ after so many steps"
+    mean = mean_of_chain if isinstance(process, Chain) else mean_of_sde
+    grid, values = mean(process, steps, test, nodes, memory_nodes)
+    starts = process.start(x)[:, :len(grid.axes)]
+    return grid.rows(starts) @ values, grid.tail(values, x.shape[-1])
+
+# %% ../nbs/05b_weak_errors.ipynb #c8736f7a
+def check_resolved(grid:Grid, test:Callable, error:np.ndarray, memory:float): # (S,)
+    "Raises ValueError where interpolation may be off by more than a tenth of the weak error"
+    nodes, gap = len(grid.axes[0].nodes), np.abs(error).max()
+    between = grid.states[::max(1, len(grid.states) // 64)] + 2 * np.pi * (1 + .35 / nodes)
+    known = values_of(test, grid.states).numpy()
+    missed = np.abs(grid.rows(between) @ known - values_of(test, between).numpy()).max()
+    off = max(missed, grid.tail(error), memory)
+    if off <= gap / 10 + 1e-9 * np.abs(known).max(): return
+    raise ValueError(
+        f"{nodes} nodes leave the error of {gap:.2g} uncertain by about {off:.1g}: use "
+        f"{'other memory_nodes' if off == memory else 'more nodes'}, a test function that is smooth "
+        "and periodic, or weak_error")
 
 # %% ../nbs/05b_weak_errors.ipynb #cf8d2939
 def exact_difference(chain:Chain, # the algorithm
@@ -399,16 +427,21 @@ def exact_difference(chain:Chain, # the algorithm
                      nodes:int|None=None, # on an axis, even; if None, 96 (circle) or 20 (torus)
                      memory_nodes:int=17 # for each number that is remembered, such as a velocity
                     ) -> tuple[Tensor, np.ndarray]: # starts (nodes^d, d), and the error from each
-    """The weak error at `t_end` from every node, exactly.
-    Raises ValueError or TypeError if the two do not belong together."""
+    """The weak error at `t_end` from every node, exactly. Raises ValueError or TypeError
+    if the two do not belong together, or the nodes are too few for the functions of the start."""
     together(chain, sde)
+    one_process(chain, ("draw", "advance"))
+    one_process(sde, IGNORED)
     steps = step_count(sde.time_step, t_end)
     dim = periodic(chain).dim
     if nodes is None: nodes = 96 if dim == 1 else 20
-    x = torus_nodes(nodes, dim)[1]
+    grid = Grid([circle_axis(nodes)] * dim)
     with one_thread():
-        algorithm = mean_of_chain(chain, steps, test, x, nodes, memory_nodes)
-        return x, algorithm - mean_of_sde(sde, steps, test, x, nodes, memory_nodes)
+        (algorithm, first), (model, second) = (
+            mean_after(process, steps, test, grid.states, nodes, memory_nodes)
+            for process in (chain, sde))
+    check_resolved(grid, test, algorithm - model, max(first, second))
+    return grid.states, algorithm - model
 
 # %% ../nbs/05b_weak_errors.ipynb #cf6f64fd
 def exact_error(chain:Chain, # the algorithm
@@ -464,26 +497,31 @@ def torus_error(algorithm:Algorithm, # any, on both sides
                         expansion=expansion, noise=noise, order=order)
 
 # %% ../nbs/05b_weak_errors.ipynb #f5886ab1
-def step_without_noise(chain:Chain, x:Tensor) -> Tensor: # (..., d) -> (..., d)
-    def no_noise(): return x.new_zeros(*x.shape[:-1], chain.noise_dim)
-    return chain.position(chain.advance(chain.start(x), no_noise, [chain.time_step]))
+def linear_parts(process:Chain|SDE, x:Tensor, xi:Tensor) -> list: # of tensors
+    "What is linear in points and noise where moments are exact"
+    if isinstance(process, Chain):
+        return [process.position(process.advance(process.start(x), lambda: xi, [process.time_step]))]
+    noise = (process.covariance(x) @ xi[..., None])[..., 0]
+    return [process.drift(x), noise, process.position(process.start(x))]
 
 def check_adds_up(process:Chain|SDE):
-    "Raises ValueError where a class of a user's own has a drift or a step that is not linear"
-    if is_ours(process) and is_ours(process.objective): return
-    field = (process.drift if isinstance(process, SDE)
-             else functools.partial(step_without_noise, process))
+    "Raises ValueError where a class of a user's own has a drift, a step or noise that is not linear"
+    if is_ours(process): return
     d = process.objective.dim
-    x, y = torch.randn(2, d, generator=torch.Generator().manual_seed(0)).to(process.objective.H)
-    gap = (field(x + y) - field(x) - field(y)).abs().max()
-    if gap <= 1e-3 * max(field(x).abs().max(), field(y).abs().max()): return
-    raise ValueError(f"{type(process).__name__} on {type(process.objective).__name__} is not "
-                     "linear, which exact moments need")
+    generator = torch.Generator().manual_seed(0)
+    x, xi = (torch.randn(2, n, generator=generator).to(process.objective.H)
+             for n in (d, process.noise_dim if isinstance(process, Chain) else d))
+    pairs = [*zip(x, xi), (x.sum(0), xi.sum(0))]
+    for a, b, both in zip(*(linear_parts(process, *pair) for pair in pairs)):
+        if (both - a - b).abs().max() > 1e-3 * max(a.abs().max(), b.abs().max()):
+            raise ValueError(f"{type(process).__name__} on {type(process.objective).__name__} is not "
+                             "linear, which exact moments need")
 
 def check_linear(process:Chain|SDE):
     """Raises TypeError or ValueError unless the process is that of SGD or USAM on a Quadratic.
     With a metric, |x| of `adaptive`, a step is not linear."""
-    algorithm, objective = one_process(process).algorithm, process.objective
+    ignored = IGNORED if isinstance(process, SDE) else ("draw",)
+    algorithm, objective = one_process(process, ignored).algorithm, process.objective
     linear = type(algorithm) in (SGD, USAM) and not algorithm.has_metric
     if not linear or not isinstance(objective, Quadratic):
         what = f"{algorithm!r} on {type(objective).__name__}"
@@ -497,11 +535,9 @@ def step_system(chain:Chain, k:int=1 # the step, where that matters: under a sch
     "F and C of Eq. (5b.5) for a step, for a state without its counter of steps"
     H = chain.objective.H
     def eye(n): return torch.eye(n, dtype=H.dtype, device=H.device)
-    counts = "k" in chain.memory
-    m, n = chain.width - counts, chain.noise_dim
+    m, n = chain.width - ("k" in chain.memory), chain.noise_dim
     def after(states, noise):
-        clock = states.new_full((len(states), counts), k)
-        state = torch.cat([states, clock], -1)
+        state = with_step(chain, states, k)
         return chain.advance(state, lambda: noise, [chain.time_step])[:, :m]
     F = after(eye(m), H.new_zeros(m, n))
     B = after(H.new_zeros(n, m), eye(n))
@@ -521,37 +557,33 @@ def rate_system(sde:SDE, k:float=0.0 # the step, where there is a schedule
     return F, np.block([[zero, zero], [zero, noise / float(sde.eta)**.5]])
 
 # %% ../nbs/05b_weak_errors.ipynb #8fa1d566
-def seen(process, states:Tensor, k:float) -> Tensor: # (..., m) -> (..., d)
-    "Positions of states without their counter of steps, at step k"
-    if "k" in process.memory:
-        states = torch.cat([states, states.new_full((*states.shape[:-1], 1), k)], -1)
-    return process.position(states)
+def positions(process, states:Tensor, k:float) -> Tensor: # (..., m) -> (..., d)
+    return process.position(with_step(process, states, k))
 
 def of_positions(process, V:Tensor, k:float) -> Tensor: # (m, m) -> (d, d)
     "The covariance of positions, from that of states"
-    return seen(process, seen(process, V, k).mT, k).mT
+    return positions(process, positions(process, V, k).mT, k).mT
 
-def repeated(F:np.ndarray, C:np.ndarray, n:int) -> tuple[np.ndarray, np.ndarray]:
-    "n steps of x⁺ = Fx + noise as one such step, by repeated squaring"
-    power = np.eye(len(F))
-    V = np.zeros_like(F)
+def then(first:tuple, second:tuple) -> tuple[np.ndarray, np.ndarray]: # F and C, (m, m) each
+    "Two steps x⁺ = Fx + noise of covariance C as one"
+    (F, C), (G, D) = first, second
+    return G @ F, G @ C @ G.T + D
+
+def repeated(step:tuple, n:int) -> tuple[np.ndarray, np.ndarray]:
+    "n such steps as one, by repeated squaring"
+    found = np.eye(len(step[0])), np.zeros_like(step[0])
     while n:
-        if n % 2:
-            power = F @ power
-            V = F @ V @ F.T + C
-        F, C, n = F @ F, F @ C @ F.T + C, n // 2
-    return power, V
+        if n % 2: found = then(found, step)
+        step = then(step, step)
+        n //= 2
+    return found
 
 # %% ../nbs/05b_weak_errors.ipynb #523728b3
 def many_steps(chain:Chain, t_end:float) -> tuple[np.ndarray, np.ndarray]: # (m, m) each
     "The steps up to `t_end` as one, x⁺ = Fx + noise of covariance C"
     n = step_count(chain.time_step, t_end)
-    if "k" not in chain.memory: return repeated(*step_system(chain), n)
-    F, C = step_system(chain, 0)
-    for k in range(1, n):
-        step, noise = step_system(chain, k)
-        F, C = step @ F, step @ C @ step.T + noise
-    return F, C
+    if "k" not in chain.memory: return repeated(step_system(chain), n)
+    return functools.reduce(then, (step_system(chain, k) for k in range(n)))
 
 def over_time(F:np.ndarray, C:np.ndarray, t:float) -> tuple[np.ndarray, np.ndarray]:
     "An SDE's linear step over a time t"
@@ -560,18 +592,18 @@ def over_time(F:np.ndarray, C:np.ndarray, t:float) -> tuple[np.ndarray, np.ndarr
     m = len(F)
     block = scipy.linalg.expm(np.block([[-F, C], [np.zeros_like(F), F.T]]) * t / n)
     F = block[m:, m:].T
-    return repeated(F, F @ block[:m, m:], n)
+    return repeated((F, F @ block[:m, m:]), n)
 
 # %% ../nbs/05b_weak_errors.ipynb #b5691b5f
-def integrated(sde:SDE, begin:float, end:float) -> tuple[np.ndarray, np.ndarray]:
-    "The same under a schedule that is a function, between two times within one step"
-    m = sde.width - 1
+def integrated(sde:SDE, k:int, end:float) -> tuple[np.ndarray, np.ndarray]:
+    "The same under a schedule that is a function, from the start of step k to a time within it"
+    m, h = sde.width - 1, float(sde.time_step)
     def rates(t, y):
-        F, C = rate_system(sde, t / float(sde.time_step))
+        F, C = rate_system(sde, np.clip(t / h, k, np.nextafter(k + 1, k)))
         power, V = y.reshape(2, m, m)
         return np.stack([F @ power, F @ V + V @ F.T + C]).ravel()
     y = np.stack([np.eye(m), np.zeros((m, m))]).ravel()
-    found = scipy.integrate.solve_ivp(rates, (begin, end), y, "DOP853", rtol=1e-12, atol=1e-15)
+    found = scipy.integrate.solve_ivp(rates, (k * h, end), y, "DOP853", rtol=1e-12, atol=1e-15)
     if found.success: return tuple(found.y[:, -1].reshape(2, m, m))
     raise RuntimeError(f"the moments were not integrated: {found.message}")
 
@@ -580,14 +612,11 @@ def long_time(sde:SDE, t_end:float) -> tuple[np.ndarray, np.ndarray]: # (m, m) e
     t_end, h = float(check_positive("t_end", t_end)), float(sde.time_step)
     if not sde.is_scheduled: return over_time(*rate_system(sde), t_end)
     moves = any(map(callable, (sde.schedule, sde.rho_schedule)))
-    m = sde.width - 1
-    F, C = np.eye(m), np.zeros((m, m))
-    for k in range(int(np.ceil(t_end / h - 1e-9))):
+    def step(k):
         end = min((k + 1) * h, t_end)
-        step, noise = (integrated(sde, k * h, end) if moves
-                       else over_time(*rate_system(sde, k), end - k * h))
-        F, C = step @ F, step @ C @ step.T + noise
-    return F, C
+        if moves: return integrated(sde, k, end)
+        return over_time(*rate_system(sde, k), end - k * h)
+    return functools.reduce(then, map(step, range(max(1, math.ceil(t_end / h - 1e-9)))))
 
 # %% ../nbs/05b_weak_errors.ipynb #68882513
 def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
@@ -605,7 +634,7 @@ def linear_moments(process:Chain|SDE, # of SGD or USAM, on a Quadratic
     power, V = (torch.from_numpy(v).to(x0) for v in found)
     steps = t_end / float(process.time_step)
     mean = power @ process.start(x0)[:len(V)]
-    return seen(process, mean, steps), of_positions(process, V, steps)
+    return positions(process, mean, steps), of_positions(process, V, steps)
 
 # %% ../nbs/05b_weak_errors.ipynb #8c5b086b
 def stationary_covariance(process:Chain|SDE # of SGD or USAM, on a Quadratic
@@ -673,30 +702,23 @@ def one_number(test:Callable) -> Callable:
             f"got {tuple(value.shape)}")
     return checked
 
-def paired_run(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable) -> tuple:
-    "Times, difference, its standard error, Euler's part, and diverged paths, on common noise"
-    both = Coupled(chain, sde)
-    def difference(z):
-        x, fine, coarse = both.split(z)
-        return test(x) - 2 * test(fine) + test(coarse)
-    def euler(z):
-        _, fine, coarse = both.split(z)
-        return test(coarse) - test(fine)
-    e = run(both, x0, {"difference": difference, "euler": euler})
-    return e.times, e.mean["difference"], e.sem["difference"], e.mean["euler"], e.n_diverged
-
 # %% ../nbs/05b_weak_errors.ipynb #5a49147c
-def independent_run(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable,
-                    seed:int) -> tuple:
-    "The same from independent runs"
-    both = Coupled(None, sde)
-    fresh = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+def compared(chain:Chain, sde:SDE, x0:Tensor, test:Callable, run:Callable,
+             seed:int|None=None # of a run of the SDE alone; None: on the noise of the chain
+            ) -> tuple:
+    "Times, difference, its standard error, Euler's part, and diverged paths"
+    both = Coupled(chain if seed is None else None, sde)
     def extrapolated(z):
-        fine, coarse = both.split(z)
+        *_, fine, coarse = both.split(z)
         return 2 * test(fine) - test(coarse)
     def euler(z):
-        fine, coarse = both.split(z)
+        *_, fine, coarse = both.split(z)
         return test(coarse) - test(fine)
+    if seed is None:
+        def difference(z): return test(both.split(z)[0]) - extrapolated(z)
+        e = run(both, x0, {"difference": difference, "euler": euler})
+        return e.times, e.mean["difference"], e.sem["difference"], e.mean["euler"], e.n_diverged
+    fresh = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
     a = run(chain, x0, {"test": test}, dt=None)
     b = run(both, x0, {"test": extrapolated, "euler": euler}, seed=fresh)
     sem = (a.sem["test"]**2 + b.sem["test"]**2).sqrt()
@@ -753,9 +775,9 @@ def weak_error(chain:Chain, # the algorithm
         end = steps * float(process.time_step)
         return simulate(process, x, end, n_paths, observe=observe, **settings | other)
     paired = (all(isinstance(p.objective, Additive) for p in (chain, sde))
-              and sde.noise_dim == chain.noise_dim)
-    method, more = (paired_run, ()) if paired else (independent_run, (seed,))
-    times, mean, sem, euler, dead = method(chain, sde, x0, one_number(test), run, *more)
+              and sde.noise_dim == chain.noise_dim and not overrides(chain, "draw", Chain))
+    times, mean, sem, euler, dead = compared(chain, sde, x0, one_number(test), run,
+                                             None if paired else seed)
     curve = pd.DataFrame({"time": times, "difference": mean, "sem": sem,
                           "ci_low": mean - 1.96 * sem, "ci_high": mean + 1.96 * sem})
     end = {k: float(curve[k].iloc[-1]) for k in ("difference", "ci_low", "ci_high", "sem")}

@@ -65,7 +65,7 @@ circle = circle_problem([.3, -.2, -.1], [.9, .6, .5], [1, 2, 1], [.2, 1.1, 2.3])
 on_circle = Chain(USAM(.1), circle, .1), SDE(USAM(.1), circle, .1)
 def weak(chain=chain, sde=sde, x0=x, t_end=1., test=total, n_paths=10, **how): return weak_error(chain, sde, x0, t_end, test, n_paths, **how)
 def around(problem=circle, eta=.1, t_end=1., test=np.sin, algorithm=USAM(.1), **how): return circle_error(algorithm, problem, eta, t_end, test, **how)
-def map_of(algorithm=SAM, objective=circle, etas=(.1,), rhos=(.1,), t_end=1., test=np.sin, *more, **how): return validity_map(algorithm, objective, etas, rhos, t_end, test, *more, **how)
+def map_of(algorithm=USAM, objective=circle, etas=(.1,), rhos=(.1,), t_end=1., test=np.sin, *more, **how): return validity_map(algorithm, objective, etas, rhos, t_end, test, *more, **how)
 def look(algorithm=SAM(.1), objective=bowl, x=x, eta=.1, **how): return diagnose(algorithm, objective, x, eta, **dict(top=1) | how)
 def optimizer(kind=optim.SAM, params=None, base=torch.optim.SGD, **how):
     return kind([torch.nn.Parameter(torch.ones(2))] if params is None else params, base, **dict(lr=.1) | how)

@@ -657,3 +657,34 @@ def test_statistics_far_from_zero():
         abs(single.mean["x"][-1].item() - x0.float().double().mean().item())
         <= 1e-7 * EPS32 * 1e8 + 1e-7
     )
+
+
+@pytest.mark.parametrize("steep, far", [(1e20, 1.0), (1e-20, 1e-20), (1e-150, 1e-20), (1e100, 1e20)])
+def test_saddles_in_other_units(steep, far):
+    """Curvatures times a factor are slower or faster, distances times a factor larger: nothing else"""
+    H, x = torch.tensor([[0.9, 0.4], [0.4, -0.6]], dtype=F64), torch.tensor([[0.2, -0.1], [0.5, 0.3]], dtype=F64)
+    t, points = flow(SAM(0.3), H, x, 1.0, steps=5)
+    times, there = flow(SAM(0.3 * far), H * steep, x * far, 1.0 / steep, steps=5)
+    torch.testing.assert_close(times * steep, t, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(there / far, points, rtol=1e-8, atol=1e-10)
+    arrival = arrival_time(SAM(0.3 * far), H * steep, x * far) * steep
+    torch.testing.assert_close(arrival, arrival_time(SAM(0.3), H, x), rtol=1e-8, atol=0)
+    escape = escape_time(SAM(0.3 * far), H * steep, 0.1 / steep, 0.2 * steep * far, 0.1 * far) * steep
+    assert abs(escape / escape_time(SAM(0.3), H, 0.1, 0.2, 0.1) - 1) < 1e-9
+
+
+@pytest.mark.parametrize("rho, x", [(0.3, 1e-12), (1e-8, 1e6), (1e-3, 1e12)])
+def test_arrivals_from_very_near_and_far(rho, x):
+    """In one dimension the time is log(1 + |x|/ρ)/λ"""
+    found = arrival_time(SAM(rho), torch.tensor([[2.0]], dtype=F64), torch.tensor([x], dtype=F64))
+    assert abs(found.item() / (math.log1p(x / rho) / 2) - 1) < 1e-8
+
+
+def test_times_and_distances_beyond_a_double():
+    """They are refused, or computed without the squares that overflow"""
+    H = -torch.eye(1, dtype=F64)
+    assert abs(escape_time(SGD(), H, 0.1, 1e-200, 1e-199) / escape_time(SGD(), H, 0.1, 1.0, 10.0) - 1) < 1e-9
+    with pytest.raises(ValueError, match="too far apart for a double"):
+        escape_time(SGD(), H, 0.1, 1e-200, 1.0)
+    with pytest.raises(ValueError, match="rho must not be that small beside x0"):
+        arrival_time(SAM(1e-200), H, torch.ones(1, dtype=F64))

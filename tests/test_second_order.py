@@ -164,3 +164,18 @@ def test_a_minibatch_loss_refuses():
     for a in (USAM(0.1), SAM(0.1, source="full")):
         with warnings.catch_warnings(), pytest.raises(ValueError, match="no third derivatives"):
             drift(a, loss, loss.x0, "second", draws=4)
+
+
+def test_the_second_order_without_gradients():
+    """Inference mode has no derivative of the drift, which was left out there; a point from it is as any other."""
+    bowl, x = Quadratic(torch.tensor([[1.2, 0.3], [0.3, 0.7]], dtype=F64), sigma=0.5), torch.ones(2, dtype=F64)
+    sde = SDE(USAM(0.3), bowl, 0.1, "exact", order=2)
+    known = sde.drift(x)
+    with torch.no_grad():
+        assert_close(sde.drift(x), known)
+    with torch.inference_mode():
+        point = torch.ones(2, dtype=F64)
+        with pytest.raises(ValueError, match="inference_mode.. has no gradients"):
+            sde.drift(x)
+    assert_close(sde.drift(point), known)
+    assert (known - SDE(USAM(0.3), bowl, 0.1, "exact").drift(x)).abs().max() > 0.01

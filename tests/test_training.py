@@ -14,10 +14,10 @@ from samsde.ensemble import simulate
 from samsde.experiments.examples import line, plane
 from samsde.objective import FiniteSum, Quadratic
 from samsde.sde import SDE, KineticSDE
-from samsde.stationarity import closed_covariance
+from samsde.stationarity import closed_covariance, suboptimality
 from samsde.sweep import sweep
 from samsde.weak_approximation import weak_error
-from samsde.weak_errors import linear_moments, rate_system, stationary_covariance
+from samsde.weak_errors import exact_error, linear_moments, periodic_examples, rate_system, stationary_covariance
 
 F64 = torch.float64
 one, two = torch.ones(1, dtype=F64), torch.ones(2, dtype=F64)
@@ -559,6 +559,40 @@ def test_a_function_of_time_is_another_schedule_in_a_kinetic_model(name):
     assert gaps["function"][2] > 0.6 * gaps["function"][1]  # the control
 
 
+def test_what_exact_numbers_do_not_follow_from_is_refused():
+    """A step, a draw or a diffusion of one's own says nothing to the exact operators, nor a step to a simulation."""
+    circle, bowl = periodic_examples(1)[USAM], Quadratic(torch.eye(1, dtype=F64), sigma=0.1)
+    x = torch.ones(1, dtype=F64)
+
+    def of(base, name):
+        method = lambda self, *args, **how: getattr(base, name)(self, *args, **how)
+        return type("Own", (base,), {name: method})
+
+    for base, names in ((Chain, ("draw", "advance")), (SDE, ("draw", "advance", "step", "moments", "diffusion"))):
+        for name in names:
+            pair = [of(cls, name) if cls is base else cls for cls in (Chain, SDE)]
+            chain, sde = (cls(USAM(0.1), circle, 0.1) for cls in pair)
+            with pytest.raises(ValueError, match=f"Own overrides {name}, but exact numbers follow"):
+                exact_error(chain, sde, 1.0, np.sin)
+    for name in ("step", "moments", "covariance"):
+        for how in ({}, dict(momentum=0.5, kinetic=True), dict(schedule=lambda t: 1.0)):
+            with pytest.raises(ValueError, match=f"Own overrides {name}, but a simulation goes by"):
+                simulate(of(SDE, name)(USAM(0.1), bowl, 0.1, **how), x, 10 * 0.1**0.5 if "kinetic" in how else 1.0, 4)
+
+    class Loud(Chain):
+        def draw(self, *args, **how):
+            return 2 * super().draw(*args, **how)
+
+    def square(x):
+        return x.square().sum(-1)
+
+    found = weak_error(Loud(SGD(), bowl, 0.1), SDE(SGD(), bowl, 0.1), x, 1.0, square, 4000)
+    moments = [linear_moments(cls(SGD(), bowl, 0.1), x, 1.0) for cls in (Chain, SDE)]
+    (mean, V), (other, W) = moments
+    gap = (mean**2 + 4 * V - other**2 - W).item()
+    assert not found.paired and abs(found.difference - gap) < 4 * found.sem < abs(gap)
+
+
 def test_exact_moments_of_classes_of_ones_own():
     """A drift that is not linear, or a diffusion without its covariance, is refused; a linear one is taken."""
     o, x = Quadratic(torch.eye(2, dtype=F64), sigma=0.1), torch.ones(2, dtype=F64)
@@ -584,7 +618,7 @@ def test_exact_moments_of_classes_of_ones_own():
 
     with pytest.raises(ValueError, match="Wind on Quadratic is not linear"):
         linear_moments(Wind(USAM(0.1), o, 0.1), x, 1.0)
-    with pytest.raises(ValueError, match="Still overrides diffusion"):
+    with pytest.raises(ValueError, match="Still overrides diffusion, but exact numbers"):
         linear_moments(Still(USAM(0.1), o, 0.1), x, 1.0)
     with pytest.raises(ValueError, match="Bent contradicts itself"):
         linear_moments(Chain(SGD(), Bent(o.H, sigma=0.1), 0.1), x, 1.0)
@@ -595,8 +629,37 @@ def test_exact_moments_of_classes_of_ones_own():
 
     with pytest.raises(ValueError, match="Pushed on Quadratic is not linear"):
         linear_moments(Pushed(SGD(), o, 0.1), x, 1.0)
+
+    class Clipped(Chain):
+        def step(self, state, gamma):
+            return super().step(state, gamma.clamp(-0.1, 0.1))
+
+    class Wider(SDE):
+        def covariance(self, x):
+            return super().covariance(x) * (1 + x[..., :1, None] ** 2)
+
+    class Elsewhere(SDE):
+        def position(self, state):
+            return super().position(state) + 1
+
+    for process in (Clipped, Wider, Elsewhere):
+        with pytest.raises(ValueError, match=f"{process.__name__} on Quadratic is not linear"):
+            stationary_covariance(process(SGD(), o, 0.1))
+    with pytest.raises(TypeError, match="the closure is of a Chain or an SDE itself, got Wider"):
+        suboptimality(Wider(SGD(), o, 0.1))
     mean = linear_moments(Slow(SGD(), o, 0.1), x, 1.0)[0]
     assert_close(mean, x * math.exp(-0.5))
     ensemble = simulate(Wind(SGD(), o, 0.1), x, 1.0, 400)
     known = x * 0.9**10 + (1 - 0.9**10)
     assert ((ensemble.mean["x"][-1] - known).abs() < 4 * ensemble.sem["x"][-1]).all()
+
+
+def test_rates_and_a_function_of_the_radius_together():
+    """The moments of an SDE ask for the rates of the steps that it takes alone; as many were too few."""
+    bowl, x = Quadratic(torch.tensor([[1.2, 0.3], [0.3, 0.7]], dtype=F64)), torch.tensor([1.0, -2.0], dtype=F64)
+    rates = torch.tensor([0.1, 0.02, 0.06, 0.03], dtype=F64)
+    sde = SDE(USAM(0.4), bowl, 0.1, schedule=rates, rho_schedule=lambda t: 1 / (1 + t))
+    found = linear_moments(sde, x, 0.4)[0]
+    coarse, fine = (simulate(sde, x, 0.4, 2, dt=0.1 / n).final[0] for n in (128, 256))
+    assert_close(found, 2 * fine - coarse, rtol=0, atol=1e-6)
+    assert (found - fine).abs().max() > 1e-5

@@ -32,7 +32,7 @@ from ..objective import FiniteSum, Quadratic
 from ..sde import SDE
 from ..sweep import sweep
 from ..weak_approximation import weak_order
-from ..weak_errors import circle_error, circle_problem
+from ..weak_errors import circle_error, periodic_examples
 
 # %% ../../nbs/experiments/bench.ipynb #883abd93
 SIZES = {"full": dict(d=20, paths=10_000, steps=1_000, replicas=100, chain=2_000, times=100),
@@ -122,10 +122,10 @@ def noise_step(kind, objective:FiniteSum, dense:bool=False, gradient:bool=False)
 
 def operators():
     "Orders of three algorithms on the circle, from ten step lengths each"
-    problem = circle_problem([.3, -.2, .5], [1., .6, -.8], [1, 2, 1], [0., .7, 2.])
+    problems = periodic_examples(1)
     etas = [.4 / k for k in (4, 6, 8, 12, 16, 24, 32, 48, 64, 96)]
     return [weak_order(etas,
-                       [circle_error(kind(eta**.5), problem, eta, .4, np.cos) for eta in etas])
+                       [circle_error(kind(eta**.5), problems[kind], eta, .4, np.cos) for eta in etas])
             for kind in KINDS.values()]
 
 # %% ../../nbs/experiments/bench.ipynb #247a2bd0

@@ -179,9 +179,7 @@ def fold(graph:torch.fx.GraphModule, node, watch:Watch): # -> the node of the co
 # %% ../../nbs/machinery/record.ipynb #1dbd2035
 def same_bits(a:Tensor, b:Tensor) -> bool:
     "Are they equal, where both are NaN too?"
-    if torch.equal(a, b): return True
-    same_nan = a.shape == b.shape and torch.equal(a.isnan(), b.isnan())
-    return same_nan and torch.equal(a.nan_to_num(), b.nan_to_num())
+    return a.shape == b.shape and torch.allclose(a, b, 0, 0, equal_nan=True)
 
 def compiled(fn:Callable, tensors:tuple) -> Callable|None:
     "A record of a function; None where there is none that gives the same bits"
