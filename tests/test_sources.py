@@ -22,7 +22,6 @@ from samsde.weak_errors import (
     exact_error,
     mean_after,
     periodic_examples,
-    torus_nodes,
 )
 
 F64 = torch.float64
