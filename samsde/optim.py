@@ -370,6 +370,12 @@ class TwoPhases(Checkpointed):
 class Perturbed(TwoPhases):
     """An optimizer that steps with the gradient at x + ρ u. A subclass gives `scale`.
     Raises ValueError or TypeError on bad input."""
+    def __new__(cls, *args, **kwargs):
+        "Raises TypeError if a radius alone is given, as to the algorithm of that name"
+        if isinstance(args[0], Real) if args else "rho" in kwargs and "params" not in kwargs:
+            raise TypeError(f"{cls.__name__}(params, base_optimizer), the optimizer, needs parameters;"
+                            f" the algorithm of the theory is samsde.algorithm.{cls.__name__}")
+        return super().__new__(cls)
     def __init__(self, params, # parameters, or groups, with rho, adaptive, perturb of their own
                  base_optimizer:Callable, # a class such as torch.optim.SGD, which takes the step
                  rho:float=.05, # radius ρ

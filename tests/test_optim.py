@@ -16,6 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import samsde.algorithm
+from samsde import optim
 from samsde.optim import DNSAM, SAM, USAM, LinearRho, frozen_statistics, full_gradient_norm
 
 SGD = torch.optim.SGD
@@ -930,3 +932,19 @@ def test_frozen_statistics_of_shared_and_constant_buffers():
         and mean.equal(torch.zeros(4, dtype=torch.float64))
         and net[0].num_batches_tracked == 0
     )
+
+
+def test_the_algorithm_and_the_optimizer_of_one_name():
+    net, theory = make(), samsde.algorithm
+    for name in ("SAM", "USAM", "DNSAM"):
+        for args, words in [
+            ((net.parameters(),), "got generator"),
+            (([*net.parameters()], SGD), "got list"),
+        ]:
+            with pytest.raises(TypeError, match=f"{words}; .* is samsde.optim.{name}"):
+                getattr(theory, name)(*args, lr=0.1)
+        for args, options in [((0.1,), {}), ((), {"rho": 0.1}), ((0.1, SGD), {"lr": 1})]:
+            with pytest.raises(TypeError, match=f"of the theory is samsde.algorithm.{name}"):
+                getattr(optim, name)(*args, **options)
+    for thing in (theory.SAM(0.1), theory.SAM(rho=0.1), SAM(net.parameters(), SGD, lr=0.1)):
+        assert type(copy.deepcopy(thing)) is type(pickle.loads(pickle.dumps(thing))) is type(thing)
