@@ -349,11 +349,11 @@ def memory_of_step(table:pd.DataFrame) -> Verdict:
 
 # %% ../../nbs/experiments/networks.ipynb #2b6011d9
 def dense_route(table:pd.DataFrame) -> Verdict:
-    "Does a d×d matrix get there?"
+    "Is a step with a d×d matrix much slower?"
     routes = pick(table, part="cost", batch_size=1, algorithm="USAM", statistic="seconds")
     routes = routes.pivot_table(index="d", columns="model", values="value").dropna()
     last = routes.iloc[-1]
-    return Verdict("The dense route does not get there.",
+    return Verdict("With a d×d covariance matrix a step is several times as slow.",
                    "holds" if last["dense"] > 4 * last["best"] else "does not hold",
                    f"At {routes.index[-1]:,.0f} parameters a step takes {last['best']:.2g} s by "
                    f"norms, {last['samples']:.2g} s by samples, "

@@ -93,11 +93,12 @@ class LayerRow(NamedTuple):
 
 # %% ../../nbs/machinery/coverage.ipynb #cover014
 # activations, and other layers that act on entries
-POINTWISE = """CELU ELU GELU GLU Hardshrink Hardsigmoid Hardswish Hardtanh Identity LeakyReLU Mish
+POINTWISE = """CELU ELU GELU GLU Hardshrink Hardswish Hardtanh Identity LeakyReLU Mish
 LogSigmoid PReLU RReLU ReLU ReLU6 SELU SiLU Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink
 Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout Flatten""".split()
 ACTIVATIONS = [
     *[LayerRow(cls) for cls in POINTWISE],
+    LayerRow("Hardsigmoid", refused="it has no second derivative"),
     *[LayerRow(cls, kwargs={"dim": -1}) for cls in ("LogSoftmax", "Softmax", "Softmin")],
     LayerRow("GELU", kwargs={"approximate": "tanh"}, note="tanh"),
     LayerRow("PReLU", (3,), shape=(3, 2), note="one for each channel"),
