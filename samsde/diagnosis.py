@@ -146,9 +146,10 @@ class Diagnosis:
     @property
     def reason(self) -> str:
         def size(name):
-            error = self.terms.get(ERRORS[name], 0.)
-            return f"{self.terms[name]:.2g}" + f" ± {error:.2g}" * (error > self.tolerance)
-        said = ", ".join(f"{name}: {size(name)} of the drift" for name in self.large or ERRORS)
+            value, error = self.terms[name], self.terms.get(ERRORS[name], 0.)
+            said = f"{value:.3g}" + f" ± {error:.3g}" * (error > self.tolerance)
+            return f"{name}: {said} {'times' if value >= 1 else 'of'} the drift"
+        said = ", ".join(map(size, self.large or ERRORS))
         said = f"{said}, {'more than' if self.large else 'at most'} {self.tolerance:g}"
         if self.clipped > self.tolerance: said = f"{self.clipped:.0%} of the steps clipped; {said}"
         number = f"stability number {self.terms['stability number']:.2g}"
