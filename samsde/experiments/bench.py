@@ -415,20 +415,20 @@ TARGETS = [
 
 # %% ../../nbs/experiments/bench.ipynb #4ab4638e
 TARGETS += [
-    *(Target("limit", f"An ensemble takes at most 1.25 times the limit, {t}.", f"USAM, {t}",
-             f"limit, {t}", 1.25) for t in ("float32", "float64")),
-    *(Target("limit", f"{kind} takes at most 1.5 times as long as USAM.", f"{kind}, float32",
-             "USAM, float32", 1.5) for kind in ("DNSAM", "SAM")),
-    *(Target("limit", f"A step of {kind} costs at most three weighted gradients, {words}.",
-             f"step, {kind}, {of}", f"gradient, {gradient}", 3)
-      for of, gradient, words in (("d = 2561", "d = 2561", "d = 2,561"),
-                                  ("convolutions", "convolutions", "convolutions"),
-                                  ("B = 32", "d = 2561", "B = 32")) for kind in KINDS),
-    *(Target("limit", f"A step of {kind} on a transformer costs at most 1.3 times its sample "
-             "gradients.", f"step, {kind}, transformer", "sample gradients, transformer", 1.3)
+    *(Target("limit", f"An ensemble takes at most 1.1 times the limit, {t}.", f"USAM, {t}",
+             f"limit, {t}", 1.1) for t in ("float32", "float64")),
+    *(Target("limit", f"{kind} takes at most 1.3 times as long as USAM.", f"{kind}, float32",
+             "USAM, float32", 1.3) for kind in ("DNSAM", "SAM")),
+    *(Target("limit", f"A step of {kind} costs at most {bound:g} weighted gradients, {words}.",
+             f"step, {kind}, {of}", f"gradient, {gradient}", bound)
+      for of, gradient, words, bound in (("d = 2561", "d = 2561", "d = 2,561", 2.5),
+                                         ("convolutions", "convolutions", "convolutions", 3),
+                                         ("B = 32", "d = 2561", "B = 32", 4)) for kind in KINDS),
+    *(Target("limit", f"A step of {kind} on a transformer costs at most 1.4 times its sample "
+             "gradients.", f"step, {kind}, transformer", "sample gradients, transformer", 1.4)
       for kind in KINDS),
-    *(Target("limit", f"The SAM optimizer takes at most 1.05 times two steps of SGD, {net} "
-             "network.", f"samsde, {net}", f"two steps of SGD, {net}", 1.05)
+    *(Target("limit", f"The SAM optimizer takes at most 1.02 times two steps of SGD, {net} "
+             "network.", f"samsde, {net}", f"two steps of SGD, {net}", 1.02)
       for net in ("large", "tiny")),
 ]
 
@@ -462,6 +462,8 @@ TARGETS += [
 WHY = { # of the targets that are missed, by contestant
     "diffrax, float32": "the limit itself is 3.64 times as fast as diffrax",
     "torchsde, iid, float64": "the limit itself is 2.01 times as fast as torchsde",
+    **{f"step, {kind}, d = 2561": "it has eight matrix products to a gradient's five, and five "
+       "times as many operations on entries" for kind in ("USAM", "SAM")},
     "step, DNSAM, d = 2561": "its full gradient has a backward pass of its own",
     **{f"step, {kind}, convolutions": "half of a step goes to patches, of which a gradient needs "
        "none" for kind in KINDS},

@@ -56,18 +56,19 @@ class Frames:
         return [dict(zip(self.values, chosen)) for chosen in product(*self.values.values())]
     def _repr_html_(self) -> str:
         sliders = "".join(slider(self.labels[name], len(v)) for name, v in self.values.items())
-        frames = "".join(frame(self.draw(**chosen), self.caption(chosen), k > 0)
+        frames = "".join(frame(self.draw(**chosen), self.caption(chosen), k)
                          for k, chosen in enumerate(self.settings()))
         return f'<div class="frames">{sliders}{frames}</div>'
     def caption(self, chosen:dict) -> str:
         return ", ".join(f"{self.labels[name]} = {value:g}" for name, value in chosen.items())
 
 # %% ../../nbs/machinery/style.ipynb #b0d9bc85
-def shrink(svg:str) -> str:
-    "A picture of the same look in fewer bytes: hundredths of a point, short names, no empty space"
+def shrink(svg:str, letters:str="i") -> str:
+    """A picture of the same look in fewer bytes: hundredths of a point, short names that begin with
+    these letters, no empty space"""
     svg = re.sub(r"(?:scale|matrix)\([^)]*\)|(\d\.\d\d)\d+", lambda m: m[1] or m[0], svg)
     used = dict.fromkeys(re.findall(r'(?:href="|url\()#([\w-]+)', svg))
-    short = {name: f"i{n:x}" for n, name in enumerate(used)}
+    short = {name: f"{letters}{n:x}" for n, name in enumerate(used)}
     svg = re.sub(r'((?:href="|url\()#)([\w-]+)', lambda m: m[1] + short[m[2]], svg)
     svg = re.sub(r' id="([\w-]+)"', lambda m: f' id="{short[m[1]]}"' if m[1] in short else "", svg)
     svg = re.sub(r'style="[^"]*"', lambda m: re.sub(r"\s*([:;])\s*", r"\1", m[0]), svg)
@@ -84,12 +85,13 @@ def slider(label:str, n:int) -> str:
     return (f'<label>{escape(label)} <input type="range" min="0" max="{n - 1}" value="0" '
             f'aria-label="{escape(label)}" oninput="{CHOOSE}"></label>')
 
-def frame(ax, caption:str, hidden:bool) -> str:
+def frame(ax, caption:str, k:int) -> str: # its number; the first is shown
     "The picture of an Axes as HTML; its figure is closed"
     import matplotlib.pyplot as plt
     file = io.StringIO()
     with plt.rc_context({"svg.fonttype": "none"}): # outlines would be most of a small picture
         ax.figure.savefig(file, format="svg", metadata=PLAIN)
     plt.close(ax.figure)
-    svg = shrink(file.getvalue().partition("<svg")[2])
-    return f"<figure{' hidden' * hidden}><svg{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+    svg = shrink(file.getvalue().partition("<svg")[2], f"f{k}i") # one page has all frames
+    hidden = " hidden" * (k > 0)
+    return f"<figure{hidden}><svg{svg}<figcaption>{escape(caption)}</figcaption></figure>"
