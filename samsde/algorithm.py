@@ -295,8 +295,8 @@ def false_in(objective:Objective) -> str|None: # as of false_derivative
     points = torch.randn(3, 2, objective.dim, generator=torch.Generator().manual_seed(1)) / 4
 
     for dtype in [objective.dtype] if objective.dtype else (torch.float64, torch.float32):
-        how = objective.loss, objective.grad, objective.hvp
-        try: return false_derivative(*how, [*points.to(dtype)])
+        try: return false_derivative(objective.loss, objective.grad, objective.hvp,
+                                     [*points.to(dtype)])
         except Exception: pass # what is wrong with it is told where it is used
 
 def check_objective(objective:Objective):

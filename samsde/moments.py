@@ -475,9 +475,10 @@ class AdditiveMoments(DrawnMoments):
         "In place: on a quadratic a step is little else than passes over memory"
         w = self.objective.law(xi, s)
         if w.shape != x.shape: w = w.expand_as(x).clone()
-        w = w.add_(self.grad, alpha=dt) if self.needs_grad else self.objective.add_grad_(w, x, dt)
+        if self.needs_grad: w = w.add_(self.grad, alpha=dt)
+        else: w = self.objective.add_grad_(w, self.x, dt)
         if is_zero(rho): return x - w
-        return self.objective.add_hvp_(x - w, x, self.answer(dt, s, xi, w), -rho)
+        return self.objective.add_hvp_(x - w, self.x, self.answer(dt, s, xi, w), -rho)
 
 # %% ../nbs/02d_moments.ipynb #2a673c7f
 class LinearAdditiveMoments(AdditiveMoments):
