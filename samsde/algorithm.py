@@ -39,18 +39,15 @@ class Algorithm:
     """x⁺ = x − η ∇f_γ(x + ρ u_γ(x)). A subclass defines `potential` or `perturbation`.
     Raises ValueError if `rho` is negative or not finite."""
     micro_batch, source, adaptive = None, "own", False
-    def __new__(cls, *args, **kwargs):
-        "Raises TypeError if an optimizer's arguments are given to the algorithm of that name"
-        given = args[0] if args else None
-        if cls.__name__ in ("SAM", "USAM", "DNSAM") and isinstance(given, (list, Iterator)):
-            raise TypeError(f"rho must be a number or a tensor, got {type(given).__name__}; the "
-                            f"optimizer, which takes parameters, is samsde.optim.{cls.__name__}")
-        return super().__new__(cls)
+
     def __init__(self, rho=0.0, # ρ; a number, or a tensor that broadcasts over the paths
                  *, micro_batch:int|None=None, # samples that share a perturbation; None: the batch
                  source:str="own", # "own" batch, "full" gradient, "independent" or "previous" batch
                  adaptive:bool=False # is the perturbation scaled by |x|, as in ASAM?
                 ):
+        if isinstance(rho, (list, Iterator)):
+            raise TypeError(f"rho must be a number or a tensor, got {type(rho).__name__}; "
+                            "the optimizers, which take parameters, are those of samsde.optim")
         self.rho = check_positive("rho", rho, zero=True)
         self.micro_batch = None if micro_batch is None else check_int("micro_batch", micro_batch)
         if source not in SOURCES:

@@ -370,20 +370,18 @@ class TwoPhases(Checkpointed):
 class Perturbed(TwoPhases):
     """An optimizer that steps with the gradient at x + ρ u. A subclass gives `scale`.
     Raises ValueError or TypeError on bad input."""
-    def __new__(cls, *args, **kwargs):
-        "Raises TypeError if a radius alone is given, as to the algorithm of that name"
-        if isinstance(args[0], Real) if args else "rho" in kwargs and "params" not in kwargs:
-            raise TypeError(f"{cls.__name__}(params, base_optimizer), the optimizer, needs parameters;"
-                            f" the algorithm of the theory is samsde.algorithm.{cls.__name__}")
-        return super().__new__(cls)
+
     def __init__(self, params, # parameters, or groups, with rho, adaptive, perturb of their own
-                 base_optimizer:Callable, # a class such as torch.optim.SGD, which takes the step
+                 base_optimizer:Callable=None, # which takes the step: a class as torch.optim.SGD
                  rho:float=.05, # radius ρ
                  adaptive:bool=False, # measure each coordinate in units of its parameter?
                  *, interval:int=1, # perturb in every interval-th step, from the first on
                  preserve_rng_state:bool=True, # do both passes of `step` draw the same numbers?
                  **base_kwargs # of the base optimizer: lr, momentum, weight_decay, ...
                 ):
+        if isinstance(params, Real):
+            raise TypeError(f"params must be parameters, or groups of them, got {params}; what takes "
+                            f"a radius alone is samsde.algorithm.{type(self).__name__}")
         self.interval = checked_count("interval", interval)
         self.preserve_rng_state = checked_flag("preserve_rng_state", preserve_rng_state)
         options = dict(rho=rho, adaptive=adaptive, perturb=True)
@@ -441,7 +439,7 @@ class DNSAM(Perturbed):
     """SAM normalised by the full gradient: u = g/‖∇f‖.
     Raises ValueError where that norm is missing, zero or not finite."""
     def __init__(self, params, # as in Perturbed, and the next three as well
-                 base_optimizer:Callable, rho:float=.05, adaptive:bool=False, *,
+                 base_optimizer:Callable=None, rho:float=.05, adaptive:bool=False, *,
                  # () -> ‖∇f‖ at the current parameters; if adaptive, of |w|∇f
                  full_grad_norm:Callable|None=None,
                  **kwargs # as in Perturbed
