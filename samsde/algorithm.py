@@ -175,7 +175,8 @@ class DNSAM(Linear):
     "SAM normalised by the full gradient: u = g/‖∇f‖. Raises ValueError where ∇f is exactly zero."
     def scale(self, grad):
         norm = norm_of(grad, keepdim=True)
-        return (1 / check_nonzero("DNSAM divides by the norm of the full gradient", norm)).to(grad)
+        what = "DNSAM divides by the norm of the full gradient"
+        return (1 / check_nonzero(what, norm, grad.dtype)).to(grad)
 
 class SAM(Algorithm):
     "Sharpness-Aware Minimization: u = g/‖g‖ of the minibatch (and u = 0 where g = 0)"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .machinery.checks import (
-    broadcast_axes, broadcast_paths, check_function, check_grad_possible, check_int, check_numbers,
-    check_points, check_scalar, check_symmetric, psd_root)
+    broadcast_axes, broadcast_paths, check_below, check_function, check_grad_possible, check_int,
+    check_numbers, check_points, check_scalar, check_symmetric, psd_root)
 from .machinery.comparison import check_network
 from .machinery.network import Network, check_data, check_module, unfit
 from .machinery.paths import accumulate, add_, can_be_tried, gradient, lift, needs_loop
@@ -364,7 +364,8 @@ class MeansOfSamples(WeightedSums):
     "Means over chosen samples, with their derivatives"
     def numbers(self, gamma:Tensor) -> Tensor:
         "`gamma` if it can hold sample numbers; else a TypeError or ValueError"
-        return check_numbers("gamma", gamma, "sample numbers")
+        gamma = check_numbers("gamma", gamma, "sample numbers")
+        return check_below("the sample numbers of gamma", gamma, self.n)
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
         "Mean loss of the samples `gamma`, (..., d) and (..., b) -> (...), for any b"
         return self.in_parts(MeansOfSamples.mean_loss, x, gamma)
@@ -627,9 +628,11 @@ class BatchDerivatives(Objective):
     def numbers(self, gamma:Tensor) -> Tensor:
         "`gamma` if it can be sample numbers and a seed; else a TypeError or ValueError"
         check_numbers("gamma", gamma, "sample numbers and a seed")
-        if gamma.shape[-1] > 1: return gamma
-        shape = f"(..., {self.minibatches.batch_size + 1})"
-        raise ValueError(f"gamma must have shape {shape}, got {tuple(gamma.shape)}")
+        if gamma.shape[-1] < 2:
+            shape = f"(..., {self.minibatches.batch_size + 1})"
+            raise ValueError(f"gamma must have shape {shape}, got {tuple(gamma.shape)}")
+        check_below("the sample numbers of gamma", gamma[..., :-1], self.minibatches.n)
+        return gamma
     def at(self, what:str, # "value", "slope" or "product"
            x:Tensor, gamma:Tensor, v=None) -> Tensor: # (d,), (b + 1,), (d,)
         "f_γ, ∇f_γ or ∇²f_γ v at one point"
