@@ -11,15 +11,15 @@ import copy, inspect, math
 import torch
 from torch import Tensor
 
-from samsde.machinery.checks import (
+from .machinery.checks import (
     broadcast_axes, check_counted, check_int, check_nonzero, check_positive, check_scalar,
-    check_share, per_path)
+    check_share, check_symmetric, per_path)
 from .machinery.differences import FALSE, false_derivative
-from .machinery.record import replay
+from .machinery.record import replay, version
 from .machinery.sampling import KEY
-from samsde.objective import (
-    Additive, FiniteSum, InMicroBatches, MinibatchLoss, Noiseless, NoisyLoss, Objective, Quadratic,
-    gradient)
+from .objective import (
+    Additive, FiniteSum, Gaussian, InMicroBatches, MinibatchLoss, Noiseless, NoisyLoss, Objective,
+    Quadratic, Sampling, gradient)
 from .machinery.style import colours
 
 # %% ../nbs/01_algorithm.ipynb #ede46e34
@@ -258,6 +258,18 @@ def contradictions(objective:Objective): # of words, two values that should be e
     yield from wrong_derivatives(objective, x, gamma, v, w)
     yield from wrong_means(objective, x, gamma, generator)
 
+# %% ../nbs/01_algorithm.ipynb #c541813c
+def check_numbers_of_law(objective:Objective):
+    "Raises ValueError where a law that was changed or replaced does not fit the objective"
+    law = objective.law
+    if isinstance(law, Sampling): Sampling(law.n, law.batch_size, law.sampling)
+    if isinstance(law, Gaussian): check_scalar("sigma", law.sigma, zero=True)
+    for kind, size in ((Additive, "dim"), (FiniteSum, "n")):
+        known, found = getattr(objective, size, None), getattr(law, size, None)
+        if not isinstance(objective, kind) or known == found: continue
+        raise ValueError(f"the law of {type(objective).__name__} must have {size}={known}, "
+                         f"got a {type(law).__name__} with {size}={found}")
+
 # %% ../nbs/01_algorithm.ipynb #734d39ec
 def is_ours(thing) -> bool:
     "Does the library define its class?"
@@ -276,6 +288,7 @@ def check_law(objective:Objective):
         if isinstance(objective, kind) and not is_ours(law):
             raise ValueError(f"{name} is a kind of {kind.__name__}, whose law is known, but has the "
                              f"law {type(law).__name__}: subclass Objective instead")
+    check_numbers_of_law(objective)
 
 # %% ../nbs/01_algorithm.ipynb #4e6b8312
 def first_contradiction(found) -> str|None: # of contradictions(...)
@@ -286,23 +299,35 @@ def first_contradiction(found) -> str|None: # of contradictions(...)
 def false_in(objective:Objective) -> str|None: # as of false_derivative
     "Which of torch's derivatives is not that of the loss; None where that cannot be told"
     points = torch.randn(3, 2, objective.dim, generator=torch.Generator().manual_seed(1)) / 4
-
     for dtype in [objective.dtype] if objective.dtype else (torch.float64, torch.float32):
         how = objective.loss, objective.grad, objective.hvp
         try: return false_derivative(*how, [*points.to(dtype)])
         except Exception: pass # what is wrong with it is told where it is used
 
+# %% ../nbs/01_algorithm.ipynb #a3e835fb
+def state_of(objective:Objective) -> list: # of a value, and what tells that it was written to
+    "The law, the functions and the tensors that define an objective"
+    values = [v for v in vars(objective).values() if isinstance(v, Tensor) or callable(v)]
+    return [(v, version(v) if isinstance(v, Tensor) else None) for v in (objective.law, *values)]
+
+def same_state(before:list|None, now:list) -> bool:
+    pairs = zip(before or (), now)
+    return len(before or ()) == len(now) and all(a is b and m == n for (a, m), (b, n) in pairs)
+
 def check_objective(objective:Objective):
     """Raises ValueError if a class of a user's own contradicts itself, such as one whose loss the
     inherited gradient does not belong to, or if torch's derivatives are not those of a function."""
-    if "consistent" in vars(objective): return
     check_law(objective)
+    now = state_of(objective)
+    if same_state(vars(objective).get("consistent"), now): return
+    for name in ("loops", "has_third"): vars(objective).pop(name, None) # found out at the first use
     if not is_ours(objective) and (words := first_contradiction(contradictions(objective))):
         raise ValueError(f"{type(objective).__name__} contradicts itself: its {words}")
     of_functions = isinstance(objective, FiniteSum) and objective.network is None
+    if isinstance(objective, Quadratic): check_symmetric("H", objective.H)
     users = not is_ours(objective) or isinstance(objective, NoisyLoss) or of_functions
     if users and (found := false_in(objective)): raise ValueError(FALSE[found])
-    objective.consistent = True
+    objective.consistent = now
 
 # %% ../nbs/01_algorithm.ipynb #55331334
 def check_scale(algorithm:Algorithm, objective:Objective):
@@ -377,6 +402,7 @@ def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
         raise TypeError(
             "methods must be defined in a class, "
             f"but {type(algorithm).__name__} has {', '.join(sorted(replaced))} set on the object")
+    check_positive("rho", algorithm.rho, zero=True)
     an_objective(objective)
     check_micro_batch(algorithm, objective)
     check_algorithm(algorithm, objective)
