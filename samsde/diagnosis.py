@@ -21,9 +21,11 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from tqdm.auto import tqdm
 
 from . import optim
-from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, an_objective, pair
+from .algorithm import (
+    DNSAM, SAM, SGD, USAM, Algorithm, an_objective, norm_of, pair)
 from .epochs import epoch_terms
 from .implicit_regularizer import drift, mean_moments
+from .machinery.batches import size_of_batch
 from .machinery.checks import (
     check_finite, check_floating, check_int, check_positive, check_scalar)
 from .machinery.long_vectors import (
@@ -101,14 +103,14 @@ def largest_eigenvalue(hvp:Callable, # x, v, (..., d) each -> (..., d), such as 
         value = (w * Q[-1]).sum(-1)
         # a vector is 0 where the space is exhausted
         diagonal.append(torch.where(Q[-1].any(-1), value, diagonal[-1]) if diagonal else value)
-        rounding = 16 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+        rounding = 16 * torch.finfo(x.dtype).eps * norm_of(w, keepdim=True)
         for _ in range(2): w = w - ((w * Q).sum(-1, keepdim=True) * Q).sum(0)
-        left = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+        left = norm_of(w, keepdim=True)
         beside.append(torch.where(left > rounding, left, 0)[..., 0])
-        Q = torch.cat([Q, torch.where(left > rounding, w / left, 0)[None]])
+        Q = torch.cat([Q, torch.where(left > rounding, w / left, 0).to(x)[None]])
     below = torch.stack(beside, -1)[..., :-1] # eigvalsh reads the lower half
     T = torch.diag_embed(torch.stack(diagonal, -1)) + torch.diag_embed(below, -1)
-    return torch.linalg.eigvalsh(T)[..., -1]
+    return torch.linalg.eigvalsh(T)[..., -1].to(x)
 
 # %% ../nbs/08b_diagnosis.ipynb #c84fd67f
 # of what is neglected, by name; that in η has none where a drift is exact
@@ -639,9 +641,9 @@ def unlike_drawn(data) -> list:
     said, n = [], len(data.dataset)
     if isinstance(data.sampler, SequentialSampler) and n > data.batch_size:
         said.append("the DataLoader does not shuffle: minibatches are drawn at random here")
-    if not data.drop_last and (short := len(data.sampler) % data.batch_size):
-        said.append(f"the last batch of an epoch has {short} samples, "
-                    f"here {data.batch_size} as all")
+    B = size_of_batch(data)
+    if not data.drop_last and (short := len(data.sampler) % B):
+        said.append(f"the last batch of an epoch has {short} samples, here {B} as all")
     return said
 
 # %% ../nbs/08b_diagnosis.ipynb #908aeaee
@@ -650,7 +652,7 @@ def reshuffled(data, found:Diagnosis) -> dict:
     sampler = getattr(data, "sampler", None)
     shuffles = isinstance(sampler, RandomSampler) and not sampler.replacement
     if not shuffles or found.settings["momentum"]: return {}
-    law = Minibatches(len(sampler), data.batch_size, "epochs")
+    law = Minibatches(len(sampler), size_of_batch(data), "epochs")
     eta = found.settings["η"]
     return epoch_terms(law, eta, found.terms["momentum number"] / eta) # of a step, with its decay
 

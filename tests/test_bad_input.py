@@ -341,9 +341,9 @@ TABLE |= { # sums over samples, drift, noise, SDE
     "an SDE's noise of the wrong length": (lambda: sde.diffusion(x, three), ValueError, r"xi must have shape \(..., 2\), got \(3,\)"),
     "a step with xi as a list": (lambda: sde.step(x, [1., 1.], .1), TypeError, "xi must be a floating-point tensor, got list"),
     "a step with xi in another precision": (lambda: sde.step(x, torch.ones(2), .1), TypeError, "xi is torch.float32"),
-    "a step of no time": (lambda: sde.step(x, x, 0.), ValueError, "dt must be positive, got 0.0"),
-    "a step backwards": (lambda: sde.step(x, x, -.1), ValueError, "dt must be positive, got -0.1"),
-    "a step of NaN": (lambda: sde.step(x, x, nan), ValueError, "dt must be positive, got nan"),
+    "a step of no time": (lambda: sde.step(x, x, 0.), ValueError, "dt must be positive and finite, got 0.0"),
+    "a step backwards": (lambda: sde.step(x, x, -.1), ValueError, "dt must be positive and finite, got -0.1"),
+    "a step of NaN": (lambda: sde.step(x, x, nan), ValueError, "dt must be positive and finite, got nan"),
     "torchsde's points too long": (lambda: sde.to_torchsde().f(0, torch.ones(2, 3, **f64)), ValueError, r"x must have shape \(..., 2\), got \(2, 3\)"),
 }
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from fractions import Fraction
 
 import mpmath
 import numpy as np
@@ -20,6 +21,7 @@ from samsde.hessian_noise import (
     sgd_covariance,
 )
 from samsde.implicit_regularizer import drift, gaussian_direction, regularized_loss
+from samsde.machinery.long_vectors import lanczos
 from samsde.objective import FiniteSum, NoisyLoss, Quadratic
 from samsde.random_direction import kappa
 from samsde.saddle_attraction import (
@@ -762,3 +764,33 @@ def test_directions_whose_squares_overflow(size, sigma):
         gaussian_direction(torch.full((3,), size, dtype=F64), sigma)
     found = gaussian_direction(torch.full((3,), min(size, 1e150), dtype=F64), sigma and max(sigma, 1e-150))
     torch.testing.assert_close(found.mean, torch.full((3,), 3**-0.5, dtype=F64))
+
+
+@pytest.mark.parametrize("s", [1e-30, 1e-20, 1.0, 1e20])
+def test_curvatures_in_other_units(s):
+    """The norm of a Hessian-vector product vanished or overflowed in single precision, and Lanczos' method ended at once"""
+    R = normal(0, 12, 12)
+    M = R @ R.T
+    values = torch.linalg.eigvalsh(M)
+    H, start = (s * M).float(), normal(1, 12).float()
+    found, _, _, smallest = lanczos(lambda v: H @ v, start, 12, 2)
+    torch.testing.assert_close(found.double() / s, values[-2:].flip(0), rtol=1e-5, atol=0)
+    assert abs(smallest / s - values[0]) < 1e-5 * values[-1]
+    largest = largest_eigenvalue(lambda x, v: v @ H, start)
+    assert abs(largest.double() / s / values[-1] - 1) < 1e-5 and largest.dtype == F32
+
+
+@pytest.mark.parametrize("kind", [Fraction, np.float32, np.float64])
+def test_numbers_of_other_kinds(kind):
+    """A radius or a rate that is a fraction, or a number of numpy"""
+    bowl, x = Quadratic(torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=F64), 0.1), torch.ones(2, dtype=F64)
+    eighth = kind(1) / kind(8)
+
+    def ends(v):
+        how = dict(n_paths=4, t_end=8 * v)
+        yield simulate(Chain(SAM(v), bowl, v), x, **how).final
+        yield simulate(SDE(DNSAM(v), bowl, v, weight_decay=v), x, dt=v / 2, **how).final
+        yield SDE(SAM(v), bowl, v).step(x, x, v)
+        yield regularized_loss(SAM(v), bowl, x)
+
+    assert all(a.equal(b) for a, b in zip(ends(eighth), ends(0.125)))

@@ -34,8 +34,8 @@ def check_positive(name:str, # what to call the value in the error message
              value, # a number, or a tensor with one value for each path
              zero:bool=False # is zero allowed?
             ):
-    """`value` if it is a positive finite number or tensor; with `zero`, also 0.
-    Else a ValueError or TypeError."""
+    """`value` if it is a positive finite number or tensor; with `zero`, also 0. A number of another
+    kind than Python's, such as a fraction, becomes a float. Else a ValueError or TypeError."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     t = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
@@ -46,7 +46,7 @@ def check_positive(name:str, # what to call the value in the error message
     if not (torch.isfinite(t) & ((t >= 0) if zero else (t > 0))).all():
         raise ValueError(
             f"{name} must be {'non-negative' if zero else 'positive'} and finite, got {value}")
-    return value
+    return value if isinstance(value, (int, float, Tensor)) else float(value)
 
 def check_scalar(name:str, value, zero:bool=False) -> float:
     "A positive (or, with `zero`, non-negative) number; else a ValueError or TypeError"

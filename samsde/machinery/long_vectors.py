@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/machinery/long_vectors.ipynb #c4968fa2
+import math
 from typing import Callable
 
 import torch
@@ -16,7 +17,12 @@ LARGE = 10**6 # numbers in a long vector
 
 def is_long(v:Tensor) -> bool: # (..., d)
     return v.shape[-1] >= LARGE
-def norm(t:Tensor) -> float: return torch.linalg.vector_norm(t).item()
+def norm(t:Tensor) -> float:
+    "Piece by piece in double precision where the squares of float32 may overflow or vanish"
+    found = torch.linalg.vector_norm(t).item()
+    if t.dtype == torch.float64 or 1e-15 < found < 1e15: return found
+    parts = t.reshape(-1).split(LARGE)
+    return math.hypot(*(torch.linalg.vector_norm(v, dtype=torch.float64).item() for v in parts))
 
 # %% ../../nbs/machinery/long_vectors.ipynb #619d4c2e
 class Sums:
@@ -31,13 +37,13 @@ class Sums:
         fits = room is not None and (room.shape, room.dtype) == (values.shape, self.first.dtype)
         gaps = torch.sub(values, self.first, out=room if fits else None)
         self.total += gaps.sum(0) if len(gaps) > 1 else gaps[0]
-        self.square += torch.linalg.vector_norm(gaps).item()**2
+        self.square += norm(gaps)**2
     @property
     def mean(self) -> Tensor: return self.first + self.total / self.n
     @property
     def power(self) -> float:
         "The trace of the covariance; of equal values exactly 0"
-        squares = self.square - torch.linalg.vector_norm(self.total).item()**2 / self.n
+        squares = self.square - norm(self.total)**2 / self.n
         return max(0., squares) / (self.n - 1)
 
 # %% ../../nbs/machinery/long_vectors.ipynb #ad1370c7
