@@ -240,7 +240,7 @@ def wrong_means(objective:Objective, x:Tensor, gamma:Tensor, generator):
         of_batch = losses.gather(-1, gamma).mean(-1)
         yield "sample_loss is not a mean of losses", objective.sample_loss(x, gamma), of_batch
     else:
-        support = objective.law.support(1024, generator, dtype=x.dtype)
+        support = objective.law.support(1024, generator, dtype=x.dtype, device=x.device)
         losses = torch.stack([objective.sample_loss(x, c.expand(2, -1)) for c in support.gammas])
         mean, loss = losses.mean(0), objective.loss(x)
         sem = 0 if support.exact else losses.std(0) / len(losses)**.5
@@ -252,9 +252,10 @@ def contradictions(objective:Objective): # of words, two values that should be e
     "What an objective says in two ways, at two random points"
     generator = torch.Generator().manual_seed(0)
     dtype = objective.dtype or torch.float64
-    points = torch.randn(3, 2, objective.dim, generator=generator, dtype=torch.float64)
+    on_cpu = dict(generator=generator, device="cpu")
+    points = torch.randn(3, 2, objective.dim, dtype=torch.float64, **on_cpu)
     x, v, w = points.to(dtype) / 4
-    gamma = objective.draw((2,), generator, dtype=dtype)
+    gamma = objective.draw((2,), dtype=dtype, **on_cpu)
     yield from wrong_derivatives(objective, x, gamma, v, w)
     yield from wrong_means(objective, x, gamma, generator)
 
@@ -298,7 +299,8 @@ def first_contradiction(found) -> str|None: # of contradictions(...)
 
 def false_in(objective:Objective) -> str|None: # as of false_derivative
     "Which of torch's derivatives is not that of the loss; None where that cannot be told"
-    points = torch.randn(3, 2, objective.dim, generator=torch.Generator().manual_seed(1)) / 4
+    generator = torch.Generator().manual_seed(1)
+    points = torch.randn(3, 2, objective.dim, generator=generator, device="cpu") / 4
     for dtype in [objective.dtype] if objective.dtype else (torch.float64, torch.float32):
         how = objective.loss, objective.grad, objective.hvp
         try: return false_derivative(*how, [*points.to(dtype)])
@@ -333,7 +335,8 @@ def check_objective(objective:Objective):
 def check_scale(algorithm:Algorithm, objective:Objective):
     "Raises ValueError unless the scale of u = c g is a number, or one for each path"
     if not getattr(algorithm, "is_linear", False): return
-    c = algorithm.scale(torch.ones(3, objective.dim, dtype=objective.dtype or torch.float64))
+    dtype = objective.dtype or torch.float64
+    c = algorithm.scale(torch.ones(3, objective.dim, dtype=dtype, device="cpu"))
     if not isinstance(c, Tensor) or c.ndim == 0 or c.shape[-1] == 1: return
     raise ValueError(f"scale of {type(algorithm).__name__} must be a number or have shape (..., 1), "
                      f"got {tuple(c.shape)} for gradients of shape {(3, objective.dim)}")
@@ -344,8 +347,9 @@ def contradictions_of(algorithm:Algorithm, objective:Objective):
     Yields words, and two values that should be equal."""
     generator = torch.Generator().manual_seed(0)
     dtype = objective.dtype or torch.float64
-    x = torch.randn(2, objective.dim, generator=generator, dtype=torch.float64).to(dtype) / 4
-    gamma = objective.draw((2,), generator, dtype=dtype)
+    on_cpu = dict(generator=generator, device="cpu")
+    x = torch.randn(2, objective.dim, dtype=torch.float64, **on_cpu).to(dtype) / 4
+    gamma = objective.draw((2,), dtype=dtype, **on_cpu)
     u = algorithm.perturbation(objective, x, gamma)
     alone = [algorithm.perturbation(objective, x[k:k + 1], gamma[k:k + 1]) for k in range(2)]
     yield "that of one path after another", u, torch.cat(alone)
@@ -636,7 +640,8 @@ class Chain(Model):
         if isinstance(self.objective, Additive): return self.objective.dim
         known = getattr(self.objective.law, "batch_size", None)
         if known is not None: return known
-        return self.objective.draw((1,), torch.Generator().manual_seed(0)).shape[-1]
+        generator = torch.Generator().manual_seed(0)
+        return self.objective.draw((1,), generator, device="cpu").shape[-1]
     @property
     def batches(self) -> int: return 2 if self.algorithm.source == "independent" else 1
     @property

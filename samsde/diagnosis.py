@@ -78,7 +78,7 @@ def top_eigenvectors(objective:Objective,
         return check_finite("the Hessian at x", times(v)).double().cpu().numpy()
     start = np.random.default_rng(0).standard_normal(d)
     if not product(start).any():
-        return x.new_zeros(k), torch.eye(k, d).to(x) # the zero matrix, at which Lanczos fails
+        return x.new_zeros(k), torch.eye(k, d, dtype=x.dtype, device=x.device) # the zero matrix, at which Lanczos fails
     values, vectors = eigsh(LinearOperator((d, d), product, dtype=np.float64), k, which="LA",
                             v0=start, tol=1e-6 if x.dtype == torch.float64 else 1e-3)
     order = np.argsort(-values)
@@ -200,7 +200,7 @@ def change_in_a_step(algorithm, objective, x:Tensor, eta:float, here:Tensor, ste
     changes = Sums()
     def found(value): return sketch(value) if sketch else value
     def G(point, gamma): return found(algorithm.direction(objective, point, gamma[None]))
-    decays = bool(torch.any(torch.as_tensor(decay)))
+    decays = bool(torch.any(torch.as_tensor(decay, device=x.device)))
     rest = found((decay * (moved - x))[None]) if decays else None
     for k, gamma in enumerate(bar(step.gammas)):
         before = step.kept[k] if k < len(step.kept) else G(x, gamma)
@@ -217,7 +217,7 @@ def along_directions(V:Tensor, curvature:Tensor, names:list, eta:float, here:Ten
     along = V @ here if is_long(here) else V.double() @ here.double()
     found = moments_of_step(eta, along.double(), step.projections)
     table = {"curvature": curvature} | found
-    none = torch.zeros(len(V))
+    none = torch.zeros(len(V), device=V.device)
     table["share of noise"] = table["variance, SDE"] / (eta**2 * power) if power else none
     columns = {name: value.cpu().numpy() for name, value in table.items()}
     return pd.DataFrame(columns, index=names)
@@ -336,7 +336,7 @@ def directions_at(objective:Objective, x:Tensor, top:int|None, random:int, seed:
     lam, vectors = top_eigenvectors(objective, x, top)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(check_int("directions", random, least=0), objective.dim,
-                        generator=generator, dtype=torch.float64).to(x)
+                        generator=generator, dtype=torch.float64, device="cpu").to(x)
     drawn = drawn / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
     names = [f"eigenvector {i + 1}" for i in range(top)]
     return lam, torch.cat([vectors, drawn]), names + [f"random {i + 1}" for i in range(random)]
@@ -586,7 +586,7 @@ class Timed:
 def plan(objective:MinibatchLoss, algorithm:Algorithm, clock:Timed, effort:float) -> dict:
     "How many batches, products and draws fit into the time, by the cost of a gradient"
     law = objective.law
-    gamma, = law.draw((1,), torch.Generator().manual_seed(0))
+    gamma, = law.draw((1,), torch.Generator().manual_seed(0), device="cpu")
     single = timed(lambda: objective.sample_grad(objective.x0, gamma))
     product, further = PRODUCT * single, (PRODUCT - 1) * single # from a new graph, from the same
     # g and Hu, G, another two for the change in η; and for half of the γ a product for the noise
@@ -715,7 +715,8 @@ SHARE = .01 # of the largest eigenvalue, by which the top ones may be off before
 
 def first_vector(grad:Tensor) -> Tensor: # (d,)
     "The direction of ∇f, with a random one"
-    start = torch.randn(len(grad), generator=torch.Generator().manual_seed(0), dtype=grad.dtype)
+    on_cpu = dict(generator=torch.Generator().manual_seed(0), device="cpu")
+    start = torch.randn(len(grad), dtype=grad.dtype, **on_cpu)
     start = start.to(grad)
     return start.mul_(.3 / norm(start)).add_(grad, alpha=1 / norm(grad))
 

@@ -733,7 +733,7 @@ def all_add_up(network:BatchNetwork, batches:list, bar) -> bool: # of rows
     x0, generator = network.x0, torch.Generator().manual_seed(1)
     if not all(adds_up(network, rows, x0) for rows in bar(batches, "is it a sum?")): return False
     size = x0.abs().mean().item() + .1
-    moves = torch.randn(2, len(x0), generator=generator, dtype=torch.float64).to(x0)
+    moves = torch.randn(2, len(x0), generator=generator, dtype=torch.float64, device="cpu").to(x0)
     far = [x0 + scale * size * move for scale, move in zip((1, 10), moves)]
     if not all(adds_up(network, rows, x) for x in far for rows in batches[:4]): return False
     def slope(x): return network.derivative(x, batches[0], 0)[:2]
@@ -753,9 +753,9 @@ class ByBatches(Differentiated):
     def find_full(self) -> tuple[str, list]:
         law, n = self.minibatches, self.minibatches.n
         if law.count <= n:
-            return "enumerated", [(gamma, 1 / law.count) for gamma in law.support(n).gammas]
+            return "enumerated", [(c, 1 / law.count) for c in law.support(n, device="cpu").gammas]
         generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(n, generator=generator)
+        order = torch.randperm(n, generator=generator, device="cpu")
         parts = [torch.cat([rows, rows.new_zeros(1)]) for rows in order.split(law.batch_size)]
         rows = [gamma[:-1].tolist() for gamma in parts]
         if not law.random and all_add_up(self.network, rows, self.bar):
@@ -766,9 +766,11 @@ class ByBatches(Differentiated):
         "K minibatches; without replacement, those of whole passes over the data"
         law = self.minibatches
         n, B = law.n, law.batch_size
-        drawn = law.draw((K,), generator)
+        drawn = law.draw((K,), generator, device="cpu")
         if law.replace or B == n: return drawn
-        def of_pass(): return torch.randperm(n, generator=generator)[:n // B * B].reshape(-1, B)
+        def of_pass():
+            order = torch.randperm(n, generator=generator, device="cpu")
+            return order[:n // B * B].reshape(-1, B)
         passes = [of_pass() for _ in range(-(-K // (n // B)))]
         return torch.cat([torch.cat(passes)[:K], drawn[:, -1:]], -1)
     def bar(self, batches, name:str):

@@ -90,7 +90,8 @@ def signed_products(objective:FiniteSum, # any
     generator = torch.Generator().manual_seed(seed_of(w))
     values = []
     for _ in range(check_int("draws", draws, least=2)):
-        signs = (2 * torch.randint(2, w.shape, generator=generator) - 1).to(x)
+        drawn = torch.randint(2, w.shape, generator=generator, device="cpu")
+        signs = (2 * drawn - 1).to(x)
         values.append(objective.weighted_hvp(x, signs * w, objective.weighted_grad(x, signs)))
     values = torch.stack(values)
     return values.mean(0), values.std(0) / draws**.5
