@@ -230,7 +230,8 @@ def summary(total:PathStatistics, run:Run) -> Ensemble:
     """The statistics of an ensemble. Raises DivergenceError if no path stayed finite;
     warns if some did not."""
     t = total.state()
-    times = torch.tensor(run.grid[1], dtype=torch.float64) * float(run.process.time_step)
+    steps = torch.tensor(run.grid[1], dtype=torch.float64, device="cpu")
+    times = steps * float(run.process.time_step)
     at = divergence(times, t["until"])
     alive = at.isinf()
     paths = {name: t[f"paths{i}"] for i, name in enumerate(run.observe) if run.keep}

@@ -101,7 +101,7 @@ def quadratic_moments(hessians:Tensor, # H_i, (n, d, d), symmetric
     def around(point): # moments of x − point
         def step(batch): return step_map(H, c - point, eta, rho, batch)
         if law.epochs: return fixed_moments(maps_in_epoch(step, n, law.batch_size), d)
-        every = law.support(limit).gammas.tolist()
+        every = law.support(limit, device="cpu").gammas.tolist()
         return fixed_moments([sum(map(step, every)) / len(every)], d)
     mean = around(0.0).mean[-1]
     found = around(mean.numpy()) # where the variance is no small difference of large numbers

@@ -100,7 +100,7 @@ def noise_covariance(algorithm:Algorithm, objective:Objective,
 # %% ../nbs/04_hessian_noise.ipynb #5c956ab3
 def nowhere(objective:Objective) -> Tensor: # (d,)
     "A point, where no number depends on which"
-    return torch.zeros(objective.dim, dtype=objective.dtype or torch.float64)
+    return torch.zeros(objective.dim, dtype=objective.dtype or torch.float64, device="cpu")
 
 # %% ../nbs/04_hessian_noise.ipynb #3943df66
 def noise_dim(objective:Objective, algorithm:Algorithm|None=None, form:str="factor",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .algorithm import (
-    DNSAM, SAM, USAM, Algorithm, check_model, expand_sweep, in_cuts, overrides, pair)
+    DNSAM, SAM, USAM, Algorithm, check_model, expand_sweep, in_cuts, norm_of, overrides, pair)
 from .machinery.checks import per_path
 from .moments import (
     ExactMoments, SecondMoments, StepMoments, Unperturbed, all_samples, expectation,
@@ -84,7 +84,7 @@ def known_potential_of_dnsam(self:DNSAM, objective, x):
     if not (isinstance(objective, Additive) or objective.law.noiseless):
         raise ValueError(
             "DNSAM with minibatch noise has no regularised loss: its drift is not a gradient")
-    return torch.linalg.vector_norm(objective.grad(x), dim=-1)
+    return norm_of(objective.grad(x)).to(x)
 
 # %% ../nbs/03_implicit_regularizer.ipynb #4939d6d8
 def known_potential_of_sam(self:SAM, objective, x):

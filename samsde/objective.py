@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .machinery.checks import (
-    broadcast_axes, broadcast_paths, check_function, check_grad_possible, check_int, check_numbers,
-    check_points, check_scalar, check_symmetric, psd_root)
+    broadcast_axes, broadcast_paths, check_below, check_function, check_grad_possible, check_int,
+    check_numbers, check_points, check_scalar, check_symmetric, psd_root)
 from .machinery.comparison import check_network
 from .machinery.network import Network, check_data, check_module, unfit
 from .machinery.paths import accumulate, add_, can_be_tried, gradient, lift, needs_loop
@@ -364,7 +364,8 @@ class MeansOfSamples(WeightedSums):
     "Means over chosen samples, with their derivatives"
     def numbers(self, gamma:Tensor) -> Tensor:
         "`gamma` if it can hold sample numbers; else a TypeError or ValueError"
-        return check_numbers("gamma", gamma, "sample numbers")
+        gamma = check_numbers("gamma", gamma, "sample numbers")
+        return check_below("the sample numbers of gamma", gamma, self.n)
     def sample_loss(self, x:Tensor, gamma:Tensor) -> Tensor:
         "Mean loss of the samples `gamma`, (..., d) and (..., b) -> (...), for any b"
         return self.in_parts(MeansOfSamples.mean_loss, x, gamma)
@@ -627,9 +628,11 @@ class BatchDerivatives(Objective):
     def numbers(self, gamma:Tensor) -> Tensor:
         "`gamma` if it can be sample numbers and a seed; else a TypeError or ValueError"
         check_numbers("gamma", gamma, "sample numbers and a seed")
-        if gamma.shape[-1] > 1: return gamma
-        shape = f"(..., {self.minibatches.batch_size + 1})"
-        raise ValueError(f"gamma must have shape {shape}, got {tuple(gamma.shape)}")
+        if gamma.shape[-1] < 2:
+            shape = f"(..., {self.minibatches.batch_size + 1})"
+            raise ValueError(f"gamma must have shape {shape}, got {tuple(gamma.shape)}")
+        check_below("the sample numbers of gamma", gamma[..., :-1], self.minibatches.n)
+        return gamma
     def at(self, what:str, # "value", "slope" or "product"
            x:Tensor, gamma:Tensor, v=None) -> Tensor: # (d,), (b + 1,), (d,)
         "f_γ, ∇f_γ or ∇²f_γ v at one point"
@@ -730,7 +733,7 @@ def all_add_up(network:BatchNetwork, batches:list, bar) -> bool: # of rows
     x0, generator = network.x0, torch.Generator().manual_seed(1)
     if not all(adds_up(network, rows, x0) for rows in bar(batches, "is it a sum?")): return False
     size = x0.abs().mean().item() + .1
-    moves = torch.randn(2, len(x0), generator=generator, dtype=torch.float64).to(x0)
+    moves = torch.randn(2, len(x0), generator=generator, dtype=torch.float64, device="cpu").to(x0)
     far = [x0 + scale * size * move for scale, move in zip((1, 10), moves)]
     if not all(adds_up(network, rows, x) for x in far for rows in batches[:4]): return False
     def slope(x): return network.derivative(x, batches[0], 0)[:2]
@@ -750,9 +753,9 @@ class ByBatches(Differentiated):
     def find_full(self) -> tuple[str, list]:
         law, n = self.minibatches, self.minibatches.n
         if law.count <= n:
-            return "enumerated", [(gamma, 1 / law.count) for gamma in law.support(n).gammas]
+            return "enumerated", [(c, 1 / law.count) for c in law.support(n, device="cpu").gammas]
         generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(n, generator=generator)
+        order = torch.randperm(n, generator=generator, device="cpu")
         parts = [torch.cat([rows, rows.new_zeros(1)]) for rows in order.split(law.batch_size)]
         rows = [gamma[:-1].tolist() for gamma in parts]
         if not law.random and all_add_up(self.network, rows, self.bar):
@@ -763,9 +766,11 @@ class ByBatches(Differentiated):
         "K minibatches; without replacement, those of whole passes over the data"
         law = self.minibatches
         n, B = law.n, law.batch_size
-        drawn = law.draw((K,), generator)
+        drawn = law.draw((K,), generator, device="cpu")
         if law.replace or B == n: return drawn
-        def of_pass(): return torch.randperm(n, generator=generator)[:n // B * B].reshape(-1, B)
+        def of_pass():
+            order = torch.randperm(n, generator=generator, device="cpu")
+            return order[:n // B * B].reshape(-1, B)
         passes = [of_pass() for _ in range(-(-K // (n // B)))]
         return torch.cat([torch.cat(passes)[:K], drawn[:, -1:]], -1)
     def bar(self, batches, name:str):

@@ -49,9 +49,9 @@ def factor_table(d:int, dtype:torch.dtype, device:str
     """Coefficients of A, A_∥/q³ and 1 − A_∥/A in the position within a cell of q, and the number
     of cells"""
     cells, degree = (4096, 3) if dtype == torch.float64 else (8192, 1)
-    t = ((torch.cos(torch.pi * (torch.arange(degree + 1, dtype=torch.float64) + .5) / (degree + 1))
-          + 1) / 2)
-    q = (torch.arange(cells)[:, None] + t) / cells
+    def count(n): return torch.arange(n, dtype=torch.float64, device="cpu")
+    t = (torch.cos(torch.pi * (count(degree + 1) + .5) / (degree + 1)) + 1) / 2
+    q = (count(cells)[:, None] + t) / cells
     A, along = gaussian_integrals((d * (1 - q) * (1 + q)).sqrt() / q, d)
     table = torch.linalg.solve(torch.linalg.vander(t).flip(-1),
                                torch.stack([A, along / q**3, 1 - along / A], -1)).mT
@@ -103,6 +103,9 @@ def gaussian_direction(g:Tensor, # ḡ, (..., d)
     sigma = check_scalar("sigma", sigma, zero=True)
     y = g.double() / (sigma or 1) # its square is finite
     r = torch.linalg.vector_norm(y, dim=-1)
+    if (r.square().isinf() & g.isfinite().all(-1)).any():
+        raise ValueError("the norm of g, in units of sigma where that is not 0, must have a finite "
+                         f"square, got sigma={sigma:g} and entries up to {g.abs().max().item():.3g}")
     if sigma == 0: found = r, y / torch.where(r == 0, 1, r)[..., None], 0 * r, 0 * r
     else:
         A, along = gaussian_factors(r.square(), 1., g.shape[-1], "A", "along")

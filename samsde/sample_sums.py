@@ -14,6 +14,7 @@ from torch import Tensor
 from .machinery.layers import has_norms, layers_of, terms
 from .machinery.checks import check_int
 from .machinery.paths import accumulate
+from .algorithm import norm_of
 from .objective import FiniteSum, gradient
 
 # %% ../nbs/02c_sample_sums.ipynb #b0380d7b
@@ -25,7 +26,7 @@ class Potential(NamedTuple):
 # %% ../nbs/02c_sample_sums.ipynb #11b9f5a9
 def half_square(g:Tensor) -> Tensor: return g.square().sum(-1) / 2
 def half(square:Tensor) -> Tensor: return square / 2
-def norm(g:Tensor) -> Tensor: return torch.linalg.vector_norm(g, dim=-1)
+def norm(g:Tensor) -> Tensor: return norm_of(g).to(g)
 def root(square:Tensor) -> Tensor:
     "√, with derivative 0 at 0"
     positive = square > 0
@@ -45,7 +46,7 @@ def square_norms(objective:FiniteSum, # from a module
             f"square_norms needs an objective from a module, got {type(objective).__name__}")
     x = objective.check(x)
     if has_norms(network):
-        return torch.cat([objective.lift(lambda z: terms(network, z, s)[1], x)
+        return torch.cat([objective.lift(lambda z: terms(network, z, s)[1].to(x), x)
                           for s in objective.slices(x)], -1)
     numbers = torch.arange(objective.n, device=x.device)
     return torch.stack([objective.sample_grad(x, i.expand(*x.shape[:-1], 1)).square().sum(-1)
@@ -68,7 +69,7 @@ def gradient_of_sum(objective:FiniteSum, # from a module
         w, v, *a = (t[s] for t in constants[k:])
         value = w * f + v * of_square(square)
         for weights, slope in zip(a, along): value = value + weights * slope
-        return value.sum()
+        return value.sum().to(z)
     def of_slice(s):
         def lifted(z): return objective.lift(lambda z, *c: total(s, z, *c), z, *constants)
         return gradient(lifted, x)
@@ -89,7 +90,8 @@ def signed_products(objective:FiniteSum, # any
     generator = torch.Generator().manual_seed(seed_of(w))
     values = []
     for _ in range(check_int("draws", draws, least=2)):
-        signs = (2 * torch.randint(2, w.shape, generator=generator) - 1).to(x)
+        drawn = torch.randint(2, w.shape, generator=generator, device="cpu")
+        signs = (2 * drawn - 1).to(x)
         values.append(objective.weighted_hvp(x, signs * w, objective.weighted_grad(x, signs)))
     values = torch.stack(values)
     return values.mean(0), values.std(0) / draws**.5

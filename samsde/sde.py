@@ -16,7 +16,7 @@ from .hessian_noise import (
     NoNoise, noise_covariance, noise_moments, noise_sample, nowhere)
 from .implicit_regularizer import check_expansion, drift, mean_moments
 from .machinery.checks import (
-    broadcast_paths, check_grad_possible, check_int, check_points, per_path)
+    broadcast_paths, check_grad_possible, check_int, check_points, check_scalar, per_path)
 from .machinery.record import has_record
 from .moments import (
     StepMoments, expectation, gamma_support, with_law, with_source)
@@ -171,7 +171,7 @@ class SDE(Model):
         if self.kinetic:
             raise ValueError("a kinetic model steps from a point and a velocity: use advance")
         check_own_methods(self)
-        if not dt > 0: raise ValueError(f"dt must be positive, got {dt}")
+        dt = check_scalar("dt", dt)
         longest = self.rate.min() if isinstance(self.rate, Tensor) else self.rate
         if longest < dt * (1 - 1e-9):
             raise ValueError(f"dt must be at most eta={self.rate}, got {dt}")

@@ -34,7 +34,7 @@ def lift(algorithm:Algorithm, grad_norm:float|None, sigma:float, dim:int|None) -
     r = check_scalar("grad_norm", grad_norm, zero=True)
     if kind is DNSAM or sigma == 0: return rho / r if r else math.inf
     if dim is None: raise ValueError("SAM with noise needs dim, the number of dimensions")
-    square = torch.tensor(r**2, dtype=torch.float64)
+    square = torch.tensor(r**2, dtype=torch.float64, device="cpu")
     return rho * gaussian_factors(square, sigma, check_int("dim", dim), "A")[0].item()
 
 # %% ../nbs/07c_stability.ipynb #52782de2
@@ -86,7 +86,7 @@ def batches_of(H:np.ndarray, m:int, replace:bool, limit:int=20_000
     law = Minibatches(len(H), m, replace)
     if law.count > limit:
         raise ValueError(f"batches must be at most {limit}, to be enumerated, got {law.count}")
-    sets = law.support(limit).gammas.tolist()
+    sets = law.support(limit, device="cpu").gammas.tolist()
     return H[sets].mean(1), sets
 
 # %% ../nbs/07c_stability.ipynb #9ee48edc

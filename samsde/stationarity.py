@@ -188,7 +188,7 @@ def sde_law(sde:SDE, # on λI with noise s²I
     "The stationary law of an SDE, Eq. (7b.4)"
     d = sde.objective.dim
     r = np.sqrt(edges[1:-1] * edges[2:])
-    x = torch.zeros(len(r), d, dtype=torch.float64)
+    x = torch.zeros(len(r), d, dtype=torch.float64, device="cpu")
     x[:, 0] = torch.from_numpy(r)
     # η a
     b = sde.drift(x)[:, 0].numpy()

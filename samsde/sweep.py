@@ -176,6 +176,9 @@ def check(job:Job):
         if getattr(job.process, "shape", ()):
             raise ValueError(
                 f"a job has one eta and one rho, got a sweep of shape {job.process.shape}")
+        eta = getattr(job.process, "eta", None)
+        if eta is not None and float(eta) != job.setting["eta"]:
+            raise ValueError(f"the process must have the eta that it is asked for, got {eta}")
         if job.x0.ndim > 2 or job.x0.ndim == 2 and len(job.x0) != job.n_paths:
             raise ValueError(
                 f"x0 must have shape (d,) or ({job.n_paths}, d), got {tuple(job.x0.shape)}")

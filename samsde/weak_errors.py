@@ -32,7 +32,7 @@ from .sde import SDE, at_step, one_process
 # %% ../nbs/05b_weak_errors.ipynb #73fb23be
 def wave_data(c, a, m, p) -> list: # tensors in double precision
     "The data of Eq. (5b.2), if their shapes fit and `m` is whole; else a ValueError"
-    c, a, m, p = (torch.as_tensor(np.asarray(v, dtype=float)) for v in (c, a, m, p))
+    c, a, m, p = (torch.from_numpy(np.array(v, dtype=float)) for v in (c, a, m, p))
     if c.ndim != 2 or m.ndim != 3:
         raise ValueError(
             f"c must have shape (n, d) and m (n, waves, d), "
@@ -205,7 +205,7 @@ def with_step(process, states:Tensor, k:float) -> Tensor: # (..., m)
 def check_turn(process, move:Callable): # of points (..., d), what must be the same after a turn
     "Raises ValueError if what a process does differs after a turn of the circle"
     x = torus_nodes(8, process.objective.dim)[1]
-    for turn in 2 * np.pi * torch.eye(process.objective.dim, dtype=x.dtype):
+    for turn in 2 * np.pi * torch.eye(process.objective.dim, dtype=x.dtype, device=x.device):
         here = move(x)
         gap = (move(x + turn) - here).abs().max().item()
         if gap <= 1e-9 * (1 + here.abs().max().item()): continue
@@ -241,7 +241,7 @@ def largest_memory(process, name:str) -> float:
     x = torus_nodes(256 if problem.dim == 1 else 32, problem.dim)[1]
     if name == "v": # |dP| is at most |b| − c|P|, but for the noise
         return 1.4 * process.drift(x).abs().max().item() / float(process.friction)
-    every = torch.arange(problem.n)[:, None, None]
+    every = torch.arange(problem.n, device=x.device)[:, None, None]
     return 1.1 * process.algorithm.perturbation(problem, x, every).abs().max().item()
 
 # %% ../nbs/05b_weak_errors.ipynb #9dcf22c3
@@ -509,7 +509,7 @@ def check_adds_up(process:Chain|SDE):
     if is_ours(process): return
     d = process.objective.dim
     generator = torch.Generator().manual_seed(0)
-    x, xi = (torch.randn(2, n, generator=generator).to(process.objective.H)
+    x, xi = (torch.randn(2, n, generator=generator, device="cpu").to(process.objective.H)
              for n in (d, process.noise_dim if isinstance(process, Chain) else d))
     pairs = [*zip(x, xi), (x.sum(0), xi.sum(0))]
     for a, b, both in zip(*(linear_parts(process, *pair) for pair in pairs)):
@@ -547,7 +547,7 @@ def rate_system(sde:SDE, k:float=0.0 # the step, where there is a schedule
                ) -> tuple[np.ndarray, np.ndarray]: # F and C, (m, m)
     "F and C of Eq. (5b.5) in the SDE's time; of points and velocities where it is kinetic"
     d = sde.objective.dim
-    eye = torch.eye(d).to(sde.objective.H)
+    eye = torch.eye(d, device="cpu").to(sde.objective.H)
     now, s = at_step(sde, k, eye), sde.factor(k)
     b = array(now.drift(eye).T)
     noise = array(now.covariance(torch.zeros_like(eye[0])))
@@ -694,7 +694,7 @@ class Coupled(Process):
 def one_number(test:Callable) -> Callable:
     "`test` as numbers, made to raise a ValueError unless it returns one for each path"
     def checked(x):
-        value = torch.as_tensor(test(x))
+        value = torch.as_tensor(test(x), device=x.device)
         if value.shape == x.shape[:-1]:
             return value if value.is_floating_point() else value.double()
         raise ValueError(

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, TensorDataset
 
 from samsde import optim
 from samsde.algorithm import DNSAM, SAM, SGD, USAM, Chain
-from samsde.diagnosis import diagnose
+from samsde.diagnosis import diagnose, diagnose_training
 from samsde.ensemble import simulate
 from samsde.hessian_noise import cross_covariance, noise_covariance, sgd_covariance
 from samsde.implicit_regularizer import drift, regularized_loss
@@ -327,6 +327,23 @@ def test_loader():
     assert (o.law.batch_size, o.law.replace, o.law.n) == (4, False, 12)
     with pytest.raises(ValueError, match="its own batch_size"):
         MinibatchLoss.from_module(plain_net(), nn.CrossEntropyLoss(), loader, 4)
+
+
+@pytest.mark.parametrize("how", [dict(shuffle=True), dict(), dict(sampler=RandomSampler(Pictures(), True, 5))])
+def test_loader_with_more_in_a_batch_than_there_are(how):
+    """An epoch is one batch of all that the sampler gives; with drop_last it has none"""
+    loader = DataLoader(Pictures(), 100, **how)
+    net, few = plain_net(), "sampler" in how
+    o = MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), loader)
+    assert (o.law.batch_size, o.law.replace) == ((5, True) if few else (12, False))
+    assert len(next(iter(loader))[0]) == o.law.batch_size
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    found = diagnose_training(net, nn.CrossEntropyLoss(), loader, optimizer, budget_s=1, progress=False)
+    assert (found.terms["noise"] > 0) == few and not any("last batch" in said for said in found.coarse)
+    if how == dict(shuffle=True):
+        assert MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), loader, replace="epochs").law.steps == 1
+    with pytest.raises(ValueError, match="in batches of 100 with drop_last=True"):
+        MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), DataLoader(Pictures(), 100, drop_last=True, **how))
 
 
 def test_leaves_the_module_alone():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from fractions import Fraction
 
 import mpmath
 import numpy as np
@@ -12,8 +13,15 @@ from samsde import optim
 from samsde.algorithm import DNSAM, SAM, SGD, USAM, Algorithm, Chain, Linear
 from samsde.diagnosis import largest_eigenvalue, top_eigenvectors
 from samsde.ensemble import simulate
-from samsde.hessian_noise import cross_covariance, noise_covariance, noise_sample, sgd_covariance
+from samsde.hessian_noise import (
+    cross_covariance,
+    noise_covariance,
+    noise_dim,
+    noise_sample,
+    sgd_covariance,
+)
 from samsde.implicit_regularizer import drift, gaussian_direction, regularized_loss
+from samsde.machinery.long_vectors import lanczos
 from samsde.objective import FiniteSum, NoisyLoss, Quadratic
 from samsde.random_direction import kappa
 from samsde.saddle_attraction import (
@@ -688,3 +696,101 @@ def test_times_and_distances_beyond_a_double():
         escape_time(SGD(), H, 0.1, 1e-200, 1.0)
     with pytest.raises(ValueError, match="rho must not be that small beside x0"):
         arrival_time(SAM(1e-200), H, torch.ones(1, dtype=F64))
+
+
+def in_units(kind, s, dtype):
+    """A loss and its noise times s, and a point"""
+    H, B = normal(0, 6, 3, 3), normal(1, 6, 3)
+    H, B = ((s * t).to(dtype) for t in (H @ H.mT, B))
+    x = torch.tensor([0.3, -0.2, 0.5], dtype=dtype)
+
+    def losses(x):
+        return torch.einsum("nij,i,j->n", H, x, x) / 2 + B @ x
+
+    if kind == "quadratic":
+        return Quadratic(H[0], sigma=0.5 * s), x
+    if kind == "noisy":
+        return NoisyLoss(lambda x: losses(x.sin())[0], 3, sigma=0.5 * s), x
+    batch_size = int(kind[-1])
+    if kind.startswith("samples"):
+        return FiniteSum(losses, 6, 3, batch_size=batch_size, replace=False), x
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).to(dtype)
+    X, y = (normal(k, 6, k).to(dtype) for k in (3, 1))
+    objective = FiniteSum.from_module(
+        net, lambda out, y: s * (out - y).square().mean(), X, y, batch_size, replace=False
+    )
+    return objective, objective.x0
+
+
+@pytest.mark.parametrize("s", [1e25, 1e-25])
+@pytest.mark.parametrize("kind", ["quadratic", "noisy", "samples 1", "samples 2", "network 1", "network 2"])
+@pytest.mark.parametrize("algorithm", [DNSAM(0.1), SAM(0.1)])
+def test_losses_in_other_units(algorithm, kind, s):
+    """In single precision, whose squares overflow or vanish there, all is what it is in double precision"""
+
+    def numbers(dtype):
+        objective, x = in_units(kind, s, dtype)
+        found = [drift(algorithm, objective, x, expansion) for expansion in ("first", "second")]
+        xi = torch.arange(noise_dim(objective, algorithm), dtype=dtype) / 3 - 1
+        found.append(noise_sample(algorithm, objective, x, xi))
+        if kind in ("quadratic", "noisy") or isinstance(algorithm, SAM):
+            found.append(regularized_loss(algorithm, objective, x))
+        return found
+
+    for single, double in zip(numbers(F32), numbers(F64)):
+        gap = (single.double() - double).abs().max() / double.abs().max()
+        assert gap <= 32 * EPS32
+
+
+def test_an_inverse_that_half_precision_cannot_hold():
+    """DNSAM divides by ‖∇f‖; in float16, 1/‖∇f‖ is infinite below 1.5e-5"""
+    x = torch.ones(2, dtype=torch.float16)
+    for size in (1e-4, 1e-6):
+        objective = Quadratic(size * torch.eye(2, dtype=torch.float16))
+        if size == 1e-4:
+            assert drift(DNSAM(0.1), objective, x).isfinite().all()
+            continue
+        with pytest.raises(ValueError, match="whose inverse torch.float16 cannot hold"):
+            drift(DNSAM(0.1), objective, x)
+        with pytest.raises(ValueError, match="whose inverse torch.float16 cannot hold"):
+            DNSAM(0.1).perturbation(objective, x, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("size, sigma", [(1.0, 1e-160), (1e200, 0.0), (1e200, 1.0), (1.0, 5e-324)])
+def test_directions_whose_squares_overflow(size, sigma):
+    """The mean direction was 0 there"""
+    with pytest.raises(ValueError, match="must have a finite square"):
+        gaussian_direction(torch.full((3,), size, dtype=F64), sigma)
+    found = gaussian_direction(torch.full((3,), min(size, 1e150), dtype=F64), sigma and max(sigma, 1e-150))
+    torch.testing.assert_close(found.mean, torch.full((3,), 3**-0.5, dtype=F64))
+
+
+@pytest.mark.parametrize("s", [1e-30, 1e-20, 1.0, 1e20])
+def test_curvatures_in_other_units(s):
+    """The norm of a Hessian-vector product vanished or overflowed in single precision, and Lanczos' method ended at once"""
+    R = normal(0, 12, 12)
+    M = R @ R.T
+    values = torch.linalg.eigvalsh(M)
+    H, start = (s * M).float(), normal(1, 12).float()
+    found, _, _, smallest = lanczos(lambda v: H @ v, start, 12, 2)
+    torch.testing.assert_close(found.double() / s, values[-2:].flip(0), rtol=1e-5, atol=0)
+    assert abs(smallest / s - values[0]) < 1e-5 * values[-1]
+    largest = largest_eigenvalue(lambda x, v: v @ H, start)
+    assert abs(largest.double() / s / values[-1] - 1) < 1e-5 and largest.dtype == F32
+
+
+@pytest.mark.parametrize("kind", [Fraction, np.float32, np.float64])
+def test_numbers_of_other_kinds(kind):
+    """A radius or a rate that is a fraction, or a number of numpy"""
+    bowl, x = Quadratic(torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=F64), 0.1), torch.ones(2, dtype=F64)
+    eighth = kind(1) / kind(8)
+
+    def ends(v):
+        how = dict(n_paths=4, t_end=8 * v)
+        yield simulate(Chain(SAM(v), bowl, v), x, **how).final
+        yield simulate(SDE(DNSAM(v), bowl, v, weight_decay=v), x, dt=v / 2, **how).final
+        yield SDE(SAM(v), bowl, v).step(x, x, v)
+        yield regularized_loss(SAM(v), bowl, x)
+
+    assert all(a.equal(b) for a, b in zip(ends(eighth), ends(0.125)))

@@ -573,6 +573,11 @@ TABLE = {
         ValueError,
         "process=x: order=2 needs expansion='second' or 'exact'",
     ),
+    "process with another eta": (
+        dict(processes={"x": lambda a, o, eta: Chain(a, o, 0.2)}),
+        ValueError,
+        "process=x: the process must have the eta that it is asked for, got 0.2",
+    ),
     "several radii at once": (
         dict(algorithms=[SAM(torch.tensor([0.1, 0.2]))], rhos=[]),
         ValueError,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'seed_all', 'upcoming', 'seeded', 'rows_of', 'as_tree', 'by_tensors', 'batch_of', 'is_plain', 'parts_of',
-           'marks', 'same_marks', 'of_loader', 'check_reshuffles', 'run', 'own_loss', 'LossOfOutput', 'differentiable',
-           'slopes_of', 'drained', 'product_of', 'BatchNetwork']
+           'marks', 'same_marks', 'of_loader', 'size_of_batch', 'check_reshuffles', 'run', 'own_loss', 'LossOfOutput',
+           'differentiable', 'slopes_of', 'drained', 'product_of', 'BatchNetwork']
 
 # %% ../../nbs/machinery/batches.ipynb #047f4038
 import copy, random, threading, zlib
@@ -143,12 +143,19 @@ def of_loader(loader:DataLoader, replace:bool|str # "epochs", or what the loader
             f"got {type(sampler).__name__}: give its dataset and batch_size instead")
     if replace == "epochs": check_reshuffles(loader)
     else: replace = bool(getattr(sampler, "replacement", False))
-    return loader.dataset, loader.collate_fn, loader.batch_size, replace
+    return loader.dataset, loader.collate_fn, size_of_batch(loader), replace
+
+def size_of_batch(loader:DataLoader) -> int:
+    "Samples in a batch: all of an epoch, where that has fewer. Raises ValueError if it has none."
+    B, n = loader.batch_size, len(loader.sampler)
+    if B <= n or not loader.drop_last: return min(B, n)
+    raise ValueError("the DataLoader must have a batch in an epoch, "
+                     f"got {n} samples in batches of {B} with drop_last=True")
 
 # %% ../../nbs/machinery/batches.ipynb #1c5642ad
 def check_reshuffles(loader:DataLoader):
     "Raises ValueError unless a DataLoader reshuffles all its data, into batches of one size"
-    n, B, sampler = len(loader.dataset), loader.batch_size, loader.sampler
+    n, B, sampler = len(loader.dataset), size_of_batch(loader), loader.sampler
     shuffles = isinstance(sampler, RandomSampler) and not sampler.replacement
     if not (shuffles and sampler.num_samples == n):
         raise ValueError(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['here', 'raises', 'check_positive', 'check_scalar', 'check_share', 'check_int', 'check_function', 'check_counted',
            'per_path', 'check_floating', 'check_finite', 'check_points', 'check_numbers', 'without_values',
-           'check_nonzero', 'check_symmetric', 'psd_root', 'broadcast_axes', 'broadcast_paths', 'check_grad_possible']
+           'check_nonzero', 'check_below', 'check_symmetric', 'psd_root', 'broadcast_axes', 'broadcast_paths',
+           'check_grad_possible']
 
 # %% ../../nbs/machinery/checks.ipynb #ac5eaa43
 import numbers, re, threading
@@ -33,11 +34,11 @@ def check_positive(name:str, # what to call the value in the error message
              value, # a number, or a tensor with one value for each path
              zero:bool=False # is zero allowed?
             ):
-    """`value` if it is a positive finite number or tensor; with `zero`, also 0.
-    Else a ValueError or TypeError."""
+    """`value` if it is a positive finite number or tensor; with `zero`, also 0. A number of another
+    kind than Python's, such as a fraction, becomes a float. Else a ValueError or TypeError."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-    t = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+    t = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64, device="cpu")
     if t.is_complex() or t.dtype == torch.bool:
         raise TypeError(f"{name} must hold real numbers, got {t.dtype}")
     if not t.numel():
@@ -45,7 +46,7 @@ def check_positive(name:str, # what to call the value in the error message
     if not (torch.isfinite(t) & ((t >= 0) if zero else (t > 0))).all():
         raise ValueError(
             f"{name} must be {'non-negative' if zero else 'positive'} and finite, got {value}")
-    return value
+    return value if isinstance(value, (int, float, Tensor)) else float(value)
 
 def check_scalar(name:str, value, zero:bool=False) -> float:
     "A positive (or, with `zero`, non-negative) number; else a ValueError or TypeError"
@@ -118,8 +119,9 @@ def check_numbers(name:str, # what to call the tensor in the error message
                   what:str # they are, in words
                  ) -> Tensor:
     "`x` if it is a tensor of whole numbers along a last axis; else a ValueError or TypeError"
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool:
-        raise TypeError(f"{name} must be {what}, got {getattr(x, 'dtype', type(x).__name__)}")
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+        kind = getattr(x, "dtype", type(x).__name__)
+        raise TypeError(f"{name} must be {what}, got {kind}: give a tensor of int64")
     if x.ndim and x.shape[-1]: return x
     raise ValueError(f"{name} must have {what} along its last axis, got shape {tuple(x.shape)}")
 
@@ -134,11 +136,24 @@ def without_values():
     finally: here.without_values = False
 
 def check_nonzero(what:str, # in words
-                  norm:Tensor # norms
+                  norm:Tensor, # norms
+                  dtype:torch.dtype # that is to hold their inverses
                  ) -> Tensor:
-    "`norm` if none is zero; else a ValueError"
-    if getattr(here, "without_values", False) or norm.all(): return norm
-    raise ValueError(f"{what}, which is exactly zero at a given point")
+    "`norm` if none is zero, or has an infinite inverse; else a ValueError"
+    if getattr(here, "without_values", False): return norm
+    if not norm.all(): raise ValueError(f"{what}, which is exactly zero at a given point")
+    if not (1 / norm).to(dtype).isinf().any(): return norm
+    raise ValueError(f"{what}, whose inverse {dtype} cannot hold at a given point, where it is "
+                     f"{norm.min().item():.3g}: use a wider dtype")
+
+# %% ../../nbs/machinery/checks.ipynb #7b597844
+def check_below(name:str, x:Tensor, n:int) -> Tensor: # of whole numbers
+    "`x` if all are from 0 to below `n`, as far as they can be looked at; else a ValueError"
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if wrapped or getattr(here, "without_values", False) or not x.numel(): return x
+    least, most = (v.item() for v in x.aminmax())
+    if 0 <= least and most < n: return x
+    raise ValueError(f"{name} must be from 0 to {n - 1}, got {least if least < 0 else most}")
 
 # %% ../../nbs/machinery/checks.ipynb #a2da6236
 def check_symmetric(name:str, # what to call the matrix in the error message

@@ -87,7 +87,8 @@ def scaled_noise(params:list, *shape, seed:int) -> Tensor: # (*shape, d)
     "Standard normal numbers times the size of each parameter"
     generator = torch.Generator().manual_seed(seed)
     size = torch.cat([p.detach().square().mean().sqrt().expand(p.numel()) for p in params])
-    z = torch.randn(*shape, len(size), generator=generator, dtype=torch.float64).to(size)
+    on_cpu = dict(dtype=torch.float64, device="cpu")
+    z = torch.randn(*shape, len(size), generator=generator, **on_cpu).to(size)
     typical = size.square().mean().sqrt()
     return z * torch.where(size > 0, size, typical if typical > 0 else 1.)
 
@@ -118,7 +119,8 @@ def some_rows(network:Network) -> list:
     """The first sample, the last, three others, and those with the least and the largest whole
     number"""
     n = len(network.X)
-    others = torch.randint(n, (3,), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = torch.Generator().manual_seed(0)
+    others = torch.randint(n, (3,), generator=generator, device="cpu").tolist()
     rows = [0, n - 1, *others]
     X = network.X.reshape(n, -1)
     if X.numel() and not X.is_floating_point():
@@ -219,7 +221,7 @@ def check_alone(network:Network, x:Tensor, rows:list, f:Tensor|None=None # in co
                ):
     "Raises ValueError if a sample's loss depends on the other samples"
     module = put(network, x)
-    X, y = network.data(torch.tensor(rows[::-1]))
+    X, y = network.data(rows[::-1])
     with plainly(), torch.no_grad():
         check_output(module(X[:1]), 1)
         company = network.each(module(X), y).flip(0)
@@ -256,7 +258,7 @@ def check_means(network:Network, x:Tensor):
         raise ValueError(f"the loss of sample {i} is {f[i]:g}: "
                          "is its target ignored, or all of it padding?")
     check_alone(network, x, rows, f[rows])
-    for i in (slice(None), torch.tensor(rows), torch.tensor(rows[:1] * 2)):
+    for i in (slice(None), rows, rows[:1] * 2):
         with plainly(), torch.no_grad():
             batch = network.loss(tree_map(lambda t: t[i], out), y[i])
         if not close(network, batch, f[i].mean()): raise ValueError(no_mean(network, batch, f[i]))
@@ -278,7 +280,7 @@ def downhill(slope:Callable, # x, (d,) -> f and ∇f there
 # %% ../../nbs/machinery/comparison.ipynb #0c132959
 def check_small(network:Network):
     "Raises ValueError if a loss is no mean of its samples' where it is small, as in flooding"
-    X, y = network.data(torch.tensor(some_rows(network)))
+    X, y = network.data(some_rows(network))
     here = None
     def slope(x):
         nonlocal here
@@ -326,7 +328,7 @@ def check_copy(network:Network, module:nn.Module, loss:Callable):
 # %% ../../nbs/machinery/comparison.ipynb #fffb58d1
 def check_field(network:Network):
     "Raises ValueError if torch's derivatives are not those of the loss of some samples"
-    rows = torch.tensor(some_rows(network))
+    rows = torch.tensor(some_rows(network), device=network.x0.device)
     X, y = network.data(rows)
     points = [(near(network, k), noise(network, seed=10 + k)) for k in range(3)]
     def value(x):
@@ -379,15 +381,17 @@ def plain_samples(network:Network) -> Samples:
 def wrong_together(network:Network, s:Samples) -> str|None:
     "The parameter in which a weighted sum of the same samples is wrong at several points at once"
     generator = torch.Generator().manual_seed(5)
-    w = torch.randn(len(s.x), len(s.rows), generator=generator, dtype=torch.float64).to(s.x)
+    on_cpu = dict(dtype=torch.float64, device="cpu")
+    w = torch.randn(len(s.x), len(s.rows), generator=generator, **on_cpu).to(s.x)
     def f(z): return (network.lift(lambda z: network.losses(z, s.rows), z) * w).sum(-1)
     return compare(network, f, s.x, s.v, [weighted(p, u) for p, u in zip(s.plain, w)])
 
 def wrong_batches(network:Network, s:Samples, b:int # samples of each point
                  ) -> str|None:
     "The parameter in which means over other samples at each point are wrong"
-    which = (torch.arange(len(s.x))[:, None] + torch.arange(b)) % len(s.rows)
-    gamma = s.rows[which.to(s.rows.device)]
+    def count(n): return torch.arange(n, device=s.rows.device)
+    which = (count(len(s.x))[:, None] + count(b)) % len(s.rows)
+    gamma = s.rows[which]
     def f(z): return network.lift(lambda z, i: network.losses(z, i).mean(), z, gamma)
     plain = [weighted([p[k] for k in ks], [1 / b] * b) for p, ks in zip(s.plain, which.tolist())]
     return compare(network, f, s.x, s.v, plain)
@@ -434,7 +438,7 @@ def twice(layer:nn.Module, args, kwargs) -> bool:
         with plainly():
             outs = [t for t in tree_leaves(layer(*args, **kwargs)) if real(t) and t.requires_grad]
             f = sum(t.square().sum() for t in outs)
-            if outs: differentiate(f, inputs, torch.ones(sum(t.numel() for t in inputs)).to(f))
+            if outs: differentiate(f, inputs, f.new_ones(sum(t.numel() for t in inputs)))
     except RuntimeError: return False
     return True
 

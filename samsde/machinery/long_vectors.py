@@ -11,12 +11,16 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+from .displacement import norm as norm_of_all
+
 # %% ../../nbs/machinery/long_vectors.ipynb #6221e354
 LARGE = 10**6 # numbers in a long vector
 
 def is_long(v:Tensor) -> bool: # (..., d)
     return v.shape[-1] >= LARGE
-def norm(t:Tensor) -> float: return torch.linalg.vector_norm(t).item()
+def norm(t:Tensor) -> float:
+    "Also where its squares overflow or vanish"
+    return norm_of_all([t])
 
 # %% ../../nbs/machinery/long_vectors.ipynb #619d4c2e
 class Sums:
@@ -31,13 +35,13 @@ class Sums:
         fits = room is not None and (room.shape, room.dtype) == (values.shape, self.first.dtype)
         gaps = torch.sub(values, self.first, out=room if fits else None)
         self.total += gaps.sum(0) if len(gaps) > 1 else gaps[0]
-        self.square += torch.linalg.vector_norm(gaps).item()**2
+        self.square += norm(gaps)**2
     @property
     def mean(self) -> Tensor: return self.first + self.total / self.n
     @property
     def power(self) -> float:
         "The trace of the covariance; of equal values exactly 0"
-        squares = self.square - torch.linalg.vector_norm(self.total).item()**2 / self.n
+        squares = self.square - norm(self.total)**2 / self.n
         return max(0., squares) / (self.n - 1)
 
 # %% ../../nbs/machinery/long_vectors.ipynb #ad1370c7
@@ -53,11 +57,11 @@ class Sketch:
     "A linear map of long vectors to `buckets` numbers, with norms to √(2/buckets) of their squares"
     def __init__(self, like:Tensor, # (d,), of the dtype and device of what it will map
                  buckets:int=BUCKETS):
-        generator = torch.Generator().manual_seed(0)
-        signs = 2 * torch.randint(2, (2 * buckets,), generator=generator) - 1
+        on_cpu = dict(generator=torch.Generator().manual_seed(0), device="cpu")
+        signs = 2 * torch.randint(2, (2 * buckets,), **on_cpu) - 1
         self.buckets, self.signs = buckets, signs.to(like)
         rows = -(-len(like) // buckets)
-        self.starts = torch.randint(buckets, (rows,), generator=generator).tolist()
+        self.starts = torch.randint(buckets, (rows,), **on_cpu).tolist()
     def __call__(self, v:Tensor) -> Tensor: # (k, d) -> (k, buckets)
         out = v.new_zeros(len(v), self.buckets)
         for start, bucket in zip(self.starts, v.split(self.buckets, -1)):
@@ -114,7 +118,7 @@ def lanczos(product, start:Tensor, # (d,) -> (d,), and (d,)
     basis is full it goes on from the best half of it (thick restart; Wu and Simon, 2000)."""
     last = min(steps, len(start))
     size = min(last, basis or last)
-    T = torch.zeros(size, size, dtype=torch.float64)
+    T = torch.zeros(size, size, dtype=torch.float64, device="cpu")
     Q = [start / norm(start)]
     del start # it is long
     lowest = float("inf")
@@ -122,7 +126,7 @@ def lanczos(product, start:Tensor, # (d,) -> (d,), and (d,)
         w, n = product(Q[-1]), len(Q)
         scale = norm(w)
         along, left = orthogonalise(w, Q)
-        T[n - 1, :n] = T[:n, n - 1] = torch.tensor(along, dtype=torch.float64)
+        T[n - 1, :n] = T[:n, n - 1] = T.new_tensor(along)
         values, S, errors, least = ritz(T[:n, :n], left, top)
         lowest = min(lowest, least)
         found = k >= top and errors.max() <= share * values.abs().max()

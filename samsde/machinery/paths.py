@@ -170,7 +170,7 @@ def three_points(x:Tensor, # (..., d)
     "Three points with what belongs to them"
     points, *more = [t.reshape(-1, *t.shape[x.ndim - 1:])[[0, -1, 0]] for t in (x, *rest)]
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(x.shape[-1], generator=generator, dtype=torch.float64).to(x)
+    z = torch.randn(x.shape[-1], generator=generator, dtype=torch.float64, device="cpu").to(x)
     size = points[0].square().mean().sqrt()
     points[2] = (points[0] + points[1]) / 2 + .1 * size * z
     return points, *more

@@ -64,9 +64,9 @@ def shuffled(key:Tensor, # (..., KEY)
         return scattered(number[..., None] + STEP * i).argsort(-1).int()
     seeds = scattered(number + STEP).flatten().tolist()
     generator = torch.Generator()
-    orders = torch.empty(len(seeds), n, dtype=torch.int32)
+    orders = torch.empty(len(seeds), n, dtype=torch.int32, device="cpu")
     for order, seed in zip(orders, seeds):
-        torch.randperm(n, generator=generator.manual_seed(seed), out=order)
+        torch.randperm(n, generator=generator.manual_seed(seed), out=order, device="cpu")
     return orders.reshape(*number.shape, n).to(key.device)
 
 # %% ../../nbs/machinery/sampling.ipynb #668b6e48

@@ -123,7 +123,8 @@ def schedules(run:Run) -> list: # of tensors
     "The factors of η and ρ at all times of all steps"
     lengths, steps = run.grid[0], range(run.grid[1][-1])
     within = [sum(lengths[:i]) / sum(lengths) for i in range(len(lengths))]
-    return [torch.tensor([f(k + t) for k in steps for t in within], dtype=torch.float64)
+    def numbers(f): return [f(k + t) for k in steps for t in within]
+    return [torch.tensor(numbers(f), dtype=torch.float64, device="cpu")
             for f in (run.process.factor, run.process.radius_factor)]
 
 # %% ../../nbs/machinery/store.ipynb #6aa85b90

@@ -76,7 +76,7 @@ def observed(fn, name:str, x:Tensor) -> Tensor:
     value = fn(x.clone())
     lead = x.shape[:-1]
     if not isinstance(value, Tensor):
-        try: value = torch.as_tensor(value)
+        try: value = torch.as_tensor(value, device=x.device)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"observable {name!r} must give a tensor, got {type(value).__name__}") from None
