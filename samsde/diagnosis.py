@@ -612,9 +612,9 @@ def set_batches(objective:MinibatchLoss, n:int): # changes the objective
 
 @contextmanager
 def products_at(objective:MinibatchLoss, x:Tensor, n:int): # changes the objective
-    "Gives v ↦ ∇²f v for the mean f over n drawn minibatches; of one, by one graph"
+    "Gives v ↦ ∇²f v, of n drawn minibatches if f has more; of one, by one graph"
     before = objective.found
-    set_batches(objective, n)
+    if n < len(objective.batches()): set_batches(objective, n)
     try:
         if n > 1: yield lambda v: objective.hvp(x, v)
         else:
