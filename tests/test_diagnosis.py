@@ -690,6 +690,18 @@ def test_curvature_leaves_the_loss_as_it_was():
         assert not torch.allclose(product(v), found)
 
 
+def test_curvature_of_all_batches_is_that_of_the_loss():
+    "Where batches do not divide the data, drawn ones leave samples out"
+    net = make(0.0, norm=False)
+    o = MinibatchLoss.from_module(net, nn.CrossEntropyLoss(), (X[:11], y[:11]), 4, replace=False)
+    v = torch.randn(o.dim, generator=torch.Generator().manual_seed(3), dtype=F64)
+    known = FiniteSum.from_module(net, nn.CrossEntropyLoss(), X[:11], y[:11]).hvp(o.x0, v)
+    with products_at(o, o.x0, 3) as product:
+        torch.testing.assert_close(product(v), known)
+    with products_at(o, o.x0, 2) as product:
+        assert not torch.allclose(product(v), known, rtol=0.01)
+
+
 def test_stays_within_its_time():
     with torch.random.fork_rng():
         torch.manual_seed(0)
