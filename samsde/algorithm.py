@@ -12,15 +12,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from samsde.machinery.checks import (
+from .machinery.checks import (
     broadcast_axes, check_counted, check_int, check_nonzero, check_positive, check_scalar,
-    check_share, per_path)
+    check_share, check_symmetric, per_path)
 from .machinery.differences import FALSE, false_derivative
-from .machinery.record import replay
+from .machinery.record import replay, version
 from .machinery.sampling import KEY
-from samsde.objective import (
-    Additive, FiniteSum, InMicroBatches, MinibatchLoss, Noiseless, NoisyLoss, Objective, Quadratic,
-    gradient)
+from .objective import (
+    Additive, FiniteSum, Gaussian, InMicroBatches, MinibatchLoss, Noiseless, NoisyLoss, Objective,
+    Quadratic, Sampling, gradient)
 from .machinery.style import colours
 
 # %% ../nbs/01_algorithm.ipynb #ede46e34
@@ -180,7 +180,8 @@ class DNSAM(Linear):
     "SAM normalised by the full gradient: u = g/‖∇f‖. Raises ValueError where ∇f is exactly zero."
     def scale(self, grad):
         norm = norm_of(grad, keepdim=True)
-        return (1 / check_nonzero("DNSAM divides by the norm of the full gradient", norm)).to(grad)
+        what = "DNSAM divides by the norm of the full gradient"
+        return (1 / check_nonzero(what, norm, grad.dtype)).to(grad)
 
 class SAM(Algorithm):
     "Sharpness-Aware Minimization: u = g/‖g‖ of the minibatch (and u = 0 where g = 0)"
@@ -244,7 +245,7 @@ def wrong_means(objective:Objective, x:Tensor, gamma:Tensor, generator):
         of_batch = losses.gather(-1, gamma).mean(-1)
         yield "sample_loss is not a mean of losses", objective.sample_loss(x, gamma), of_batch
     else:
-        support = objective.law.support(1024, generator, dtype=x.dtype)
+        support = objective.law.support(1024, generator, dtype=x.dtype, device=x.device)
         losses = torch.stack([objective.sample_loss(x, c.expand(2, -1)) for c in support.gammas])
         mean, loss = losses.mean(0), objective.loss(x)
         sem = 0 if support.exact else losses.std(0) / len(losses)**.5
@@ -256,11 +257,24 @@ def contradictions(objective:Objective): # of words, two values that should be e
     "What an objective says in two ways, at two random points"
     generator = torch.Generator().manual_seed(0)
     dtype = objective.dtype or torch.float64
-    points = torch.randn(3, 2, objective.dim, generator=generator, dtype=torch.float64)
+    on_cpu = dict(generator=generator, device="cpu")
+    points = torch.randn(3, 2, objective.dim, dtype=torch.float64, **on_cpu)
     x, v, w = points.to(dtype) / 4
-    gamma = objective.draw((2,), generator, dtype=dtype)
+    gamma = objective.draw((2,), dtype=dtype, **on_cpu)
     yield from wrong_derivatives(objective, x, gamma, v, w)
     yield from wrong_means(objective, x, gamma, generator)
+
+# %% ../nbs/01_algorithm.ipynb #c541813c
+def check_numbers_of_law(objective:Objective):
+    "Raises ValueError where a law that was changed or replaced does not fit the objective"
+    law = objective.law
+    if isinstance(law, Sampling): Sampling(law.n, law.batch_size, law.sampling)
+    if isinstance(law, Gaussian): check_scalar("sigma", law.sigma, zero=True)
+    for kind, size in ((Additive, "dim"), (FiniteSum, "n")):
+        known, found = getattr(objective, size, None), getattr(law, size, None)
+        if not isinstance(objective, kind) or known == found: continue
+        raise ValueError(f"the law of {type(objective).__name__} must have {size}={known}, "
+                         f"got a {type(law).__name__} with {size}={found}")
 
 # %% ../nbs/01_algorithm.ipynb #734d39ec
 def is_ours(thing) -> bool:
@@ -280,6 +294,7 @@ def check_law(objective:Objective):
         if isinstance(objective, kind) and not is_ours(law):
             raise ValueError(f"{name} is a kind of {kind.__name__}, whose law is known, but has the "
                              f"law {type(law).__name__}: subclass Objective instead")
+    check_numbers_of_law(objective)
 
 # %% ../nbs/01_algorithm.ipynb #4e6b8312
 def first_contradiction(found) -> str|None: # of contradictions(...)
@@ -289,30 +304,44 @@ def first_contradiction(found) -> str|None: # of contradictions(...)
 
 def false_in(objective:Objective) -> str|None: # as of false_derivative
     "Which of torch's derivatives is not that of the loss; None where that cannot be told"
-    points = torch.randn(3, 2, objective.dim, generator=torch.Generator().manual_seed(1)) / 4
-
+    generator = torch.Generator().manual_seed(1)
+    points = torch.randn(3, 2, objective.dim, generator=generator, device="cpu") / 4
     for dtype in [objective.dtype] if objective.dtype else (torch.float64, torch.float32):
         try: return false_derivative(objective.loss, objective.grad, objective.hvp,
                                      [*points.to(dtype)])
         except Exception: pass # what is wrong with it is told where it is used
 
+# %% ../nbs/01_algorithm.ipynb #a3e835fb
+def state_of(objective:Objective) -> list: # of a value, and what tells that it was written to
+    "The law, the functions and the tensors that define an objective"
+    values = [v for v in vars(objective).values() if isinstance(v, Tensor) or callable(v)]
+    return [(v, version(v) if isinstance(v, Tensor) else None) for v in (objective.law, *values)]
+
+def same_state(before:list|None, now:list) -> bool:
+    pairs = zip(before or (), now)
+    return len(before or ()) == len(now) and all(a is b and m == n for (a, m), (b, n) in pairs)
+
 def check_objective(objective:Objective):
     """Raises ValueError if a class of a user's own contradicts itself, such as one whose loss the
     inherited gradient does not belong to, or if torch's derivatives are not those of a function."""
-    if "consistent" in vars(objective): return
     check_law(objective)
+    now = state_of(objective)
+    if same_state(vars(objective).get("consistent"), now): return
+    for name in ("loops", "has_third"): vars(objective).pop(name, None) # found out at the first use
     if not is_ours(objective) and (words := first_contradiction(contradictions(objective))):
         raise ValueError(f"{type(objective).__name__} contradicts itself: its {words}")
     of_functions = isinstance(objective, FiniteSum) and objective.network is None
+    if isinstance(objective, Quadratic): check_symmetric("H", objective.H)
     users = not is_ours(objective) or isinstance(objective, NoisyLoss) or of_functions
     if users and (found := false_in(objective)): raise ValueError(FALSE[found])
-    objective.consistent = True
+    objective.consistent = now
 
 # %% ../nbs/01_algorithm.ipynb #55331334
 def check_scale(algorithm:Algorithm, objective:Objective):
     "Raises ValueError unless the scale of u = c g is a number, or one for each path"
     if not getattr(algorithm, "is_linear", False): return
-    c = algorithm.scale(torch.ones(3, objective.dim, dtype=objective.dtype or torch.float64))
+    dtype = objective.dtype or torch.float64
+    c = algorithm.scale(torch.ones(3, objective.dim, dtype=dtype, device="cpu"))
     if not isinstance(c, Tensor) or c.ndim == 0 or c.shape[-1] == 1: return
     raise ValueError(f"scale of {type(algorithm).__name__} must be a number or have shape (..., 1), "
                      f"got {tuple(c.shape)} for gradients of shape {(3, objective.dim)}")
@@ -323,8 +352,9 @@ def contradictions_of(algorithm:Algorithm, objective:Objective):
     Yields words, and two values that should be equal."""
     generator = torch.Generator().manual_seed(0)
     dtype = objective.dtype or torch.float64
-    x = torch.randn(2, objective.dim, generator=generator, dtype=torch.float64).to(dtype) / 4
-    gamma = objective.draw((2,), generator, dtype=dtype)
+    on_cpu = dict(generator=generator, device="cpu")
+    x = torch.randn(2, objective.dim, dtype=torch.float64, **on_cpu).to(dtype) / 4
+    gamma = objective.draw((2,), dtype=dtype, **on_cpu)
     u = algorithm.perturbation(objective, x, gamma)
     alone = [algorithm.perturbation(objective, x[k:k + 1], gamma[k:k + 1]) for k in range(2)]
     yield "that of one path after another", u, torch.cat(alone)
@@ -381,6 +411,7 @@ def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
         raise TypeError(
             "methods must be defined in a class, "
             f"but {type(algorithm).__name__} has {', '.join(sorted(replaced))} set on the object")
+    check_positive("rho", algorithm.rho, zero=True)
     an_objective(objective)
     check_micro_batch(algorithm, objective)
     check_algorithm(algorithm, objective)
@@ -614,7 +645,8 @@ class Chain(Model):
         if isinstance(self.objective, Additive): return self.objective.dim
         known = getattr(self.objective.law, "batch_size", None)
         if known is not None: return known
-        return self.objective.draw((1,), torch.Generator().manual_seed(0)).shape[-1]
+        generator = torch.Generator().manual_seed(0)
+        return self.objective.draw((1,), generator, device="cpu").shape[-1]
     @property
     def batches(self) -> int: return 2 if self.algorithm.source == "independent" else 1
     @property

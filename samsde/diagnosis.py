@@ -21,9 +21,11 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from tqdm.auto import tqdm
 
 from . import optim
-from .algorithm import DNSAM, SAM, SGD, USAM, Algorithm, an_objective, pair
+from .algorithm import (
+    DNSAM, SAM, SGD, USAM, Algorithm, an_objective, norm_of, pair)
 from .epochs import epoch_terms
 from .implicit_regularizer import drift, mean_moments
+from .machinery.batches import size_of_batch
 from .machinery.checks import (
     check_finite, check_floating, check_int, check_positive, check_scalar)
 from .machinery.long_vectors import (
@@ -76,7 +78,7 @@ def top_eigenvectors(objective:Objective,
         return check_finite("the Hessian at x", times(v)).double().cpu().numpy()
     start = np.random.default_rng(0).standard_normal(d)
     if not product(start).any():
-        return x.new_zeros(k), torch.eye(k, d).to(x) # the zero matrix, at which Lanczos fails
+        return x.new_zeros(k), torch.eye(k, d, dtype=x.dtype, device=x.device) # the zero matrix, at which Lanczos fails
     values, vectors = eigsh(LinearOperator((d, d), product, dtype=np.float64), k, which="LA",
                             v0=start, tol=1e-6 if x.dtype == torch.float64 else 1e-3)
     order = np.argsort(-values)
@@ -101,14 +103,14 @@ def largest_eigenvalue(hvp:Callable, # x, v, (..., d) each -> (..., d), such as 
         value = (w * Q[-1]).sum(-1)
         # a vector is 0 where the space is exhausted
         diagonal.append(torch.where(Q[-1].any(-1), value, diagonal[-1]) if diagonal else value)
-        rounding = 16 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+        rounding = 16 * torch.finfo(x.dtype).eps * norm_of(w, keepdim=True)
         for _ in range(2): w = w - ((w * Q).sum(-1, keepdim=True) * Q).sum(0)
-        left = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+        left = norm_of(w, keepdim=True)
         beside.append(torch.where(left > rounding, left, 0)[..., 0])
-        Q = torch.cat([Q, torch.where(left > rounding, w / left, 0)[None]])
+        Q = torch.cat([Q, torch.where(left > rounding, w / left, 0).to(x)[None]])
     below = torch.stack(beside, -1)[..., :-1] # eigvalsh reads the lower half
     T = torch.diag_embed(torch.stack(diagonal, -1)) + torch.diag_embed(below, -1)
-    return torch.linalg.eigvalsh(T)[..., -1]
+    return torch.linalg.eigvalsh(T)[..., -1].to(x)
 
 # %% ../nbs/08b_diagnosis.ipynb #c84fd67f
 # of what is neglected, by name; that in η has none where a drift is exact
@@ -199,7 +201,7 @@ def change_in_a_step(algorithm, objective, x:Tensor, eta:float, here:Tensor, ste
     changes = Sums()
     def found(value): return sketch(value) if sketch else value
     def G(point, gamma): return found(algorithm.direction(objective, point, gamma[None]))
-    decays = bool(torch.any(torch.as_tensor(decay)))
+    decays = bool(torch.any(torch.as_tensor(decay, device=x.device)))
     rest = found((decay * (moved - x))[None]) if decays else None
     for k, gamma in enumerate(bar(step.gammas)):
         before = step.kept[k] if k < len(step.kept) else G(x, gamma)
@@ -216,7 +218,7 @@ def along_directions(V:Tensor, curvature:Tensor, names:list, eta:float, here:Ten
     along = V @ here if is_long(here) else V.double() @ here.double()
     found = moments_of_step(eta, along.double(), step.projections)
     table = {"curvature": curvature} | found
-    none = torch.zeros(len(V))
+    none = torch.zeros(len(V), device=V.device)
     table["share of noise"] = table["variance, SDE"] / (eta**2 * power) if power else none
     columns = {name: value.cpu().numpy() for name, value in table.items()}
     return pd.DataFrame(columns, index=names)
@@ -335,7 +337,7 @@ def directions_at(objective:Objective, x:Tensor, top:int|None, random:int, seed:
     lam, vectors = top_eigenvectors(objective, x, top)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(check_int("directions", random, least=0), objective.dim,
-                        generator=generator, dtype=torch.float64).to(x)
+                        generator=generator, dtype=torch.float64, device="cpu").to(x)
     drawn = drawn / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
     names = [f"eigenvector {i + 1}" for i in range(top)]
     return lam, torch.cat([vectors, drawn]), names + [f"random {i + 1}" for i in range(random)]
@@ -585,7 +587,7 @@ class Timed:
 def plan(objective:MinibatchLoss, algorithm:Algorithm, clock:Timed, effort:float) -> dict:
     "How many batches, products and draws fit into the time, by the cost of a gradient"
     law = objective.law
-    gamma, = law.draw((1,), torch.Generator().manual_seed(0))
+    gamma, = law.draw((1,), torch.Generator().manual_seed(0), device="cpu")
     single = timed(lambda: objective.sample_grad(objective.x0, gamma))
     product, further = PRODUCT * single, (PRODUCT - 1) * single # from a new graph, from the same
     # g and Hu, G, another two for the change in η; and for half of the γ a product for the noise
@@ -613,9 +615,9 @@ def set_batches(objective:MinibatchLoss, n:int): # changes the objective
 
 @contextmanager
 def products_at(objective:MinibatchLoss, x:Tensor, n:int): # changes the objective
-    "Gives v ↦ ∇²f v for the mean f over n drawn minibatches; of one, by one graph"
+    "Gives v ↦ ∇²f v, of n drawn minibatches if f has more; of one, by one graph"
     before = objective.found
-    set_batches(objective, n)
+    if n < len(objective.batches()): set_batches(objective, n)
     try:
         if n > 1: yield lambda v: objective.hvp(x, v)
         else:
@@ -640,9 +642,9 @@ def unlike_drawn(data) -> list:
     said, n = [], len(data.dataset)
     if isinstance(data.sampler, SequentialSampler) and n > data.batch_size:
         said.append("the DataLoader does not shuffle: minibatches are drawn at random here")
-    if not data.drop_last and (short := len(data.sampler) % data.batch_size):
-        said.append(f"the last batch of an epoch has {short} samples, "
-                    f"here {data.batch_size} as all")
+    B = size_of_batch(data)
+    if not data.drop_last and (short := len(data.sampler) % B):
+        said.append(f"the last batch of an epoch has {short} samples, here {B} as all")
     return said
 
 # %% ../nbs/08b_diagnosis.ipynb #908aeaee
@@ -651,7 +653,7 @@ def reshuffled(data, found:Diagnosis) -> dict:
     sampler = getattr(data, "sampler", None)
     shuffles = isinstance(sampler, RandomSampler) and not sampler.replacement
     if not shuffles or found.settings["momentum"]: return {}
-    law = Minibatches(len(sampler), data.batch_size, "epochs")
+    law = Minibatches(len(sampler), size_of_batch(data), "epochs")
     eta = found.settings["η"]
     return epoch_terms(law, eta, found.terms["momentum number"] / eta) # of a step, with its decay
 
@@ -714,7 +716,8 @@ SHARE = .01 # of the largest eigenvalue, by which the top ones may be off before
 
 def first_vector(grad:Tensor) -> Tensor: # (d,)
     "The direction of ∇f, with a random one"
-    start = torch.randn(len(grad), generator=torch.Generator().manual_seed(0), dtype=grad.dtype)
+    on_cpu = dict(generator=torch.Generator().manual_seed(0), device="cpu")
+    start = torch.randn(len(grad), dtype=grad.dtype, **on_cpu)
     start = start.to(grad)
     return start.mul_(.3 / norm(start)).add_(grad, alpha=1 / norm(grad))
 

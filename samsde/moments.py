@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from samsde.algorithm import (
-    SAM, SGD, USAM, Algorithm, Linear, check_micro_batch, check_model, in_cuts, overrides,
+    SAM, SGD, USAM, Algorithm, Linear, check_micro_batch, check_model, in_cuts, norm_of, overrides,
     shuffled)
 from .machinery.checks import broadcast_paths, check_int, per_path
 from .machinery.paths import accumulate
@@ -500,12 +500,14 @@ class UnitAdditiveMoments(AdditiveMoments):
     def __init__(self, objective:Additive, x:Tensor): super().__init__(None, objective, x)
     is_exact = needs_grad = True
     def answer(self, h, s, xi, w):
-        g, w, d = at_least_single(self.grad), at_least_single(w), self.size
-        square = torch.linalg.vecdot(g, g)
-        A, share = gaussian_factors(square, self.objective.law.sigma, d, "A", "share") # 1 − A_∥/A
+        sigma = self.objective.law.sigma
+        y, w = at_least_single(self.grad) / sigma, at_least_single(w)
+        square = torch.linalg.vecdot(y, y)
+        A, share = gaussian_factors(square, 1., self.size, "A", "share") # 1 − A_∥/A
         square = square.clamp(min=torch.finfo(square.dtype).tiny)
-        along = share * (torch.linalg.vecdot(g, w) / square - h)
-        return (A[..., None] * torch.addcmul(w, along[..., None], g, value=-1)).to(self.x.dtype)
+        along = share * (torch.linalg.vecdot(y, w) / square - h * sigma)
+        u = (A / sigma)[..., None] * torch.addcmul(w, along[..., None], y, value=-1)
+        return u.to(self.x.dtype)
 
 # %% ../nbs/02d_moments.ipynb #5f72f3af
 class FullSampleMoments(SampleColumns):
@@ -841,18 +843,18 @@ def third_perturbation(algorithm:Algorithm, objective:Objective,
 
 # %% ../nbs/02d_moments.ipynb #2344567e
 def second_moment(self:Algorithm, objective:Additive, grad:Tensor) -> tuple|None:
-    "a and b of Eq. (2d.8); None where these are not known"
+    "√a and √b of Eq. (2d.8), up to a sign; None where these are not known"
 
 def second_moment_of_linear(self:Linear, objective, grad):
-    if self.is_linear: return (self.scale(grad)**2,) * 2
+    if self.is_linear: return (self.scale(grad),) * 2
 
 def second_moment_of_sam(self:SAM, objective, grad):
     law = objective.law
     if self.definer is not SAM or self.has_metric or law.cov is not None or law.noiseless: return None
-    grad = at_least_single(grad)
-    square = torch.linalg.vecdot(grad, grad)[..., None]
-    p = mean_square_across(square, law.sigma, objective.dim)
-    return (1 - objective.dim * p) / torch.where(square == 0, 1, square), p / law.sigma**2
+    size = norm_of(grad, keepdim=True)
+    p = mean_square_across((size / law.sigma).square(), 1., objective.dim)
+    along = (1 - objective.dim * p).clamp(min=0).sqrt() / torch.where(size == 0, 1, size)
+    return along, p.sqrt() / law.sigma
 
 Algorithm.second_moment, Linear.second_moment = second_moment, second_moment_of_linear
 SAM.second_moment = second_moment_of_sam
@@ -873,13 +875,14 @@ def mean_third(algorithm:Algorithm, objective:Objective, x:Tensor, draws:int, se
     return expectation(third, support, x, objective.chunk)
 
 def by_columns(objective:Additive, x:Tensor, grad:Tensor, a, b) -> Tensor: # (..., d)
-    "Eq. (2d.8)"
-    first = (a * objective.third(x, grad)).to(x.dtype)
+    "Eq. (2d.8), from √a and √b"
+    def third(scale, v): return objective.third(x, (scale * v).to(x.dtype))
+    first = third(a, grad)
     if objective.law.noiseless: return first
     roots = objective.law(torch.eye(objective.dim, dtype=x.dtype, device=x.device))
     every = Support(first_axis(roots, x), True)
-    mean = expectation(lambda root: objective.third(x, root), every, x)[0]
-    return first + (b * objective.dim * mean).to(x.dtype)
+    mean = expectation(lambda root: third(b, root), every, x)[0]
+    return first + objective.dim * mean
 
 # %% ../nbs/02d_moments.ipynb #6315bf51
 class SecondMoments(Wrapped):

@@ -17,6 +17,7 @@ import pandas as pd
 import scipy.fft
 import scipy.integrate
 import scipy.linalg
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -778,8 +779,10 @@ def weak_error(chain:Chain, # the algorithm
               and sde.noise_dim == chain.noise_dim and not overrides(chain, "draw", Chain))
     times, mean, sem, euler, dead = compared(chain, sde, x0, one_number(test), run,
                                              None if paired else seed)
+    # few paths do not know their standard error well: Student's quantile, not 1.96
+    half = float(scipy.stats.t.ppf(.975, max(1, n_paths - int(dead) - 1))) * sem
     curve = pd.DataFrame({"time": times, "difference": mean, "sem": sem,
-                          "ci_low": mean - 1.96 * sem, "ci_high": mean + 1.96 * sem})
+                          "ci_low": mean - half, "ci_high": mean + half})
     end = {k: float(curve[k].iloc[-1]) for k in ("difference", "ci_low", "ci_high", "sem")}
     return WeakError(**end, curve=curve, euler=float(euler[-1]), n_paths=n_paths,
                      n_diverged=int(dead), paired=paired)
