@@ -149,7 +149,7 @@ def terms(network:Network, x:Tensor, s:slice, directions=()
     rows = torch.arange(s.start, s.stop, device=x.device)
     inside, outside, f, inputs = signals(network, layers, network.named(x), rows)
     unit = largest([*inside.values(), *outside.values()])
-    def scaled(t): return (t.flatten(1) / unit[:, None]).view_as(t)
+    def scaled(t): return (t.reshape(len(t), -1) / unit[:, None]).view_as(t)
     total = sum(scaled(g).reshape(len(g), -1).square().sum(1) for g in outside.values())
     for name, d in inside.items():
         total = total + sum(squares(network, name, layers[name], inputs[name], scaled(d)).values())
