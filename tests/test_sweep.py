@@ -1,7 +1,6 @@
 """Sweeps on a cluster that loses a worker, sweeps that are killed themselves, damaged files, and bad input."""
 
 import functools
-import json
 import os
 import random
 import signal
