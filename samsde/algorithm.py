@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .machinery.checks import (
-    broadcast_axes, check_counted, check_int, check_nonzero, check_positive, check_scalar,
-    check_share, check_symmetric, per_path)
+    broadcast_axes, check_counted, check_finite, check_int, check_nonzero, check_positive,
+    check_scalar, check_share, check_symmetric, per_path)
 from .machinery.differences import FALSE, false_derivative
 from .machinery.record import replay, version
 from .machinery.sampling import KEY
@@ -411,7 +411,7 @@ def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
         raise TypeError(
             "methods must be defined in a class, "
             f"but {type(algorithm).__name__} has {', '.join(sorted(replaced))} set on the object")
-    check_positive("rho", algorithm.rho, zero=True)
+    check_finite("rho", torch.as_tensor(algorithm.rho))
     an_objective(objective)
     check_micro_batch(algorithm, objective)
     check_algorithm(algorithm, objective)

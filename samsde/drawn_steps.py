@@ -197,7 +197,8 @@ def drawn(algorithm:Algorithm, objective:Objective, x:Tensor, grad:Tensor, # (d,
         if len(kept) < keep: kept.append(G)
         if done(sums["g"].n): break
     projections = {name: torch.cat(parts).double() for name, parts in projections.items()}
-    alignments = torch.cat(alignments).double() / norm(grad)**2
+    size = norm(grad)
+    alignments = torch.cat(alignments).double() / (size * size) # size**2 may raise an error
     n = sums["g"].n
     if sketch: regulariser.div_(n)
     return Drawn(gammas[:n], projections, sums, alignments.mean().item(),

@@ -30,7 +30,9 @@ from samsde.weak_errors import (
 
 on_cpu = dict(dtype=torch.float64, device="cpu")
 H = torch.tensor([[2.0, 0.5], [0.5, 1.0]], **on_cpu)
-A = torch.tensor([[1.0, 0.5], [-0.3, 1.2], [0.7, -0.8], [0.1, 0.4], [2.0, 0.2], [-1.0, 0.6]], **on_cpu)
+A = torch.tensor(
+    [[1.0, 0.5], [-0.3, 1.2], [0.7, -0.8], [0.1, 0.4], [2.0, 0.2], [-1.0, 0.6]], **on_cpu
+)
 x = torch.tensor([[0.3, -0.2], [1.0, 0.5]], **on_cpu)
 
 
@@ -55,13 +57,21 @@ def of_objective(f):
     """Tensors and numbers"""
     one = getattr(f, "x0", x[0])
     at, how = one.expand(2, -1), dict(draws=16)
-    for algorithm in (USAM(0.1), DNSAM(0.1), SAM(0.1), SAM(torch.tensor([0.1, 0.2], **on_cpu), source="independent")):
+    for algorithm in (
+        USAM(0.1),
+        DNSAM(0.1),
+        SAM(0.1),
+        SAM(torch.tensor([0.1, 0.2], **on_cpu), source="independent"),
+    ):
         yield drift(algorithm, f, at, **how)
         yield drift(algorithm, f, at, "exact", **how)
         yield noise_covariance(algorithm, f, at, "exact", **how)
         xi = torch.ones(noise_dim(f, algorithm, **how), **on_cpu)
         yield noise_sample(algorithm, f, at, xi, **how)
-        for process in (Chain(algorithm, f, 0.1, schedule=lambda t: 1 / (1 + t)), SDE(algorithm, f, 0.1, draws=8, seed=None)):
+        for process in (
+            Chain(algorithm, f, 0.1, schedule=lambda t: 1 / (1 + t)),
+            SDE(algorithm, f, 0.1, draws=8, seed=None),
+        ):
             yield simulate(process, one, 0.3, 4).mean["x"]
     yield regularized_loss(SAM(0.1), f, at, **how)
     yield diagnose(SAM(0.1), f, one, 0.1, draws=8, progress=False).terms["neglected in η"]
@@ -90,7 +100,9 @@ def of_formulas():
     yield stability_number(SAM(0.1), 0.1, 2.0, grad_norm=1.0, sigma=0.1, dim=3)
     net = network()
     optimizer = optim.SAM(net.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
-    found = diagnose_training(net, nn.MSELoss(), (A, A[:, :1]), optimizer, batch_size=2, progress=False)
+    found = diagnose_training(
+        net, nn.MSELoss(), (A, A[:, :1]), optimizer, batch_size=2, progress=False
+    )
     yield found.terms["gradient"]
 
 

@@ -1014,7 +1014,7 @@ def test_the_largest_of_few_eigenvalues(values, dtype):
         (
             lambda z: z.exp().sum(),
             [0.0, 1.0, 600.0],
-            "terms at x must be finite, got gradient: inf",
+            "terms at x must be finite, got regulariser: inf",
         ),
     ],
 )

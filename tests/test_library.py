@@ -673,33 +673,53 @@ def test_what_is_changed_after_the_first_use_is_checked_again():
         def draw(self, shape, generator=None, *, dtype=None, device=None):
             return torch.rand(*shape, 2, generator=generator, dtype=dtype, device=device)
 
-    def law(objective): objective.law = Gaussian(3, 0.1)
-    def foreign(objective): objective.law = Uniform(2, 0.1)
-    def sigma(objective): objective.law.sigma = -1.0
-    def matrix(objective): objective.H = torch.tensor([[1.0, 5.0], [0.0, 1.0]], **f64)
-    def entry(objective): objective.H[0, 1] = 5.0
+    def law(objective):
+        objective.law = Gaussian(3, 0.1)
 
-    changes = {law: "must have dim=2, got a Gaussian with dim=3", foreign: "has the law Uniform",
-               sigma: "sigma must be non-negative", matrix: "H must be symmetric", entry: "H must be symmetric"}
+    def foreign(objective):
+        objective.law = Uniform(2, 0.1)
+
+    def sigma(objective):
+        objective.law.sigma = -1.0
+
+    def matrix(objective):
+        objective.H = torch.tensor([[1.0, 5.0], [0.0, 1.0]], **f64)
+
+    def entry(objective):
+        objective.H[0, 1] = 5.0
+
+    changes = {
+        law: "must have dim=2, got a Gaussian with dim=3",
+        foreign: "has the law Uniform",
+        sigma: "sigma must be non-negative",
+        matrix: "H must be symmetric",
+        entry: "H must be symmetric",
+    }
     for change, words in changes.items():
         objective = used()
         change(objective)
-        with pytest.raises(ValueError, match=words): drift(SAM(0.1), objective, x)
+        with pytest.raises(ValueError, match=words):
+            drift(SAM(0.1), objective, x)
 
     A = torch.arange(12.0, **f64).reshape(6, 2)
-    for name, value, words in [("batch_size", 9, "batch_size must be at most n"), ("n", 4, "law of FiniteSum must have n=6")]:
+    for name, value, words in [
+        ("batch_size", 9, "batch_size must be at most n"),
+        ("n", 4, "law of FiniteSum must have n=6"),
+    ]:
         objective = used(FiniteSum(lambda x: (A @ x) ** 2, 6, 2, batch_size=2, replace=False))
         setattr(objective.law, name, value)
-        with pytest.raises(ValueError, match=words): drift(SAM(0.1), objective, x)
+        with pytest.raises(ValueError, match=words):
+            drift(SAM(0.1), objective, x)
     algorithm = SAM(0.1)
-    algorithm.rho = -1.0
-    with pytest.raises(ValueError, match="rho must be non-negative"): drift(algorithm, used(), x)
+    algorithm.rho = math.nan
+    with pytest.raises(ValueError, match="rho must be finite"):
+        drift(algorithm, used(), x)
 
 
 def test_a_function_that_vmap_cannot_do_in_place_of_one_that_it_can():
     objective = NoisyLoss(lambda x: (x**4).sum(), 2, 0.1)
     x = torch.tensor([[1.0, 2.0], [0.5, -1.0]], dtype=torch.float64)
     drift(SAM(0.1), objective, x)
-    objective.fn = lambda x: x[0] * x[1] if x.sum().item() > 0 else x[0]**2
+    objective.fn = lambda x: x[0] * x[1] if x.sum().item() > 0 else x[0] ** 2
     new = NoisyLoss(objective.fn, 2, 0.1)
     assert drift(SAM(0.1), objective, x).equal(drift(SAM(0.1), new, x))

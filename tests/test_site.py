@@ -642,10 +642,15 @@ def test_code_is_folded_where_the_result_is_read(pages):
     drawn = re.findall(folded, pages["saddle_attraction.html"].html)
     assert len(drawn) > 5 and all("<img" in shown for shown in drawn)
     before = pages["saddle_attraction.html"].html.partition('<div class="frames">')[0]
-    assert "drawn by" in re.search(
-        r"(?s)<summary>([^<]*)(?:(?!<summary>).)*</details>\s*(?:<div[^>]*>\s*)*$", before
-    )[1]
-    assert "drawn by" in pages["experiments/bench.html"].html  # among the pages to look things up in
+    assert (
+        "drawn by"
+        in re.search(
+            r"(?s)<summary>([^<]*)(?:(?!<summary>).)*</details>\s*(?:<div[^>]*>\s*)*$", before
+        )[1]
+    )
+    assert (
+        "drawn by" in pages["experiments/bench.html"].html
+    )  # among the pages to look things up in
     assert not re.findall(folded, pages["diagnosis.html"].html)
 
 
@@ -671,8 +676,7 @@ def test_guides_show_what_they_use(name, control):
     code = [
         "".join(c["source"])
         for c in cells
-        if c["cell_type"] == "code"
-        and not c["source"][0].startswith(("#| hide", "#| echo: false"))
+        if c["cell_type"] == "code" and not c["source"][0].startswith(("#| hide", "#| echo: false"))
     ]
     code = "\n".join(code)
     assert not unbound(code)

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import random
 import signal
 import subprocess
 import sys
