@@ -411,7 +411,7 @@ def pair(algorithm, objective) -> tuple[Algorithm, Objective]:
         raise TypeError(
             "methods must be defined in a class, "
             f"but {type(algorithm).__name__} has {', '.join(sorted(replaced))} set on the object")
-    check_finite("rho", torch.as_tensor(algorithm.rho))
+    check_finite("rho", torch.as_tensor(algorithm.rho, device="cpu"))
     an_objective(objective)
     check_micro_batch(algorithm, objective)
     check_algorithm(algorithm, objective)
