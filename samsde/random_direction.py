@@ -104,8 +104,10 @@ def gaussian_direction(g:Tensor, # ḡ, (..., d)
     y = g.double() / (sigma or 1) # its square is finite
     r = torch.linalg.vector_norm(y, dim=-1)
     if (r.square().isinf() & g.isfinite().all(-1)).any():
-        raise ValueError("the norm of g, in units of sigma where that is not 0, must have a finite "
-                         f"square, got sigma={sigma:g} and entries up to {g.abs().max().item():.3g}")
+        largest = g.abs().max().item()
+        raise ValueError(
+            "the norm of g, in units of sigma where that is not 0, must have a finite square, "
+            f"got sigma={sigma:g} and entries up to {largest:.3g}")
     if sigma == 0: found = r, y / torch.where(r == 0, 1, r)[..., None], 0 * r, 0 * r
     else:
         A, along = gaussian_factors(r.square(), 1., g.shape[-1], "A", "along")
