@@ -39,7 +39,6 @@ class Algorithm:
     """x⁺ = x − η ∇f_γ(x + ρ u_γ(x)). A subclass defines `potential` or `perturbation`.
     Raises ValueError if `rho` is negative or not finite."""
     micro_batch, source, adaptive = None, "own", False
-
     def __init__(self, rho=0.0, # ρ; a number, or a tensor that broadcasts over the paths
                  *, micro_batch:int|None=None, # samples that share a perturbation; None: the batch
                  source:str="own", # "own" batch, "full" gradient, "independent" or "previous" batch
@@ -292,8 +291,9 @@ def check_law(objective:Objective):
                          "write an Objective with a `law` that draws so")
     for kind in (Additive, FiniteSum):
         if isinstance(objective, kind) and not is_ours(law):
-            raise ValueError(f"{name} is a kind of {kind.__name__}, whose law is known, but has the "
-                             f"law {type(law).__name__}: subclass Objective instead")
+            raise ValueError(
+                f"{name} is a kind of {kind.__name__}, whose law is known, but has the law "
+                f"{type(law).__name__}: subclass Objective instead")
     check_numbers_of_law(objective)
 
 # %% ../nbs/01_algorithm.ipynb #4e6b8312
@@ -343,8 +343,9 @@ def check_scale(algorithm:Algorithm, objective:Objective):
     dtype = objective.dtype or torch.float64
     c = algorithm.scale(torch.ones(3, objective.dim, dtype=dtype, device="cpu"))
     if not isinstance(c, Tensor) or c.ndim == 0 or c.shape[-1] == 1: return
-    raise ValueError(f"scale of {type(algorithm).__name__} must be a number or have shape (..., 1), "
-                     f"got {tuple(c.shape)} for gradients of shape {(3, objective.dim)}")
+    raise ValueError(
+        f"scale of {type(algorithm).__name__} must be a number or have shape (..., 1), "
+        f"got {tuple(c.shape)} for gradients of shape {(3, objective.dim)}")
 
 # %% ../nbs/01_algorithm.ipynb #73f898a1
 def contradictions_of(algorithm:Algorithm, objective:Objective):
@@ -364,6 +365,7 @@ def contradictions_of(algorithm:Algorithm, objective:Objective):
         yield "that of its scale", u, algorithm.scale(grad) * g
     if algorithm.has_potential: yield "that of its potential", u, gradient(algorithm.potential, g)
 
+# %% ../nbs/01_algorithm.ipynb #1874809c
 def check_algorithm(algorithm:Algorithm, objective:Objective):
     """Raises ValueError if a class of a user's own contradicts itself.
     That is one whose perturbation does not belong to its potential or scale."""
@@ -467,7 +469,6 @@ def check_model(algorithm:Algorithm, what:str, # that is asked for, in words
         raise ValueError(
             f"{name} overrides `step` and so has no {what}: override `perturbation`, "
             f"or `direction`")
-
     if overrides(algorithm, "direction") and not direction:
         raise ValueError(f"{name} overrides `direction` and so has no {what}"
                          + f": use {exact}" * bool(exact))
@@ -618,8 +619,8 @@ class Model(Process):
         Raises ValueError where its dtype cannot count beyond."""
         k = state[..., -1].flatten()[0].item()
         return check_counted(f"step {k:g}", k, state.dtype)
-    # of "v", the velocity; "u0", "u1", …, perturbations of the step before; "epoch" and "batch", the key
-    # of the order of the samples and the place in it; "k", the number of steps
+    # of "v", the velocity; "u0", "u1", …, perturbations of the step before; "epoch" and "batch",
+    # the key of the order of the samples and the place in it; "k", the number of steps
     memory = ()
     @property
     def sizes(self) -> list:

@@ -77,8 +77,8 @@ def top_eigenvectors(objective:Objective,
         v = torch.from_numpy(np.ascontiguousarray(v.ravel())).to(x)
         return check_finite("the Hessian at x", times(v)).double().cpu().numpy()
     start = np.random.default_rng(0).standard_normal(d)
-    if not product(start).any():
-        return x.new_zeros(k), torch.eye(k, d, dtype=x.dtype, device=x.device) # the zero matrix, at which Lanczos fails
+    if not product(start).any(): # the zero matrix, at which Lanczos fails
+        return x.new_zeros(k), torch.eye(k, d, dtype=x.dtype, device=x.device)
     values, vectors = eigsh(LinearOperator((d, d), product, dtype=np.float64), k, which="LA",
                             v0=start, tol=1e-6 if x.dtype == torch.float64 else 1e-3)
     order = np.argsort(-values)

@@ -850,7 +850,8 @@ def second_moment_of_linear(self:Linear, objective, grad):
 
 def second_moment_of_sam(self:SAM, objective, grad):
     law = objective.law
-    if self.definer is not SAM or self.has_metric or law.cov is not None or law.noiseless: return None
+    if self.definer is not SAM or self.has_metric: return None
+    if law.cov is not None or law.noiseless: return None
     size = norm_of(grad, keepdim=True)
     p = mean_square_across((size / law.sigma).square(), 1., objective.dim)
     along = (1 - objective.dim * p).clamp(min=0).sqrt() / torch.where(size == 0, 1, size)

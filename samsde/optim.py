@@ -380,8 +380,9 @@ class Perturbed(TwoPhases):
                  **base_kwargs # of the base optimizer: lr, momentum, weight_decay, ...
                 ):
         if isinstance(params, Real):
-            raise TypeError(f"params must be parameters, or groups of them, got {params}; what takes "
-                            f"a radius alone is samsde.algorithm.{type(self).__name__}")
+            raise TypeError(
+                f"params must be parameters, or groups of them, got {params}; what takes a radius "
+                f"alone is samsde.algorithm.{type(self).__name__}")
         self.interval = checked_count("interval", interval)
         self.preserve_rng_state = checked_flag("preserve_rng_state", preserve_rng_state)
         options = dict(rho=rho, adaptive=adaptive, perturb=True)

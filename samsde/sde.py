@@ -384,8 +384,9 @@ def one_process(process, ignored:tuple=() # methods that exact numbers do not fo
     found = [name for name in ignored if overrides(process, name, base)]
     if found == ["diffusion"] and overrides(process, "covariance", SDE): found = []
     if not found: return process
-    raise ValueError(f"{type(process).__name__} overrides {', '.join(found)}, but exact numbers follow "
-                     "from the drift and the covariance of an SDE, and from the steps of a Chain")
+    raise ValueError(
+        f"{type(process).__name__} overrides {', '.join(found)}, but exact numbers follow from "
+        "the drift and the covariance of an SDE, and from the steps of a Chain")
 
 # %% ../nbs/05_sde.ipynb #8704c0ba
 class ForTorchsde:

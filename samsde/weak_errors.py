@@ -399,8 +399,8 @@ def mean_of_sde(sde:SDE, steps:int, test:Callable, nodes:int, memory_nodes:int
     return grid, v.numpy()
 
 def mean_after(process:Chain|SDE, steps:int, test:Callable, x:Tensor, nodes:int, memory_nodes:int
-              ) -> tuple[np.ndarray, float]: # for paths that start at x, and what `tail` says of memory
-    "E φ after so many steps"
+              ) -> tuple[np.ndarray, float]:
+    "E φ after so many steps, of paths that start at x, and what `tail` says of memory"
     mean = mean_of_chain if isinstance(process, Chain) else mean_of_sde
     grid, values = mean(process, steps, test, nodes, memory_nodes)
     starts = process.start(x)[:, :len(grid.axes)]
@@ -415,10 +415,10 @@ def check_resolved(grid:Grid, test:Callable, error:np.ndarray, memory:float): # 
     missed = np.abs(grid.rows(between) @ known - values_of(test, between).numpy()).max()
     off = max(missed, grid.tail(error), memory)
     if off <= gap / 10 + 1e-9 * np.abs(known).max(): return
+    other = "other memory_nodes" if off == memory else "more nodes"
     raise ValueError(
-        f"{nodes} nodes leave the error of {gap:.2g} uncertain by about {off:.1g}: use "
-        f"{'other memory_nodes' if off == memory else 'more nodes'}, a test function that is smooth "
-        "and periodic, or weak_error")
+        f"{nodes} nodes leave the error of {gap:.2g} uncertain by about {off:.1g}: use {other}, "
+        "a test function that is smooth and periodic, or weak_error")
 
 # %% ../nbs/05b_weak_errors.ipynb #cf8d2939
 def exact_difference(chain:Chain, # the algorithm
@@ -501,12 +501,13 @@ def torus_error(algorithm:Algorithm, # any, on both sides
 def linear_parts(process:Chain|SDE, x:Tensor, xi:Tensor) -> list: # of tensors
     "What is linear in points and noise where moments are exact"
     if isinstance(process, Chain):
-        return [process.position(process.advance(process.start(x), lambda: xi, [process.time_step]))]
+        after = process.advance(process.start(x), lambda: xi, [process.time_step])
+        return [process.position(after)]
     noise = (process.covariance(x) @ xi[..., None])[..., 0]
     return [process.drift(x), noise, process.position(process.start(x))]
 
 def check_adds_up(process:Chain|SDE):
-    "Raises ValueError where a class of a user's own has a drift, a step or noise that is not linear"
+    "Raises ValueError where a user's class has a drift, a step or noise that is not linear"
     if is_ours(process): return
     d = process.objective.dim
     generator = torch.Generator().manual_seed(0)
@@ -515,9 +516,11 @@ def check_adds_up(process:Chain|SDE):
     pairs = [*zip(x, xi), (x.sum(0), xi.sum(0))]
     for a, b, both in zip(*(linear_parts(process, *pair) for pair in pairs)):
         if (both - a - b).abs().max() > 1e-3 * max(a.abs().max(), b.abs().max()):
-            raise ValueError(f"{type(process).__name__} on {type(process.objective).__name__} is not "
-                             "linear, which exact moments need")
+            raise ValueError(
+                f"{type(process).__name__} on {type(process.objective).__name__} is not linear, "
+                "which exact moments need")
 
+# %% ../nbs/05b_weak_errors.ipynb #bf21c567
 def check_linear(process:Chain|SDE):
     """Raises TypeError or ValueError unless the process is that of SGD or USAM on a Quadratic.
     With a metric, |x| of `adaptive`, a step is not linear."""
@@ -529,6 +532,7 @@ def check_linear(process:Chain|SDE):
         raise TypeError(f"moments are exact for SGD or USAM on a Quadratic, got {what}")
     check_adds_up(process)
 
+# %% ../nbs/05b_weak_errors.ipynb #009c422e
 def array(v:Tensor) -> np.ndarray: return v.detach().double().cpu().numpy()
 
 def step_system(chain:Chain, k:int=1 # the step, where that matters: under a schedule, and at first
@@ -687,8 +691,9 @@ class Coupled(Process):
         xi = [draw() for _ in steps]
         pairs = [(a + b) / 2**.5 for a, b in zip(xi[::2], xi[1::2])]
         how = [(xi, steps)] * (len(self.processes) - 1) + [(pairs, [2 * steps[0]] * len(pairs))]
+        states = state.split(self.widths, -1)
         ends = [p.advance(s, iter(noise).__next__, lengths)
-                for p, s, (noise, lengths) in zip(self.processes, state.split(self.widths, -1), how)]
+                for p, s, (noise, lengths) in zip(self.processes, states, how)]
         return torch.cat(ends, -1)
 
 # %% ../nbs/05b_weak_errors.ipynb #e2b4d339

@@ -40,8 +40,8 @@ def seed_all(devices:list, seed:int):
 
 def upcoming(devices:list) -> list:
     "Tells where all generators stand, by what NumPy's and Python's draw next"
-    own = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-    return [*(bytes(t.numpy()) for t in own), np.random.random_sample(), random.random()]
+    of_torch = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    return [*(bytes(t.numpy()) for t in of_torch), np.random.random_sample(), random.random()]
 
 # %% ../../nbs/machinery/batches.ipynb #5201d026
 @contextmanager
@@ -85,6 +85,7 @@ def rows_of(data) -> int:
     if len(lengths) == 1 and lengths != {0}: return lengths.pop()
     raise ValueError(f"data must be non-empty and equally long, got {sorted(lengths)} rows")
 
+# %% ../../nbs/machinery/batches.ipynb #10aa2670
 def as_tree(data): return dict(data) if isinstance(data, Mapping) else data
 
 def by_tensors(data) -> bool:
@@ -93,6 +94,7 @@ def by_tensors(data) -> bool:
     leaves = tree_leaves(as_tree(data))
     return bool(leaves) and all(isinstance(t, Tensor) for t in leaves)
 
+# %% ../../nbs/machinery/batches.ipynb #8c17ad73
 def batch_of(data, collate_fn:Callable, numbers:list):
     "The samples of these numbers as a batch"
     def rows(t): return t[torch.tensor(numbers, device=t.device)]

@@ -38,7 +38,8 @@ def check_positive(name:str, # what to call the value in the error message
     kind than Python's, such as a fraction, becomes a float. Else a ValueError or TypeError."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-    t = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64, device="cpu")
+    t = value
+    if not isinstance(t, Tensor): t = torch.tensor(float(t), dtype=torch.float64, device="cpu")
     if t.is_complex() or t.dtype == torch.bool:
         raise TypeError(f"{name} must hold real numbers, got {t.dtype}")
     if not t.numel():

@@ -145,6 +145,7 @@ def unit_of(network:Network, layers:dict, x:Tensor) -> float:
     if not 0 < size < math.inf or 1e-8 < size < 1e8: return 1.0
     return 2.0**round(math.log2(size))
 
+# %% ../../nbs/machinery/layers.ipynb #19ad288e
 def terms(network:Network, x:Tensor, s:slice, directions=()
          ) -> tuple: # (d,), and (d,) each -> (b,) each
     """f_i, ‖∇f_i‖² in double precision and the slopes of f_i in some directions, for a slice of the
@@ -159,6 +160,7 @@ def terms(network:Network, x:Tensor, s:slice, directions=()
     return (f, total.double() * network.unit**2,
             *(slope(network, network.named(p), inside, outside, inputs) for p in directions))
 
+# %% ../../nbs/machinery/layers.ipynb #a9cec08a
 def slope(network:Network, p:dict, inside:dict, outside:dict, inputs:dict) -> Tensor: # -> (b,)
     "⟨∇f_i, p⟩ for a direction p by name"
     total = sum((g * p[name]).reshape(len(g), -1).sum(1) for name, g in outside.items())
@@ -253,7 +255,8 @@ def right_norms(network:Network, x:Tensor) -> bool:
         z = x.detach().requires_grad_()
         norms = torch.cat([terms(network, z, slice(i, i + 1))[1] for i in rows])
         ours = torch.autograd.grad(norms.sum() / 2, z)[0]
-    return close(network, norms.detach().to(x), g.square().sum(1)) and off(network, ours, Hg) is None
+    right = close(network, norms.detach().to(x), g.square().sum(1))
+    return right and off(network, ours, Hg) is None
 
 # %% ../../nbs/machinery/layers.ipynb #59389663
 lock = threading.RLock()

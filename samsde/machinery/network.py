@@ -76,8 +76,6 @@ def check_data(loss, X, y):
 def trainable(module:nn.Module) -> list:
     return [p for p in module.parameters() if p.requires_grad]
 
-
-
 def check_module(module, wrong:Callable=unready, # layer -> what is wrong with it, in words
                  inputs:tuple=()): # of tensors
     """Raises ValueError or TypeError unless a module has trainable, real parameters on one device,
