@@ -9,7 +9,7 @@ __all__ = ['experiment', 'radii', 'error_vs_rho', 'plot', 'verdicts', 'measure',
 import math
 import time
 import warnings
-from itertools import product
+from itertools import accumulate, product
 from typing import Callable
 
 import pandas as pd
@@ -297,6 +297,11 @@ def verdicts(table:pd.DataFrame # from measure or error_vs_rho
         worse("At the largest ρ the exact mean field is a better model than the drift of first "
               "order.", largest, "own SDE", "exact mean field")])
 
+# %% ../../nbs/experiments/error_vs_rho.ipynb #a8f7a896
+# how long a problem takes, the quadratic being 1: for an estimate of what is left
+WORK = {"quadratic": 1, "deep-linear": 25, "deep-nonlinear": 23, "iris-linear": 9,
+        "iris-nonlinear": 9, "teacher-student": 9, "matrix-sensing": 5}
+
 # %% ../../nbs/experiments/error_vs_rho.ipynb #2f5fccf8
 def measure(quick:bool=False, # fewer runs, for a first look
             seed:int=0, # of the noise
@@ -317,12 +322,13 @@ def measure(quick:bool=False, # fewer runs, for a first look
             f"problems and algorithms must not be empty, got {problems} and {algorithms}")
     rhos = [radii(eta)[k] for k in (0, 4, 6)] if quick and rhos is None else rhos
     begin = time.monotonic()
+    work = [*accumulate(WORK[name] for name in problems)]
     for done, name in enumerate(problems, 1):
         problem = PROBLEMS[name](dtype, device)
         tables.append(error_vs_rho(problem, algorithms, eta, rhos, runs or (4 if quick else 16),
                                    seed,
                                    problem.t_end / 8 if quick else None, progress=progress))
-        left = (time.monotonic() - begin) / done * (len(problems) - done)
+        left = (time.monotonic() - begin) * (work[-1] / work[done - 1] - 1)
         if told: told(f"{name} is done, {done} of {len(problems)}, about {left:.0f} s left")
     return pd.concat(tables, ignore_index=True)
 
